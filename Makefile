@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+OUT ?= quickstart
+BIN := $(VENV)/bin
+
+# glibc gives memory back to the system at every large tensor that is freed; fetching it again costs
+# more than an elementwise operation on it.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
+.PHONY: install quickstart test lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/python data_prep/convert_text.py --out_root $(OUT)/mds --splits train val \
+	    --local_files data_prep/quickstart/novels.jsonl.gz --val_fraction 0.05 \
+	    --concat_tokens 128 --tokenizer data_prep/quickstart/tokenizer --verify
+	test -e $(OUT)/run/huggingface/final/config.json || \
+	    $(BIN)/composer train.py yamls/pretrain/m2-bert-quickstart.yaml variables.out=$(OUT)
+	@echo "Loss curve: $(OUT)/run/loss_curve.png   transformers folder: $(OUT)/run/huggingface/final"
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(OUT)
