@@ -1,0 +1,109 @@
+"""Long convolution by FFT: per-channel filters as long as the sequence, causal or bidirectional.
+
+Dimension key: B batch, L sequence, D channels, N circular length (N ≥ 2L − 1).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fft_conv_reference(u: Tensor, k_fwd: Tensor, k_rev: Tensor | None = None) -> Tensor:
+    """Sums over the lags one by one: the definition that ``fft_conv`` is tested against.
+
+    ``y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s]``; shapes as in ``fft_conv``.
+    """
+    length = u.shape[1]
+    y = torch.zeros_like(u)
+    for lag in range(length):
+        y[:, lag:] += k_fwd[lag] * u[:, : length - lag]
+        if k_rev is not None and lag:
+            y[:, : length - lag] += k_rev[lag - 1] * u[:, lag:]
+    return y
+
+
+def circular_filter(k_fwd: Tensor, k_rev: Tensor | None) -> Tensor:
+    """Lays both directions out on one circle: lag t at index t, lag −t at index N − t.
+
+    Args:
+        k_fwd: (L, D), lags 0 … L−1.
+        k_rev: (L, D), lags −1 … −L, or None. The last one never meets the sequence.
+
+    Returns:
+        (N, D) with N = 2L, a length that torch.fft likes whenever it likes L.
+    """
+    length = k_fwd.shape[0]
+    if k_rev is None:
+        return F.pad(k_fwd, (0, 0, 0, length))
+    return torch.cat([k_fwd, F.pad(k_rev[: length - 1].flip(0), (0, 0, 1, 0))])
+
+
+def _rfft(x: Tensor, n: int) -> Tensor:
+    """(B, L, D) → (D, B, n/2 + 1). The padding to n copies, and so lays the sequence out last."""
+    return torch.fft.rfft(x.permute(2, 0, 1), n=n)
+
+
+def _irfft(x: Tensor, n: int, length: int) -> Tensor:
+    """(D, B, n/2 + 1) → (B, length, D), the sequence still last in memory."""
+    return torch.fft.irfft(x, n=n)[..., :length].permute(1, 2, 0)
+
+
+class FFTConvFunction(torch.autograd.Function):
+    """Circular convolution with one-sided spectra in both directions.
+
+    torch's own backward of rfft goes through a full complex FFT, and would keep both spectra; this
+    one keeps the inputs, which the layer holds anyway, and transforms them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, k: Tensor) -> Tensor:
+        """Convolves u (B, L, D) with k (N, D)."""
+        ctx.save_for_backward(u, k)
+        n = k.shape[0]
+        return _irfft(_rfft(u, n).mul_(_rfft(k[None], n)), n, u.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the correlations of the gradient with k (for u) and with u (for k)."""
+        u, k = ctx.saved_tensors
+        n, length = k.shape[0], u.shape[1]
+        grad_f = _rfft(grads[0], n)
+        grad_k = grad_u = None
+        if ctx.needs_input_grad[1]:
+            cross = _rfft(u, n).conj_physical_().mul_(grad_f)
+            grad_k = _irfft(cross.sum(1, keepdim=True), n, n)[0]
+        if ctx.needs_input_grad[0]:
+            grad_u = _irfft(grad_f.mul_(_rfft(k[None], n).conj()), n, length)
+        return grad_u, grad_k
+
+
+def fft_conv(
+    u: Tensor, k_fwd: Tensor, k_rev: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
+    """Convolves every channel with its own filter (arXiv 2310.12109, section 4.1).
+
+    ``y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s] + skip·u[t]``
+
+    Args:
+        u: (B, L, D), fp16, bf16, fp32 or fp64; computed in at least fp32.
+        k_fwd: (L, D), the taps at lags 0 … L−1.
+        k_rev: (L, D), the taps at lags −1 … −L, or None for a causal convolution.
+        skip: (D,), or None.
+
+    Returns:
+        (B, L, D) in the dtype of ``u``.
+
+    Raises:
+        ValueError: if a filter's shape is not (L, D).
+    """
+    for name, k in (("k_fwd", k_fwd), ("k_rev", k_rev)):
+        if k is not None and k.shape != u.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(k.shape)}, but u needs {tuple(u.shape[1:])}")
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    k_fwd = k_fwd.to(dtype)
+    if skip is not None:  # the skip is one more tap at lag 0
+        k_fwd = torch.cat([k_fwd[:1] + skip, k_fwd[1:]])
+    k = circular_filter(k_fwd, None if k_rev is None else k_rev.to(dtype))
+    return FFTConvFunction.apply(u.to(dtype), k).to(u.dtype)
