@@ -1,0 +1,62 @@
+"""A linear layer with a block-diagonal weight."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
+
+
+class BlockDiagonalLinear(nn.Module):
+    """Linear map whose matrix is block-diagonal: a single factor of a Monarch matrix.
+
+    ``y = x · diag(W_1, …, W_K)ᵀ + b`` (arXiv 2310.12109, section 3). It has 1/K of the weights and
+    of the FLOPs of a dense layer. Features that do not fill whole blocks are padded with zeros.
+
+    Args:
+        in_features: size of the last dimension of the input, (..., in_features).
+        out_features: size of the last dimension of the output, (..., out_features).
+        nblocks: number K of blocks.
+        bias: add a bias of shape (out_features,).
+
+    Raises:
+        ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes.
+    """
+
+    def __init__(self, in_features: int, out_features: int, nblocks: int = 4, bias: bool = True):
+        super().__init__()
+        if not 1 <= nblocks <= min(in_features, out_features):
+            raise ValueError(
+                f"nblocks must be between 1 and min(in_features, out_features) = "
+                f"{min(in_features, out_features)}, not {nblocks}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.nblocks = nblocks
+        self.weight = nn.Parameter(torch.empty(block_shape(in_features, out_features, nblocks)))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights of M2-BERT's initialisation.
+
+        The published one cuts the blocks out of a dense matrix drawn by kaiming_uniform(a=√5),
+        that is U(±1/√(K·I)), and scales them by √K; the same distribution is drawn here.
+        """
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.out_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return block_diagonal_linear(x, self.weight, self.bias, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Names the sizes when the module is printed."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"nblocks={self.nblocks}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,192 @@
+"""Long convolution with an implicit filter.
+
+Dimension key: B batch, L sequence, D channels, H maximum length, E positional features, O order.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2_plugin.ops.fft_conv import fft_conv
+
+# The decay window falls to 1% of its height after 0.3 to 1.5 times the maximum length, by channel.
+DECAY_TARGET = 0.01
+SLOWEST_DECAY = 1.5
+FASTEST_DECAY = 0.3
+
+
+def positional_features(length: int, emb_dim: int, device: torch.device | None = None) -> Tensor:
+    """Builds the features z of the positions: ``[t, Re e^{-ifw}, Im e^{-ifw}]`` (Hyena, appendix).
+
+    Args:
+        length: H, the number of positions; w = 2π·arange(H)/H and t = linspace(0, 1, H).
+        emb_dim: E, odd: one linear feature and (E − 1)/2 frequencies f = linspace(1e-4, ·, ·).
+        device: where to build them.
+
+    Returns:
+        (H, E) in fp32.
+
+    Raises:
+        ValueError: if ``emb_dim`` is even or less than 3.
+    """
+    _check_emb_dim(emb_dim)
+    bands = (emb_dim - 1) // 2
+    t = torch.linspace(0, 1, length, device=device)[:, None]
+    w = 2 * math.pi * torch.arange(length, device=device)[:, None] / length
+    f = torch.linspace(1e-4, bands - 1, bands, device=device)[None]
+    return torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=1)
+
+
+def _check_emb_dim(emb_dim: int) -> None:
+    if emb_dim < 3 or emb_dim % 2 == 0:
+        raise ValueError(
+            "emb_dim must be odd and at least 3: time, and a cosine and a sine for each frequency; "
+            f"not {emb_dim}"
+        )
+
+
+class FilterLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever that of its weights.
+
+    Being a class of its own it also escapes what is meant for the model's projections:
+    quantisation and adapters.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class FilterMLP(nn.Module):
+    """The MLP from positional features to taps: three hidden sine layers, a linear map out.
+
+    The sine's frequencies are shared by the layers and, in a bidirectional filter, by both
+    directions, so they are an argument and not a parameter here.
+    """
+
+    def __init__(self, emb_dim: int, order: int, channels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [FilterLinear(emb_dim, order), FilterLinear(order, order), FilterLinear(order, order)]
+        )
+        self.out = FilterLinear(order, channels, bias=False)
+
+    def forward(self, z: Tensor, freq: Tensor) -> Tensor:
+        """Maps (L, E) with frequencies (O,) to (L, D), in the dtype of z."""
+        for layer in self.layers:
+            z = torch.sin(freq * layer(z))
+        return self.out(z)
+
+
+class HyenaFilter(nn.Module):
+    """Taps of a convolution as a function of the lag (Hyena, arXiv 2302.10866, section 3.3).
+
+    ``k[t] = MLP(z[t]) · exp(−t·|δ|)`` with sine activations ``sin(w_mod · freq · x)``. A sequence
+    shorter than the maximum uses the first taps: they do not change with the length. Computed in
+    fp32 (fp64 if the parameters are), autocast or not.
+
+    Args:
+        channels: D, one filter each.
+        max_length: H, the longest sequence.
+        emb_dim: E, number of positional features, odd.
+        order: O, width of the MLP.
+        w: initial frequency of the sines.
+        w_mod: constant factor on the frequencies.
+        bidirectional: generate taps for negative lags too, by a second MLP.
+
+    Raises:
+        ValueError: if ``emb_dim`` is even or less than 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_length: int,
+        emb_dim: int = 5,
+        order: int = 128,
+        w: float = 10.0,
+        w_mod: float = 1.0,
+        bidirectional: bool = True,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.max_length = max_length
+        self.emb_dim = emb_dim
+        self.w = w
+        self.w_mod = w_mod
+        _check_emb_dim(emb_dim)
+        self.pos_emb = nn.Parameter(torch.empty(max_length, emb_dim))
+        self.freq = nn.Parameter(torch.empty(order))
+        self.fwd = FilterMLP(emb_dim, order, channels)
+        self.rev = FilterMLP(emb_dim, order, channels) if bidirectional else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the positional features and frequencies; the MLPs' layers reset themselves."""
+        if not self.pos_emb.is_meta:
+            features = positional_features(self.max_length, self.emb_dim, self.pos_emb.device)
+            with torch.no_grad():
+                self.pos_emb.copy_(features)
+        nn.init.constant_(self.freq, self.w)
+
+    def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the window ``exp(−t·|δ|)``, (L, D).
+
+        It is computed anew, not a buffer, which would have no values after meta-device init.
+        """
+        t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)[:length, None]
+        slowest = abs(math.log(DECAY_TARGET)) / SLOWEST_DECAY
+        fastest = abs(math.log(DECAY_TARGET)) / FASTEST_DECAY
+        delta = torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
+        return torch.exp(-t * delta)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the taps at lags 0 … L−1 and −1 … −L (or None), each (L, D)."""
+        dtype = torch.promote_types(self.pos_emb.dtype, torch.float32)
+        with torch.autocast(self.pos_emb.device.type, enabled=False):
+            z = self.pos_emb[:length].to(dtype)
+            freq = self.w_mod * self.freq.to(dtype)
+            decay = self.decay(length, dtype, z.device)
+            k_fwd = self.fwd(z, freq) * decay
+            k_rev = None if self.rev is None else self.rev(z, freq) * decay
+        return k_fwd, k_rev
+
+
+class LongConv(nn.Module):
+    """Convolves each channel with its own filter as long as the sequence, and adds a skip.
+
+    ``y = conv(u, k) + skip · u`` (arXiv 2310.12109, section 4.1).
+
+    Args:
+        channels: D.
+        max_length: H, the longest sequence.
+        **filter_kwargs: passed on to ``HyenaFilter``.
+    """
+
+    def __init__(self, channels: int, max_length: int, **filter_kwargs: float | int | bool):
+        super().__init__()
+        self.filter = HyenaFilter(channels, max_length, **filter_kwargs)  # type: ignore[arg-type]
+        self.skip = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the skip from the standard normal."""
+        nn.init.normal_(self.skip)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Maps (B, L, D) to (B, L, D), L ≤ max_length.
+
+        Raises:
+            ValueError: if the sequence is longer than the filter.
+        """
+        length = u.shape[1]
+        if length > self.filter.max_length:
+            raise ValueError(
+                f"the sequence has {length} positions, but the filters reach only "
+                f"long_conv_l_max = {self.filter.max_length}"
+            )
+        k_fwd, k_rev = self.filter(length)
+        return fft_conv(u, k_fwd, k_rev, self.skip)

@@ -1,0 +1,91 @@
+"""The MLP of an encoder layer, dense or block-diagonal, gated or plain, post-norm.
+
+Dimension key: D hidden, F intermediate, K blocks.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
+from m2_plugin.ops.monarch_mlp import monarch_mlp
+
+
+class DenseMLP(nn.Module):
+    """``LayerNorm(W_down · dropout(GELU(gate) ⊙ up) + b + x)``, (gate, up) the halves of W_up · x.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F.
+        glu: gate the activation; else GELU(W_up · x) alone.
+        dropout: probability of dropping an activation.
+        layer_norm_eps: epsilon of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        glu: bool = True,
+        dropout: float = 0.0,
+        layer_norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        self.glu = glu
+        self.dropout = nn.Dropout(dropout)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size * (2 if glu else 1), bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to (..., D)."""
+        h = self.up_proj(x)
+        if self.glu:
+            gate, up = h.chunk(2, dim=-1)
+            h = F.gelu(gate) * up
+        else:
+            h = F.gelu(h)
+        return self.norm(self.down_proj(self.dropout(h)) + x)
+
+
+class MonarchMLP(nn.Module):
+    """The same MLP with block-diagonal maps (arXiv 2310.12109, section 4.1).
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F.
+        nblocks: K, the number of blocks of each map.
+        glu: gate the activation.
+        dropout: probability of dropping an activation.
+        layer_norm_eps: epsilon of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        nblocks: int = 4,
+        glu: bool = True,
+        dropout: float = 0.0,
+        layer_norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        self.intermediate_size = intermediate_size
+        self.glu = glu
+        self.dropout = dropout
+        up_size = intermediate_size * (2 if glu else 1)
+        self.up_proj = BlockDiagonalLinear(hidden_size, up_size, nblocks, bias=False)
+        self.down_proj = BlockDiagonalLinear(intermediate_size, hidden_size, nblocks)
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to (..., D)."""
+        y = monarch_mlp(
+            x,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            self.down_proj.bias,
+            self.intermediate_size,
+            glu=self.glu,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.norm(y + x)

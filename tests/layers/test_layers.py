@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+
+from m2_plugin.layers.alibi_attention import AlibiAttention, alibi_slopes
+from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
+from m2_plugin.layers.long_conv import HyenaFilter, LongConv
+from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
+from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
+from m2_plugin.models.checkpoint import from_reference
+from m2_plugin.ops.block_diagonal_linear import block_diagonal_to_dense
+from tests.utils import load_golden, max_error, relative_error, with_prefix
+
+FILTERS = [u for u in load_golden("units")[0] if u["prefix"].startswith("filter")]
+
+
+@pytest.mark.parametrize("unit", FILTERS, ids=lambda u: u["prefix"].strip("/"))
+def test_hyena_filter_golden(unit):
+    t = with_prefix(load_golden("units")[1], unit["prefix"])
+    conv = LongConv(
+        unit["d_model"],
+        unit["seq_len"],
+        emb_dim=unit["emb_dim"],
+        order=unit["order"],
+        w=unit["w"],
+        w_mod=unit["w_mod"],
+        bidirectional=unit["bidirectional"],
+    )
+    initial = conv.filter.pos_emb.detach().clone()
+    full_name = "bert.encoder.layer.0.attention.filter_fn."
+    reference = from_reference({full_name + k: v for k, v in with_prefix(t, "sd/").items()})
+    conv.load_state_dict(with_prefix(reference, "model.layers.0.mixer.long_conv."))
+    assert relative_error(initial, conv.filter.pos_emb) < 1e-6  # the fixture has initial features
+
+    k_fwd, k_rev = conv.filter(unit["L"])
+    assert relative_error(k_fwd.T, t["k_fwd"]) < 1e-5
+    if unit["bidirectional"]:
+        assert relative_error(k_rev.T, t["k_rev"]) < 1e-5
+    else:
+        assert k_rev is None
+    y = conv(t["u"].transpose(1, 2))
+    assert relative_error(y.transpose(1, 2), t["y"]) < 1e-5
+
+
+def test_taps_do_not_change_with_the_length():
+    hyena = HyenaFilter(channels=6, max_length=40, order=8)
+    for short, full in zip(hyena(13), hyena(40), strict=True):
+        assert max_error(short, full[:13]) < 1e-6
+
+
+def test_filters_stay_in_fp32_under_autocast_and_in_half_precision():
+    hyena = HyenaFilter(channels=6, max_length=16, order=8)
+    exact = hyena(16)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hyena(16)[0], exact)
+    assert hyena.to(torch.bfloat16)(16)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(8, 12, 4), (10, 7, 3), (6, 6, 1)], ids=str)
+def test_block_diagonal_linear_is_a_linear_layer(size):
+    size_in, size_out, nblocks = size
+    layer = BlockDiagonalLinear(size_in, size_out, nblocks)
+    dense = torch.nn.Linear(size_in, size_out)
+    dense.weight.data = block_diagonal_to_dense(layer.weight, size_in, size_out).data
+    dense.bias.data = layer.bias.data
+    x = torch.randn(3, 5, size_in)
+    assert max_error(layer(x), dense(x)) < 1e-5
+
+
+def test_block_diagonal_linear_initialisation():
+    layer = BlockDiagonalLinear(768, 6144, nblocks=4)
+    # A dense U(±1/√768), scaled by √4: standard deviation √4/√(3·768).
+    assert layer.weight.std().item() == pytest.approx(2 / math.sqrt(3 * 768), rel=0.01)
+    assert layer.bias.abs().max() <= 1 / math.sqrt(6144)
+
+
+@pytest.mark.parametrize("nblocks", [0, 9])
+def test_impossible_number_of_blocks(nblocks):
+    with pytest.raises(ValueError, match=f"nblocks must be between 1 and .* = 8, not {nblocks}"):
+        BlockDiagonalLinear(8, 16, nblocks)
+
+
+@pytest.mark.parametrize("glu", [True, False])
+def test_monarch_mlp_is_a_dense_mlp(glu):
+    monarch = MonarchMLP(hidden_size=16, intermediate_size=24, nblocks=4, glu=glu).eval()
+    dense = DenseMLP(hidden_size=16, intermediate_size=24, glu=glu).eval()
+    up, down = monarch.up_proj, monarch.down_proj
+    dense.load_state_dict(
+        {
+            "up_proj.weight": block_diagonal_to_dense(up.weight, 16, up.out_features),
+            "down_proj.weight": block_diagonal_to_dense(down.weight, 24, 16),
+            "down_proj.bias": down.bias,
+            "norm.weight": monarch.norm.weight,
+            "norm.bias": monarch.norm.bias,
+        }
+    )
+    x = torch.randn(2, 9, 16)
+    assert max_error(monarch(x), dense(x)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mlp_dropout_only_in_training(training):
+    mlp = MonarchMLP(16, 32, dropout=0.5).train(training)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(mlp(x), mlp(x)) is not training
+
+
+def small_mixer(**kwargs) -> MonarchMixer:
+    return MonarchMixer(hidden_size=12, max_length=32, filter_order=8, **kwargs).double().eval()
+
+
+def test_causal_mixer_does_not_see_the_future():
+    mixer = small_mixer(bidirectional=False)
+    u = torch.randn(1, 32, 12, dtype=torch.float64)
+    y = mixer(u)
+    u[:, 20] += 1
+    changed = (mixer(u) - y).abs().amax((0, 2)) > 1e-9
+    assert not changed[:20].any() and changed[20:].all()
+
+
+def test_masked_padding_does_not_leak():
+    mixer = small_mixer()
+    u = torch.randn(2, 32, 12, dtype=torch.float64)
+    mask = torch.ones(2, 32, 1, dtype=torch.float64)
+    mask[:, 20:] = 0
+    alone = mixer(u[:, :20])
+    assert max_error(mixer(u, mask)[:, :20], alone) < 1e-12
+    assert max_error(mixer(u)[:, :20], alone) > 1e-3  # without a mask it does
+
+
+def test_sequence_longer_than_the_filters():
+    with pytest.raises(ValueError, match="33 positions.* long_conv_l_max = 32"):
+        small_mixer()(torch.zeros(1, 33, 12, dtype=torch.float64))
+
+
+def test_short_conv_initialisation_is_conv1ds():
+    torch.manual_seed(1)
+    ours = ShortConv(9)
+    torch.manual_seed(1)
+    theirs = torch.nn.Conv1d(9, 9, 3, groups=9)
+    assert torch.allclose(ours.weight, theirs.weight.squeeze(1))
+    assert torch.allclose(ours.bias, theirs.bias)
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12) == alibi_slopes(8) + alibi_slopes(16)[:8:2]
+    with pytest.raises(ValueError, match="must divide hidden_size = 12, not 5"):
+        AlibiAttention(12, 5)
