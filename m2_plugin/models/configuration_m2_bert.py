@@ -1,0 +1,232 @@
+"""Configuration of M2-BERT."""
+
+import difflib
+import inspect
+from typing import Any
+
+from transformers import PretrainedConfig
+
+SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
+POOLINGS = ("cls", "mean")
+# Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
+TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "torch_dtype",
+    "transformers_version",
+    "trust_remote_code",
+}
+
+
+class M2BertConfig(PretrainedConfig):
+    """Configuration of an M2-BERT encoder (arXiv 2310.12109).
+
+    The defaults are those of the published M2-BERT-base (80M). Names are the reference's, where it
+    has one that transformers does not.
+
+    Args:
+        vocab_size: number of tokens; rounded up to a multiple of ``pad_vocab_size_multiple``.
+        hidden_size: D, the width of the model.
+        num_hidden_layers: number of layers.
+        intermediate_size: F, the width of the MLP's activation.
+        hidden_dropout_prob: dropout after the embeddings and inside the MLP.
+        max_position_embeddings: number of learned positions.
+        type_vocab_size: number of token types.
+        initializer_range: standard deviation of initial linear and embedding weights.
+        layer_norm_eps: epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
+        pad_token_id: id of the padding token; its embedding starts at zero and has no gradient.
+        tie_word_embeddings: share the decoder's weight with the word embeddings.
+        pad_vocab_size_multiple: see ``vocab_size``.
+        use_positional_encodings: add learned positions to the embeddings.
+        sequence_mixer: ``monarch_mixer``, or ``alibi_attention`` for the reference's baseline.
+        long_conv_l_max: the longest sequence that the long convolutions can mix.
+        bidirectional: let the long convolutions see what follows.
+        residual_long_conv: give the mixer its residual path, a second long convolution.
+        hyena_training_additions: a LayerNorm before the mixer.
+        mixer_dropout_prob: dropout inside the mixer.
+        hyena_filter_order: width of the filters' MLPs.
+        hyena_emb_dim: positional features of the filters; odd.
+        hyena_w: initial frequency of the filters' sines.
+        hyena_w_mod: constant factor on that frequency.
+        mask_padding: keep padding out of the long convolutions, so that an output does not depend
+            on how much padding follows. The released checkpoints were trained without.
+        use_glu_mlp: gate the MLP's activation.
+        use_monarch_mlp: make the MLP's matrices block-diagonal.
+        monarch_mlp_nblocks: number of their blocks. Sizes that do not fill whole blocks are padded.
+        num_attention_heads: heads of ``alibi_attention``; must divide ``hidden_size`` there.
+        attention_probs_dropout_prob: dropout of attention weights in ``alibi_attention``.
+        classifier_pooling: what the sequence classifier reads: ``cls``, the first token, or
+            ``mean``, the mean of the tokens that are not padding (the reference's ``pool_all``).
+        classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
+        **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
+
+    Raises:
+        ValueError: if a key is unknown or a value is out of its range; the message names both.
+    """
+
+    model_type = "m2_bert"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        intermediate_size: int = 3072,
+        hidden_dropout_prob: float = 0.1,
+        max_position_embeddings: int = 128,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        pad_vocab_size_multiple: int = 8,
+        use_positional_encodings: bool = True,
+        sequence_mixer: str = "monarch_mixer",
+        long_conv_l_max: int = 128,
+        bidirectional: bool = True,
+        residual_long_conv: bool = True,
+        hyena_training_additions: bool = False,
+        mixer_dropout_prob: float = 0.0,
+        hyena_filter_order: int = 128,
+        hyena_emb_dim: int = 5,
+        hyena_w: float = 10.0,
+        hyena_w_mod: float = 1.0,
+        mask_padding: bool = False,
+        use_glu_mlp: bool = True,
+        use_monarch_mlp: bool = True,
+        monarch_mlp_nblocks: int = 4,
+        num_attention_heads: int = 12,
+        attention_probs_dropout_prob: float = 0.0,
+        classifier_pooling: str = "cls",
+        classifier_dropout: float | None = None,
+        **kwargs: Any,
+    ):
+        _reject_unknown_keys(kwargs)
+        self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.intermediate_size = intermediate_size
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.pad_vocab_size_multiple = pad_vocab_size_multiple
+        self.use_positional_encodings = use_positional_encodings
+        self.sequence_mixer = sequence_mixer
+        self.long_conv_l_max = long_conv_l_max
+        self.bidirectional = bidirectional
+        self.residual_long_conv = residual_long_conv
+        self.hyena_training_additions = hyena_training_additions
+        self.mixer_dropout_prob = mixer_dropout_prob
+        self.hyena_filter_order = hyena_filter_order
+        self.hyena_emb_dim = hyena_emb_dim
+        self.hyena_w = hyena_w
+        self.hyena_w_mod = hyena_w_mod
+        self.mask_padding = mask_padding
+        self.use_glu_mlp = use_glu_mlp
+        self.use_monarch_mlp = use_monarch_mlp
+        self.monarch_mlp_nblocks = monarch_mlp_nblocks
+        self.num_attention_heads = num_attention_heads
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.classifier_pooling = classifier_pooling
+        self.classifier_dropout = classifier_dropout
+        # Set again by newer transformers versions only where their base class declares it.
+        self.pad_token_id = pad_token_id
+        super().__init__(
+            pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+        )
+        self._check()
+
+    def _check(self) -> None:
+        """Raises a ValueError that names the first field whose value cannot be right."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "long_conv_l_max",
+            "hyena_filter_order",
+            "monarch_mlp_nblocks",
+            "num_attention_heads",
+        ):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                name,
+                value,
+                "a positive integer",
+            )
+        for name in ("hidden_dropout_prob", "mixer_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, value, "at least 0 and below 1")
+        _require(
+            self.hyena_emb_dim >= 3 and self.hyena_emb_dim % 2 == 1,
+            "hyena_emb_dim",
+            self.hyena_emb_dim,
+            "odd and at least 3: time, and a cosine and a sine for each frequency",
+        )
+        _require(
+            self.sequence_mixer in SEQUENCE_MIXERS,
+            "sequence_mixer",
+            self.sequence_mixer,
+            f"one of {', '.join(SEQUENCE_MIXERS)}",
+        )
+        _require(
+            self.classifier_pooling in POOLINGS,
+            "classifier_pooling",
+            self.classifier_pooling,
+            f"one of {', '.join(POOLINGS)}",
+        )
+        _require(
+            0 <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            self.pad_token_id,
+            f"a token id below vocab_size = {self.vocab_size}",
+        )
+        smallest = min(self.hidden_size, self.intermediate_size)
+        _require(
+            not self.use_monarch_mlp or self.monarch_mlp_nblocks <= smallest,
+            "monarch_mlp_nblocks",
+            self.monarch_mlp_nblocks,
+            f"at most min(hidden_size, intermediate_size) = {smallest}",
+        )
+        _require(
+            self.sequence_mixer != "alibi_attention"
+            or self.hidden_size % self.num_attention_heads == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a divisor of hidden_size = {self.hidden_size}",
+        )
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        """The longest sequence that the model takes, or None without a limit."""
+        limits = []
+        if self.use_positional_encodings:
+            limits.append(self.max_position_embeddings)
+        if self.sequence_mixer == "monarch_mixer":
+            limits.append(self.long_conv_l_max)
+        return min(limits, default=None)
+
+
+def _require(holds: bool, name: str, value: object, accepted: str) -> None:
+    if not holds:
+        raise ValueError(f"M2BertConfig: {name} must be {accepted}, not {value!r}")
+
+
+def _reject_unknown_keys(kwargs: dict[str, Any]) -> None:
+    own = set(inspect.signature(M2BertConfig.__init__).parameters) - {"self", "kwargs"}
+    base = set(inspect.signature(PretrainedConfig.__init__).parameters) - {"self", "kwargs"}
+    known = own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
+    for key in kwargs:
+        if key not in known and not key.startswith("_"):
+            close = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"M2BertConfig has no key {key!r}{hint}")

@@ -1,0 +1,426 @@
+"""M2-BERT: Monarch Mixer encoders (arXiv 2310.12109) as transformers models.
+
+Dimension key: B batch, L sequence, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
+
+from m2_plugin.layers.alibi_attention import AlibiAttention
+from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
+from m2_plugin.layers.long_conv import HyenaFilter, LongConv
+from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
+from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
+from m2_plugin.models.configuration_m2_bert import M2BertConfig
+
+IGNORE_INDEX = -100  # label of a position without loss, as in torch's cross_entropy
+
+
+class M2BertEmbeddings(nn.Module):
+    """LayerNorm(word + token type + position), then dropout."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, width, padding_idx=config.pad_token_id
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, width)
+            if config.use_positional_encodings
+            else None
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """Embeds (B, L) token ids, or takes (B, L, D) word embeddings, to (B, L, D)."""
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            x = x + self.token_type_embeddings.weight[0]
+        else:
+            x = x + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            if position_ids is None:
+                x = x + self.position_embeddings.weight[: x.shape[1]]
+            else:
+                x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.norm(x))
+
+
+class M2BertLayer(nn.Module):
+    """One layer: mlp(mixer(x)). Neither residual nor norm stands round a Monarch mixer."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        self.mixer: MonarchMixer | AlibiAttention
+        if config.sequence_mixer == "monarch_mixer":
+            self.mixer = MonarchMixer(
+                config.hidden_size,
+                max_length=config.long_conv_l_max,
+                bidirectional=config.bidirectional,
+                residual_long_conv=config.residual_long_conv,
+                pre_norm=config.hyena_training_additions,
+                dropout=config.mixer_dropout_prob,
+                filter_order=config.hyena_filter_order,
+                filter_emb_dim=config.hyena_emb_dim,
+                filter_w=config.hyena_w,
+                filter_w_mod=config.hyena_w_mod,
+            )
+        else:
+            self.mixer = AlibiAttention(
+                config.hidden_size,
+                config.num_attention_heads,
+                dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+                layer_norm_eps=config.layer_norm_eps,
+            )
+        mlp_cls: Callable[..., nn.Module] = DenseMLP
+        if config.use_monarch_mlp:
+            mlp_cls = partial(MonarchMLP, nblocks=config.monarch_mlp_nblocks)
+        self.mlp = mlp_cls(
+            config.hidden_size,
+            config.intermediate_size,
+            glu=config.use_glu_mlp,
+            dropout=config.hidden_dropout_prob,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens, 0 at padding."""
+        return self.mlp(self.mixer(x, mask))
+
+
+class M2BertPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading, shared by the models."""
+
+    config_class = M2BertConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["M2BertLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises as the reference does, except that every layer draws its own values."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, BlockDiagonalLinear | ShortConv | HyenaFilter | LongConv):
+            module.reset_parameters()
+
+
+class M2BertModel(M2BertPreTrainedModel):
+    """The bare encoder: embeddings and layers, without a head.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.embeddings = M2BertEmbeddings(config)
+        self.layers = nn.ModuleList(M2BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Returns the word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    def _mask(self, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Returns the mask that the mixers need as (B, L, 1), or None where they need none."""
+        attends = self.config.sequence_mixer == "alibi_attention"
+        if attention_mask is None or not (attends or self.config.mask_padding):
+            return None
+        return attention_mask.to(dtype).unsqueeze(-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple[Tensor, ...]:
+        """Encodes a batch.
+
+        Args:
+            input_ids: (B, L) token ids; exactly one of this and ``inputs_embeds``.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Read by ``alibi_attention`` and
+                with ``mask_padding`` only, as in the reference.
+            token_type_ids: (B, L), all 0 by default.
+            position_ids: (B, L) or (1, L), 0 … L−1 by default.
+            inputs_embeds: (B, L, D) word embeddings.
+            output_hidden_states: return the embeddings and every layer's output too.
+            return_dict: return a ``BaseModelOutput`` (the default) rather than a tuple.
+
+        Returns:
+            ``last_hidden_state`` (B, L, D), and ``hidden_states`` if asked for.
+
+        Raises:
+            ValueError: if both or none of ``input_ids`` and ``inputs_embeds`` are given, or if the
+                sequence is longer than the model's filters or positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        limit = self.config.max_sequence_length
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"the sequence has {length} positions, but this model takes at most {limit} "
+                f"(long_conv_l_max = {self.config.long_conv_l_max}, "
+                f"max_position_embeddings = {self.config.max_position_embeddings})"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        mask = self._mask(attention_mask, x.dtype)
+        hidden_states = [x]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask)
+            else:
+                x = layer(x, mask)
+            hidden_states.append(x)
+        if mask is not None and self.config.sequence_mixer == "alibi_attention":
+            x = x * mask  # the reference drops padding from the encoder and puts zeros back
+        output = BaseModelOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class M2BertHead(nn.Module):
+    """BERT's transform before the decoder: LayerNorm(GELU(dense(x)))."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to (..., D)."""
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class M2BertForMaskedLM(M2BertPreTrainedModel):
+    """The encoder with a masked-language-model head, its decoder tied to the word embeddings.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.head = M2BertHead(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Returns the decoder."""
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the decoder."""
+        self.decoder = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        masked_logits_only: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """Predicts masked tokens.
+
+        Args:
+            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
+            attention_mask: see there.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: (B, L) token ids, −100 at positions without loss.
+            masked_logits_only: with labels, decode only the positions that have a loss: the logits
+                are (number of such positions, V), in the order of ``labels[labels != -100]``. At
+                15% masking this saves most of the decoder's work.
+            output_hidden_states: see there.
+            return_dict: see there.
+
+        Returns:
+            ``loss``, the mean cross-entropy in nats over the labelled positions (0 if there are
+            none), and ``logits``, (B, L, V) unless ``masked_logits_only``.
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        x = encoded.last_hidden_state
+        loss = None
+        if labels is None:
+            logits = self.decoder(self.head(x))
+        else:
+            # The indices once: on a GPU each boolean index would wait for the device.
+            labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
+            targets = labels.flatten()[labelled]
+            if masked_logits_only:
+                logits = self.decoder(self.head(x.flatten(0, 1)[labelled]))
+                loss = _masked_lm_loss(logits, targets)
+            else:
+                logits = self.decoder(self.head(x))
+                loss = _masked_lm_loss(logits.flatten(0, 1)[labelled], targets)
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class M2BertPooler(nn.Module):
+    """tanh(dense(·)) of the first token, or of the mean over the tokens that are not padding."""
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__()
+        self.pooling = config.classifier_pooling
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Maps (B, L, D), with a mask (B, L) or None, to (B, D)."""
+        if self.pooling == "cls":
+            pooled = x[:, 0]
+        elif attention_mask is None:
+            pooled = x.mean(dim=1)
+        else:
+            mask = attention_mask.to(x.dtype).unsqueeze(-1)
+            pooled = (x * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.tanh(self.dense(pooled))
+
+
+class M2BertForSequenceClassification(M2BertPreTrainedModel):
+    """The encoder with a pooler and a linear classifier or regressor, e.g. for GLUE.
+
+    Args:
+        config: the model's configuration; ``num_labels``, ``problem_type``, ``classifier_pooling``
+            and ``classifier_dropout`` shape the head.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        dropout = config.classifier_dropout
+        self.model = M2BertModel(config)
+        self.pooler = M2BertPooler(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Classifies sequences.
+
+        Args:
+            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
+            attention_mask: see there; ``mean`` pooling reads it too.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: (B,) class ids; (B,) or (B, num_labels) numbers for a regression; or
+                (B, num_labels) zeros and ones for several labels at once. ``config.problem_type``
+                decides; if it is None, ``num_labels`` and the dtype do, as in transformers' BERT.
+            output_hidden_states: see there.
+            return_dict: see there.
+
+        Returns:
+            ``loss`` if labels are given, and ``logits`` (B, num_labels).
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        pooled = self.pooler(encoded.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(pooled))
+        loss = None if labels is None else self._loss(logits, labels)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            if self.config.num_labels == 1:
+                problem = "regression"
+            elif labels.is_floating_point():
+                problem = "multi_label_classification"
+            else:
+                problem = "single_label_classification"
+        if problem == "regression":
+            return F.mse_loss(logits.reshape(labels.shape).float(), labels.float())
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+def _masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of (M, V) logits; 0, with a graph, if M = 0, where a mean would be NaN."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / max(labels.numel(), 1)
+
+
+def _wants_dict(return_dict: bool | None, config: Any) -> bool:
+    return config.use_return_dict if return_dict is None else return_dict

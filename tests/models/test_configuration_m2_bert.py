@@ -1,0 +1,58 @@
+import inspect
+import re
+
+import pytest
+
+from m2_plugin.models import M2BertConfig
+
+
+def test_defaults_are_the_published_80m():
+    config = M2BertConfig()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        768,
+        3072,
+        12,
+    )
+    assert config.vocab_size == 30528  # 30,522 WordPiece tokens, rounded up to a multiple of 8
+
+
+def test_every_field_is_documented():
+    fields = set(inspect.signature(M2BertConfig.__init__).parameters) - {"self", "kwargs"}
+    arguments = M2BertConfig.__doc__.split("Args:")[1].split("**kwargs")[0]
+    documented = set(re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE))
+    assert fields == documented
+
+
+def test_round_trip(tmp_path):
+    config = M2BertConfig(vocab_size=1001, hyena_w=14, num_labels=3, classifier_pooling="mean")
+    config.save_pretrained(tmp_path)
+    again = M2BertConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert (again.vocab_size, again.num_labels) == (1008, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hiden_size": 64}, "no key 'hiden_size'; did you mean 'hidden_size'?"),
+        ({"long_conv_max": 64}, "no key 'long_conv_max'; did you mean 'long_conv_l_max'?"),
+        ({"xyzzy": 1}, "no key 'xyzzy'$"),
+        ({"hyena_emb_dim": 4}, "hyena_emb_dim must be odd and at least 3.*, not 4"),
+        ({"hyena_emb_dim": 1}, "hyena_emb_dim must be odd and at least 3.*, not 1"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer, not 0"),
+        ({"long_conv_l_max": -1}, "long_conv_l_max must be a positive integer, not -1"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers must be a positive integer, not 2.5"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be .* below 1, not 1.0"),
+        ({"sequence_mixer": "attention"}, "sequence_mixer must be one of monarch_mixer, .*"),
+        ({"classifier_pooling": "max"}, "classifier_pooling must be one of cls, mean, not 'max'"),
+        ({"monarch_mlp_nblocks": 1000}, "monarch_mlp_nblocks must be at most .* = 768, not 1000"),
+        ({"pad_token_id": 40000}, "pad_token_id must be a token id below vocab_size = 30528"),
+        (
+            {"sequence_mixer": "alibi_attention", "hidden_size": 100},
+            "num_attention_heads must be a divisor of hidden_size = 100, not 12",
+        ),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        M2BertConfig(**fields)

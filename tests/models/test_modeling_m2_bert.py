@@ -1,0 +1,309 @@
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+from m2_plugin.models import (
+    M2BertConfig,
+    M2BertForMaskedLM,
+    M2BertForSequenceClassification,
+    M2BertModel,
+)
+from m2_plugin.models.checkpoint import from_reference
+from tests.utils import GOLDEN, TOKENIZER, max_error
+
+REFERENCE = json.loads((GOLDEN / "reference_80M.json").read_text())
+SIZES = {
+    "m2_80M": (768, 3072),
+    "m2_110M": (960, 3840),
+    "m2_260M": (1536, 6144),
+    "m2_341M": (1792, 7168),
+}
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+    "long_conv_l_max": 24,
+    "hyena_filter_order": 8,
+}
+
+
+def small(**kwargs) -> M2BertConfig:
+    return M2BertConfig(**SMALL | kwargs)
+
+
+def ids(batch=2, length=20) -> torch.Tensor:
+    return torch.randint(5, 100, (batch, length))
+
+
+def on_meta(cls, config):
+    with torch.device("meta"):
+        model = cls(config)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_are_the_references(size):
+    hidden, intermediate = SIZES[size]
+    config = M2BertConfig(hidden_size=hidden, intermediate_size=intermediate)
+    model = on_meta(M2BertForMaskedLM, config)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == REFERENCE["param_counts"][size]["total"]
+    embeddings = model.get_input_embeddings().weight.numel()
+    assert embeddings == REFERENCE["param_counts"][size]["word_emb"]
+    filters = sum(
+        p.numel() for n, p in model.named_parameters() if ".filter." in n or n.endswith("skip")
+    )
+    features = sum(p.numel() for n, p in model.named_parameters() if n.endswith("pos_emb"))
+    assert filters == REFERENCE["param_counts"][size]["filter_params"]
+    assert features == REFERENCE["param_counts"][size]["pos_emb_z_params"]
+    config.num_labels = 2
+    classifier = on_meta(M2BertForSequenceClassification, config)
+    count = sum(p.numel() for p in classifier.parameters())
+    assert count == REFERENCE["seqcls_2label_counts"][size]["total"]
+
+
+def test_parameter_count_with_training_additions():
+    model = on_meta(M2BertForMaskedLM, M2BertConfig(hyena_training_additions=True))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == REFERENCE["m2_80M_with_training_additions_total"]
+
+
+def test_published_names_and_shapes_load():
+    shapes = REFERENCE["state_dict_keys_nonlayer_and_layer0"]
+    reference = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    ours = from_reference(reference)
+    model = on_meta(M2BertForMaskedLM, M2BertConfig(num_hidden_layers=1))
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in ours.items()} == expected
+
+
+def test_unknown_reference_name_is_named():
+    with pytest.raises(ValueError, match="'bert.encoder.layer.0.attention.qkv.weight'"):
+        from_reference({"bert.encoder.layer.0.attention.qkv.weight": torch.zeros(1)})
+
+
+def test_initialisation_is_the_references():
+    torch.manual_seed(17)
+    model = M2BertForMaskedLM(M2BertConfig(num_hidden_layers=2))
+    state = model.state_dict()
+    compared = 0
+    for name, stats in REFERENCE["init_stats"].items():
+        ours = from_reference({name: torch.empty(stats["shape"], device="meta")})
+        for key in ours:
+            # Both are samples of n values: 6 standard errors of their difference.
+            n, std = state[key].numel(), stats["std"]
+            mean_error, std_error = 6 * std * (2 / n) ** 0.5, 6 * std * n**-0.5
+            assert abs(state[key].mean().item() - stats["mean"]) <= mean_error + 1e-6, key
+            assert abs(state[key].std().item() - std) <= std_error + 1e-6, key
+            compared += 1
+    assert compared > 30
+    assert (state["model.embeddings.word_embeddings.weight"][0] == 0).all()
+    first, second = (f"model.layers.{i}.mixer.short_conv.weight" for i in (0, 1))
+    assert not torch.equal(state[first], state[second])  # the reference copies its first layer
+
+
+def test_meta_device_initialisation_reaches_every_parameter():
+    meta = on_meta(M2BertForMaskedLM, small())
+    meta.to_empty(device="cpu")
+    for parameter in meta.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    meta.apply(meta._init_weights)
+    meta.tie_weights()
+    for name, parameter in meta.named_parameters():
+        assert parameter.isfinite().all(), name
+    assert meta(ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
+def test_save_and_load(tmp_path, auto):
+    model = M2BertForMaskedLM(small()).eval()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    x = ids()
+    if auto is AutoModel:
+        assert max_error(loaded(x).last_hidden_state, model.model(x).last_hidden_state) < 1e-6
+    else:
+        assert not info["unexpected_keys"]
+        assert max_error(loaded(x).logits, model(x).logits) < 1e-6
+        saved = model.state_dict()
+        assert all(torch.equal(v, saved[k]) for k, v in loaded.state_dict().items())
+        assert loaded.decoder.weight is loaded.get_input_embeddings().weight
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert {k: getattr(again, k) for k in SMALL} == {k: getattr(model.config, k) for k in SMALL}
+
+
+def test_fill_mask_pipeline_loads_a_folder(tmp_path):
+    M2BertForMaskedLM(small(vocab_size=30522)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path)
+    guesses = pipeline("fill-mask", model=str(tmp_path))("He did not know what to [MASK].")
+    assert len(guesses) == 5 and guesses[0]["score"] >= guesses[1]["score"]
+    assert guesses[0]["sequence"].startswith("he did not know what to")
+
+
+def test_classifier_loads_a_pretrained_body(tmp_path):
+    pretrained = M2BertForMaskedLM(small()).eval()
+    pretrained.save_pretrained(tmp_path)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, output_loading_info=True
+    )
+    heads = {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert set(info["missing_keys"]) == heads
+    x = ids()
+    expected = pretrained.model(x).last_hidden_state
+    assert max_error(model.eval().model(x).last_hidden_state, expected) < 1e-6
+    assert model(x, labels=torch.tensor([0, 2])).logits.shape == (2, 3)
+
+
+def test_problem_types():
+    x = ids()
+    regression = M2BertForSequenceClassification(small(num_labels=1))
+    assert regression(x, labels=torch.tensor([0.5, 2.0])).loss.isfinite()
+    several = M2BertForSequenceClassification(small(num_labels=3))
+    assert several(x, labels=torch.ones(2, 3)).loss.isfinite()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    x, labels = ids(), ids()
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = M2BertForMaskedLM(small()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.model.gradient_checkpointing
+        torch.manual_seed(4)  # the same dropout
+        model(x, labels=labels).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_inputs_embeds_and_hidden_states():
+    model = M2BertModel(small()).eval()
+    x = ids()
+    by_ids = model(x, output_hidden_states=True)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(x))
+    assert torch.equal(by_ids.last_hidden_state, embedded.last_hidden_state)
+    assert len(by_ids.hidden_states) == 3
+    assert torch.equal(by_ids.hidden_states[-1], by_ids.last_hidden_state)
+    assert torch.equal(model(x, return_dict=False)[0], by_ids.last_hidden_state)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(x, inputs_embeds=model.get_input_embeddings()(x))
+
+
+def test_position_ids_default_to_a_range():
+    model = M2BertModel(small()).eval()
+    x = ids()
+    given = model(x, position_ids=torch.arange(20)[None])
+    assert torch.equal(model(x).last_hidden_state, given.last_hidden_state)
+    moved = model(x, position_ids=torch.arange(3, 23)[None])
+    assert not torch.equal(model(x).last_hidden_state, moved.last_hidden_state)
+
+
+@pytest.mark.parametrize("mixer", ["monarch_mixer", "alibi_attention"])
+def test_mask_padding_makes_padding_invisible(mixer):
+    """The reference's outputs for 20 tokens alone and padded differ by up to 3.5."""
+    config = small(mask_padding=True, sequence_mixer=mixer, num_attention_heads=4)
+    model = M2BertForMaskedLM(config).eval()
+    x = ids(length=24)
+    mask = torch.ones_like(x)
+    mask[:, 15:] = 0
+    alone = model(x[:, :15], attention_mask=mask[:, :15]).logits
+    assert max_error(model(x, attention_mask=mask).logits[:, :15], alone) < 1e-5
+    x[:, 15:] = 0
+    assert max_error(model(x, attention_mask=mask).logits[:, :15], alone) < 1e-5
+
+
+def test_label_zero_counts_and_no_label_gives_no_nan():
+    model = M2BertForMaskedLM(small()).eval()
+    x = ids()
+    labels = torch.full_like(x, -100)
+    empty = model(x, labels=labels, masked_logits_only=True)
+    assert empty.loss.item() == 0 and empty.logits.shape == (0, 104)
+    empty.loss.backward()
+    labels[0, 3] = 0  # the reference drops it
+    loss = model(x, labels=labels).loss
+    expected = -model(x).logits[0, 3].log_softmax(0)[0]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_few_steps_fit_a_batch():
+    model = M2BertForMaskedLM(small(hidden_dropout_prob=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = ids()
+    losses = []
+    for _ in range(60):
+        loss = model(x, labels=x, masked_logits_only=True).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(4.6, abs=0.5)  # ln 104
+    assert losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(dtype):
+    """Whole-model casts, as for inference: the filters are computed in fp32 at least."""
+    model = M2BertForMaskedLM(small(mask_padding=True)).eval()
+    x, mask = ids(), torch.ones(2, 20, dtype=torch.long)
+    exact = model(x, attention_mask=mask).logits
+    cast = model.to(dtype)
+    output = cast(x, attention_mask=mask, labels=x)
+    assert output.logits.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert max_error(output.logits, exact) < tolerance * exact.abs().max()
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in cast.parameters())
+
+
+def test_autocast_trains():
+    model = M2BertForMaskedLM(small()).train()
+    x = ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, labels=x, masked_logits_only=True).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_replaced_projections_are_called():
+    """As by int8 dynamic quantisation or an adapter."""
+    model = M2BertForMaskedLM(small()).eval()
+    x = ids()
+    exact = model(x).logits
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    mixer = quantised.model.layers[0].mixer
+    assert type(mixer.in_proj) is not torch.nn.Linear
+    error = max_error(quantised(x).logits, exact)
+    assert 0 < error < 0.2 * exact.abs().max()
+
+
+def test_torch_compile_agrees():
+    model = M2BertForMaskedLM(small()).eval()
+    x = ids()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert max_error(compiled(x).logits, model(x).logits) < 1e-5
+
+
+def test_longer_than_the_model():
+    for config in (small(long_conv_l_max=16), small(max_position_embeddings=16)):
+        with pytest.raises(ValueError, match="20 positions, but this model takes at most 16"):
+            M2BertModel(config)(ids())
+    endless = small(
+        sequence_mixer="alibi_attention", num_attention_heads=4, use_positional_encodings=False
+    )
+    assert M2BertModel(endless)(ids(length=40)).last_hidden_state.shape == (2, 40, 16)
