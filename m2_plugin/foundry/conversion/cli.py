@@ -1,0 +1,353 @@
+"""The arguments of data_prep/convert_c4.py and convert_text.py, and what they mean."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from m2_plugin.foundry.conversion.corpora import (
+    C4_CHARS_PER_SAMPLE,
+    C4_SPLITS,
+    CHARS_PER_TOKEN,
+    TEXT_CORPORA,
+    TEXT_SPLITS,
+    Split,
+    is_held_out,
+)
+from m2_plugin.foundry.conversion.engine import Job, convert
+from m2_plugin.foundry.conversion.errors import ConversionError
+from m2_plugin.foundry.conversion.mds import mds
+from m2_plugin.foundry.conversion.samples import TextOptions
+from m2_plugin.foundry.conversion.sources import (
+    TXT_DOCUMENTS,
+    HubSource,
+    InputFile,
+    choose_block_bytes,
+    input_files,
+    text_bytes_estimate,
+)
+from m2_plugin.foundry.conversion.verify import verify
+
+log = logging.getLogger(__name__)
+
+_C4_FILE = re.compile(r"c4-(train|validation)\.\d+-of-\d+\.json")
+_LABEL = re.compile(r"([A-Za-z0-9_\-]+)=(.+)")
+
+LOCAL_FILES_HELP = """files, folders or globs on disk, instead of the hub: .json .jsonl .ndjson (one
+object per line), .txt .text .raw, each also as .gz .xz .bz2 .zst; .parquet. SPLIT=PATH gives a file
+to one split (train=a.jsonl val=b.jsonl). Without SPLIT= the files serve the splits named; naming
+both training and validation splits then needs --val_fraction."""
+VAL_FRACTION_HELP = """hold out this share of the documents for validation: which ones depends on
+a hash of their text alone, so no document is in both, and copies of one are on the same side."""
+CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":
+ndarray:int32}. Without it a sample is a document, {"text": str}, tokenised while training."""
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _add_io(parser: argparse.ArgumentParser, splits: dict[str, Split]) -> None:
+    parser.add_argument("--out_root", "--out-root", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--splits", nargs="+", default=["train", "val"], metavar="SPLIT",
+        help=f"splits to make, each in its folder below --out_root: {', '.join(splits)}",
+    )  # fmt: skip
+    parser.add_argument("--data_subset", "--data-subset", help="configuration on the hub")
+    parser.add_argument(
+        "--local_files", "--local-files", nargs="+", metavar="[SPLIT=]PATH", help=LOCAL_FILES_HELP
+    )
+    parser.add_argument(
+        "--val_fraction", "--val-fraction", type=float, metavar="F", help=VAL_FRACTION_HELP
+    )
+    parser.add_argument("--text_column", "--text-column", default="text", metavar="KEY")
+    parser.add_argument(
+        "--txt_documents", "--txt-documents", choices=TXT_DOCUMENTS, default="file",
+        help="what is a document in a text file: all of it, a line, or a block between empty lines",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_chars_per_doc", "--max-chars-per-doc", type=int, metavar="N",
+        help="keep the first N characters of each document (M2: 4000, or 8000 with concatenation)",
+    )  # fmt: skip
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--concat_tokens", "--concat-tokens", type=int, metavar="N", help=CONCAT_HELP
+    )
+    parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER")
+    parser.add_argument(
+        "--tokenizer_kwargs", "--tokenizer-kwargs", type=json.loads, default={}, metavar="JSON"
+    )
+    parser.add_argument("--bos_text", "--bos-text", default="", help="put before each document")
+    parser.add_argument("--eos_text", "--eos-text", default="", help="put after each document")
+    parser.add_argument(
+        "--no_wrap", "--no-wrap", action="store_true",
+        help="drop the rest of a document in which a sample ended",
+    )  # fmt: skip
+    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, e.g. zstd")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num_workers", "--num-workers", type=int, metavar="N",
+        help="processes; default: one for each core. The output does not depend on it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on_error", "--on-error", choices=("fail", "skip"), default="fail",
+        help="at a document that cannot be read: stop and name it, or count it and go on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="drop the splits that are there, finished or not"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything again when it is written"
+    )
+    parser.add_argument(
+        "--verify_only", "--verify-only", action="store_true",
+        help="convert nothing; check the splits that are there",
+    )  # fmt: skip
+
+
+def c4_parser() -> argparse.ArgumentParser:
+    """Build the parser of convert_c4.py."""
+    parser = argparse.ArgumentParser(
+        description="Convert C4 to MDS, from the hub or from files on disk. A run that was cut "
+        "short goes on when the same command is run again.",
+    )
+    parser.add_argument("--dataset", default="allenai/c4", help="name on the hub")
+    _add_io(parser, C4_SPLITS)
+    parser.set_defaults(data_subset="en")
+    _add_samples(parser)
+    _add_run(parser)
+    return parser
+
+
+def text_parser() -> argparse.ArgumentParser:
+    """Build the parser of convert_text.py."""
+    parser = argparse.ArgumentParser(
+        description="Convert Wikipedia, BookCorpus or your own files to MDS. A run that was cut "
+        "short goes on when the same command is run again.",
+    )
+    parser.add_argument(
+        "--dataset", help=f"{', '.join(TEXT_CORPORA)}, or any name on the hub; or --local_files"
+    )
+    _add_io(parser, TEXT_SPLITS)
+    _add_samples(parser)
+    _add_run(parser)
+    return parser
+
+
+# --- what they mean ------------------------------------------------------------------------------
+
+
+def _requested_splits(arguments: argparse.Namespace) -> list[str]:
+    names = [name for item in arguments.splits for name in item.split(",") if name]
+    return list(dict.fromkeys(names))
+
+
+def _label_fits(label: str, name: str, splits: dict[str, Split]) -> bool:
+    hub_split = splits[name].hub_split if name in splits else name
+    return label == name or label in (hub_split, {"validation": "val"}.get(hub_split))
+
+
+def _native_label(path: str) -> str | None:
+    match = _C4_FILE.match(Path(path).name)
+    return match[1] if match else None
+
+
+class LocalFiles:
+    """The files given with --local_files, and which split they go to."""
+
+    def __init__(self, arguments: argparse.Namespace, splits: dict[str, Split]):
+        self.splits = splits
+        self.fraction = arguments.val_fraction
+        self.requested = _requested_splits(arguments)
+        self.labelled: list[tuple[str, InputFile]] = []
+        self.plain: list[InputFile] = []
+        for item in arguments.local_files:
+            match = None if Path(item).exists() else _LABEL.fullmatch(item)
+            label, pattern = match.groups() if match else (None, item)
+            for file in input_files([pattern], arguments.txt_documents):
+                self._add(
+                    label or (_native_label(file.path) if splits is C4_SPLITS else None), file
+                )
+
+    def _add(self, label: str | None, file: InputFile) -> None:
+        if label is None:
+            self.plain.append(file)
+        else:
+            self.labelled.append((label, file))
+
+    def known_splits(self) -> set[str]:
+        """Return the names that files were given to."""
+        return {label for label, _ in self.labelled}
+
+    def unused_labels(self) -> list[str]:
+        """Return the names that files were given to, but that no split asked for reads."""
+        labels = sorted(self.known_splits())
+        return [
+            label
+            for label in labels
+            if not any(_label_fits(label, name, self.splits) for name in self.requested)
+        ]
+
+    def of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
+        """Return a split's files, and whether it takes the held-out documents of them."""
+        files = tuple(f for label, f in self.labelled if _label_fits(label, name, self.splits))
+        if files:
+            return files, None
+        if not self.plain:
+            raise ConversionError(
+                f"--local_files has nothing for the split {name!r}: give {name}=PATH"
+            )
+        if self.fraction:
+            return tuple(self.plain), is_held_out(name)
+        unlabelled = [n for n in self.requested if not any(
+            _label_fits(label, n, self.splits) for label in self.known_splits()
+        )]  # fmt: skip
+        if len({is_held_out(n) for n in unlabelled}) > 1:
+            raise ConversionError(
+                f"--local_files would put the same documents into {', '.join(unlabelled)}. Say "
+                "which files go where (train=PATH val=PATH), or hold some out: --val_fraction 0.01"
+            )
+        return tuple(self.plain), None
+
+
+def _check(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
+    if arguments.concat_tokens is not None and arguments.concat_tokens < 1:
+        raise ConversionError("--concat_tokens must be at least 1")
+    if arguments.concat_tokens is not None and not arguments.tokenizer:
+        raise ConversionError("--concat_tokens needs a --tokenizer (a name or a folder)")
+    if arguments.concat_tokens is None and arguments.tokenizer:
+        raise ConversionError(
+            "--tokenizer is only used with --concat_tokens: text is not tokenised"
+        )
+    if arguments.val_fraction is not None and not 0 < arguments.val_fraction < 1:
+        raise ConversionError("--val_fraction must be between 0 and 1")
+    if arguments.num_workers is not None and arguments.num_workers < 1:
+        raise ConversionError("--num_workers must be at least 1")
+    if not arguments.local_files and not arguments.dataset:
+        raise ConversionError("give --dataset NAME (on the hub) or --local_files PATH ...")
+    if arguments.val_fraction and splits is C4_SPLITS and not arguments.local_files:
+        raise ConversionError(
+            "--val_fraction is for --local_files: C4 has its own validation split"
+        )
+
+
+def _check_names(names: list[str], splits: dict[str, Split], local: LocalFiles | None) -> None:
+    known = set(splits) | (local.known_splits() if local and splits is TEXT_SPLITS else set())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        choice = ", ".join(dict.fromkeys([*splits, *sorted(known)]))
+        raise ConversionError(f"unknown split {', '.join(unknown)}; known: {choice}")
+
+
+def _hub_source(arguments: argparse.Namespace, split: Split, name: str) -> HubSource:
+    dataset, subset = TEXT_CORPORA.get(arguments.dataset, (arguments.dataset, None))
+    hub_split = "train" if arguments.val_fraction else split.hub_split
+    load = {"path": dataset, "name": arguments.data_subset or subset, "split": hub_split}
+    return HubSource(tuple(load.items()), arguments.text_column)
+
+
+def _text_bytes(
+    arguments: argparse.Namespace, split: Split, files: tuple[InputFile, ...]
+) -> int | None:
+    """Estimate the text of a split, to choose the size of its shards."""
+    estimates = []
+    if files:
+        estimates.append(text_bytes_estimate(list(files)))
+    if split.max_samples and arguments.concat_tokens:
+        estimates.append(split.max_samples * arguments.concat_tokens * CHARS_PER_TOKEN)
+    elif split.max_samples:
+        estimates.append(split.max_samples * C4_CHARS_PER_SAMPLE)
+    return min(estimates, default=None)
+
+
+def _job(
+    arguments: argparse.Namespace, splits: dict[str, Split], name: str, local: LocalFiles | None
+) -> Job:
+    split = splits.get(name, Split(name))
+    hub: HubSource | None = None
+    files: tuple[InputFile, ...] = ()
+    held_out: bool | None = None
+    if local is not None:
+        files, held_out = local.of(name)
+    else:
+        hub = _hub_source(arguments, split, name)
+        held_out = is_held_out(name) if arguments.val_fraction else None
+    options = TextOptions(
+        text_column=arguments.text_column,
+        max_chars_per_doc=arguments.max_chars_per_doc,
+        held_out=held_out,
+        val_fraction=arguments.val_fraction or 0.0,
+        skip_bad=arguments.on_error == "skip",
+    )
+    concatenate: dict[str, Any] = {}
+    if arguments.concat_tokens is not None:
+        keys = ("tokenizer", "tokenizer_kwargs", "bos_text", "eos_text", "concat_tokens", "no_wrap")
+        concatenate = {key: getattr(arguments, key) for key in keys}
+    return Job(
+        out=arguments.out_root / name,
+        files=files,
+        hub=hub,
+        options=options,
+        compression=arguments.compression,
+        max_samples=split.max_samples,
+        expected_documents=split.documents if hub is not None else None,
+        block_bytes=choose_block_bytes(_text_bytes(arguments, split, files)),
+        **concatenate,
+    )
+
+
+def _run(arguments: argparse.Namespace, splits: dict[str, Split], own_process: bool) -> None:
+    names = _requested_splits(arguments)
+    if arguments.verify_only:
+        mds(alone=own_process)
+        for name in names:
+            verify(arguments.out_root / name, arguments.num_workers)
+        return
+    _check(arguments, splits)
+    local = LocalFiles(arguments, splits) if arguments.local_files else None
+    _check_names(names, splits, local)
+    if local is not None and (unused := local.unused_labels()):
+        log.warning("--local_files: no split asked for uses %s=", ", ".join(unused))
+    jobs = [_job(arguments, splits, name, local) for name in names]
+    for job in jobs:
+        convert(job, arguments.num_workers, arguments.overwrite, alone=own_process)
+        if arguments.verify:
+            verify(job.out, arguments.num_workers)
+
+
+def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[str] | None) -> int:
+    arguments = parser.parse_args(argv)
+    own_process = argv is None
+    # The workers are what runs in parallel; tokenizers would warn at each fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        _run(arguments, splits, own_process)
+    except ConversionError as error:
+        log.error("%s", error)
+        return 1
+    except OSError as error:  # no permission, a failing disk: it names the file
+        log.error("%s", error)
+        log.debug("where it came from", exc_info=True)
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; run the same command again to go on")
+        return 130
+    return 0
+
+
+def main_c4(argv: list[str] | None = None) -> int:
+    """Run convert_c4.py."""
+    return _main(c4_parser(), C4_SPLITS, argv)
+
+
+def main_text(argv: list[str] | None = None) -> int:
+    """Run convert_text.py."""
+    return _main(text_parser(), TEXT_SPLITS, argv)

@@ -1,0 +1,517 @@
+import errno
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m2_plugin.foundry.conversion import cli, folder, worker
+from m2_plugin.foundry.conversion.corpora import C4_CHARS_PER_SAMPLE, C4_SPLITS
+from m2_plugin.foundry.conversion.mds import mds
+from m2_plugin.foundry.conversion.samples import cut_tokens
+from m2_plugin.foundry.conversion.sources import HubSource
+
+from .conftest import C4_SAMPLE, TOKENIZER, content, in_fork, kill_when, write_jsonl
+
+CONCAT = ["--concat_tokens", "64", "--tokenizer", str(TOKENIZER)]
+
+
+def run_text(out: Path, *files: Any, splits: str = "train", flags: Any = ()) -> int:
+    """Run convert_text.py in this process; the exit status."""
+    arguments = ["--out_root", out, "--splits", *splits.split(), "--num_workers", "2"]
+    return cli.main_text([str(a) for a in (*arguments, "--local_files", *files, *flags)])
+
+
+def run_c4(out: Path, *files: Any, splits: str = "train", flags: Any = ()) -> int:
+    arguments = ["--out_root", out, "--splits", *splits.split(), "--num_workers", "2"]
+    return cli.main_c4([str(a) for a in (*arguments, "--local_files", *files, *flags)])
+
+
+def read(folder: Path, column: str = "text") -> list[Any]:
+    from streaming import LocalDataset
+
+    return [sample[column] for sample in LocalDataset(str(folder))]
+
+
+# --- what is written ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_hosts_dataset_reads_the_documents_in_order(tmp_path, c4_texts):
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    flags = ["--compression", "zstd", "--verify"]
+    assert run_c4(tmp_path, C4_SAMPLE, splits="train_small", flags=flags) == 0
+    clean_stale_shared_memory()
+    data = StreamingDataset(local=str(tmp_path), split="train_small", shuffle=False, batch_size=1)
+    assert [sample["text"] for sample in data] == c4_texts
+    assert len(list((tmp_path / "train_small").glob("*.mds.zstd"))) > 10
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--no_wrap"], ["--bos_text", "[MASK]", "--eos_text", "[PAD]"]],
+    ids=["wrap", "no-wrap", "bos-eos"],
+)
+def test_tokens_equal_the_hosts(tmp_path, jsonl, c4_texts, flags):
+    from llmfoundry.data import ConcatTokensDataset
+    from transformers import AutoTokenizer
+
+    assert run_text(tmp_path, jsonl, flags=[*CONCAT, *flags]) == 0
+    hosts = ConcatTokensDataset(
+        [{"text": text} for text in c4_texts[:200]],
+        AutoTokenizer.from_pretrained(TOKENIZER),
+        max_length=64,
+        bos_text="[MASK]" if len(flags) > 1 else "",
+        eos_text="[PAD]" if len(flags) > 1 else "",
+        no_wrap="--no_wrap" in flags,
+    )
+    expected = [sample["tokens"] for sample in hosts]
+    ours = read(tmp_path / "train", "tokens")
+    assert len(ours) == len(expected) > 100
+    assert all(a.dtype == np.int32 for a in ours)
+    assert np.array_equal(ours, expected)
+
+
+def test_the_table_of_c4_is_the_hosts():
+    import llmfoundry.command_utils  # noqa: F401
+
+    module = sys.modules["llmfoundry.command_utils.data_prep.convert_dataset_hf"]
+    host = module.CONSTS["allenai/c4"]
+    ours = {n: (s.hub_split, s.documents, s.max_samples) for n, s in C4_SPLITS.items()}
+    theirs = {
+        s.folder_split: (s.hf_split, s.raw_samples, s.truncated_samples)
+        for s in host.splits.values()
+    }
+    assert ours == theirs
+    assert host.chars_per_sample == C4_CHARS_PER_SAMPLE
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_cut_split_keeps_the_first_samples(tmp_path, c4_texts):
+    assert run_c4(tmp_path, C4_SAMPLE, splits="val_xxsmall") == 0
+    assert read(tmp_path / "val_xxsmall") == c4_texts[:100]
+    tokens = tmp_path / "tokens"
+    assert run_c4(tokens, C4_SAMPLE, splits="val_xxsmall", flags=CONCAT) == 0
+    assert run_c4(tokens, C4_SAMPLE, splits="train", flags=CONCAT) == 0
+    cut, whole = read(tokens / "val_xxsmall", "tokens"), read(tokens / "train", "tokens")
+    assert np.array_equal(cut, whole[:100])
+
+
+def test_held_out_documents_are_in_one_split_only(tmp_path, c4_texts):
+    flags = ["--val_fraction", "0.2"]
+    assert run_c4(tmp_path, C4_SAMPLE, splits="train_small val", flags=flags) == 0
+    train, val = read(tmp_path / "train_small"), read(tmp_path / "val")
+    assert sorted(train + val) == sorted(c4_texts)
+    assert not set(train) & set(val)
+    assert 150 < len(val) < 250
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("no_wrap", [[], ["--no_wrap"]], ids=["wrap", "no-wrap"])
+def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypatch, no_wrap):
+    """Each large compressed file is cut for itself; what is left over is joined at the end."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.LANE_BYTES", 1)
+    files = []
+    for i in range(5):
+        plain = write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 20 : i * 20 + 20])
+        files.append(plain.with_suffix(".jsonl.xz"))
+        files[-1].write_bytes(lzma.compress(plain.read_bytes()))
+    assert run_text(tmp_path / "out", *files, flags=[*CONCAT, *no_wrap]) == 0
+    ours = np.concatenate(read(tmp_path / "out" / "train", "tokens"))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokens = np.concatenate([tokenizer(text)["input_ids"] for text in c4_texts[:100]])
+    if no_wrap:
+        assert len(ours) < len(tokens)
+        return
+    assert 0 <= len(tokens) - len(ours) < 64
+    lost = np.bincount(tokens, minlength=30522) - np.bincount(ours, minlength=30522)
+    assert lost.min() >= 0
+
+
+def test_cut_tokens():
+    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
+    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=True) == ([0], 3)
+    assert cut_tokens([], carry=4, length=5, no_wrap=True) == ([], 4)
+
+
+def test_max_chars(tmp_path, jsonl, c4_texts):
+    assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "50"]) == 0
+    assert read(tmp_path / "train") == [text[:50] for text in c4_texts[:200]]
+
+
+# --- inputs ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("suffix", ["jsonl", "json.gz", "jsonl.bz2", "jsonl.zst", "parquet"])
+def test_kinds_of_file(tmp_path, jsonl, c4_texts, suffix):
+    import bz2
+
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / f"docs.{suffix}"
+    if suffix == "parquet":
+        table = pyarrow.table({"id": list(range(200)), "body": c4_texts[:200]})
+        pyarrow.parquet.write_table(table, path, row_group_size=30)
+    else:
+        compress = {"gz": gzip.compress, "bz2": bz2.compress}.get(suffix.split(".")[-1], bytes)
+        if suffix.endswith("zst"):
+            compress = lambda data: pyarrow.compress(data, "zstd", asbytes=True)  # noqa: E731
+        path.write_bytes(compress(jsonl.read_bytes().replace(b'{"text"', b'{"body"')))
+    assert run_text(tmp_path / "out", path, flags=["--text_column", "body"]) == 0
+    assert read(tmp_path / "out" / "train") == c4_texts[:200]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_text_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes("\ufeffone\r\nzwei — 2\r\n\r\n\r\nthree\r\n".encode())
+    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(b"four\nfive\n\n \n\nsix"))
+    expected = {
+        "file": ["one\nzwei — 2\n\n\nthree\n", "four\nfive\n\n \n\nsix"],
+        "line": ["one", "zwei — 2", "three", "four", "five", "six"],
+        "paragraph": ["one\nzwei — 2", "three", "four\nfive", "six"],
+    }
+    for mode, texts in expected.items():
+        out = tmp_path / mode
+        assert run_text(out, tmp_path / "in", flags=["--txt_documents", mode]) == 0
+        assert read(out / "train") == texts
+
+
+def test_native_c4_names_go_to_their_splits(tmp_path, c4_texts):
+    for i, kind in enumerate(("train", "validation")):
+        plain = write_jsonl(tmp_path / "docs.jsonl", c4_texts[i * 10 : i * 10 + 10])
+        name = f"c4-{kind}.00000-of-00001.json.gz"
+        (tmp_path / "en").mkdir(exist_ok=True)
+        (tmp_path / "en" / name).write_bytes(gzip.compress(plain.read_bytes()))
+    assert run_c4(tmp_path / "out", tmp_path / "en", splits="train_small val") == 0
+    assert read(tmp_path / "out" / "train_small") == c4_texts[:10]
+    assert read(tmp_path / "out" / "val") == c4_texts[10:20]
+
+
+def test_labelled_files(tmp_path, c4_texts):
+    a = write_jsonl(tmp_path / "a.jsonl", c4_texts[:5])
+    b = write_jsonl(tmp_path / "b.jsonl", c4_texts[5:8])
+    assert run_text(tmp_path / "out", f"train={a}", f"mine={b}", splits="train mine") == 0
+    assert read(tmp_path / "out" / "train") == c4_texts[:5]
+    assert read(tmp_path / "out" / "mine") == c4_texts[5:8]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_streamed_data_set_in_shards(tmp_path, c4_texts, monkeypatch):
+    """What the hub gives, given by files through the same `datasets` streaming."""
+    files = [
+        str(write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 40 : i * 40 + 40])) for i in range(3)
+    ]
+    load = {"path": "json", "data_files": files, "split": "train"}
+    source = HubSource(tuple(load.items()))
+    monkeypatch.setattr(cli, "_hub_source", lambda *_: source)
+    for workers in ("1", "2"):
+        arguments = ["--out_root", str(tmp_path / workers), "--splits", "train"]
+        arguments += ["--dataset", "some/name", "--num_workers", workers]
+        assert cli.main_text(arguments) == 0
+    assert read(tmp_path / "1" / "train") == c4_texts[:120]
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+# --- the same on every run ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_the_number_of_workers_changes_nothing(tmp_path, jsonl, flags, compressed):
+    source = jsonl
+    if compressed:
+        source = jsonl.with_suffix(".jsonl.gz")
+        source.write_bytes(gzip.compress(jsonl.read_bytes()))
+    for workers in (1, 2, 5):
+        out = tmp_path / str(workers)
+        assert run_text(out, source, flags=[*flags, "--num_workers", workers]) == 0
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "5")
+    assert len(content(tmp_path / "1")) > 6
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
+def test_killed_and_run_again(tmp_path, jsonl, flags):
+    assert run_text(tmp_path / "unbroken", jsonl, flags=flags) == 0
+    out = tmp_path / "out"
+    records = out / ".train.partial" / "records"
+    pid = in_fork(lambda: run_text(out, jsonl, flags=flags))
+    kill_when(pid, lambda: len(list(records.glob("*.json"))) >= 3)
+    finished = [
+        (out / ".train.partial" / shard["file"]).stat()
+        for path in records.glob("*.json")
+        for shard in json.loads(path.read_text())["shards"]
+    ]
+    assert len(finished) >= 3 and not (out / "train").exists()
+    assert run_text(out, jsonl, flags=[*flags, "--num_workers", 1]) == 0
+    assert content(out) == content(tmp_path / "unbroken")
+    now = {(s.st_ino, s.st_mtime_ns) for s in map(Path.stat, (out / "train").glob("*.mds"))}
+    assert {(s.st_ino, s.st_mtime_ns) for s in finished} <= now
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_killed_at_every_step(tmp_path, c4_texts):
+    """Every change that lasts is a rename: kill the main process before the 1st, the 2nd, ..."""
+    source = write_jsonl(tmp_path / "docs.jsonl", c4_texts[:50])
+    assert run_text(tmp_path / "unbroken", source, flags=CONCAT) == 0
+    expected = content(tmp_path / "unbroken")
+    replace = os.replace
+
+    for step in range(100):
+        out = tmp_path / f"killed-{step}"
+        steps = tmp_path / f"steps-{step}"  # a byte for each; a lock would die with its holder
+
+        def run(out: Path = out, step: int = step, steps: Path = steps) -> None:
+            main = os.getpid()
+
+            def counted(*paths: Any) -> None:
+                with steps.open("ab") as file:
+                    file.write(b".")
+                if steps.stat().st_size > step:
+                    os.kill(main, signal.SIGKILL)
+                    signal.pause()
+                replace(*paths)
+
+            folder.os.replace = counted  # in this fork only
+            run_text(out, source, flags=CONCAT)
+
+        os.waitpid(in_fork(run), 0)
+        survived = steps.stat().st_size <= step
+        assert survived == ((out / "train").exists())
+        assert run_text(out, source, flags=CONCAT) == 0
+        assert content(out) == expected
+        if survived:
+            break
+    assert 10 < step < 99
+
+
+def test_run_again_when_finished(tmp_path, jsonl, caplog):
+    caplog.set_level("INFO")
+    assert run_text(tmp_path, jsonl) == 0
+    before = (tmp_path / "train" / "index.json").stat()
+    assert run_text(tmp_path, jsonl) == 0
+    assert "nothing to do" in caplog.text
+    assert (tmp_path / "train" / "index.json").stat() == before
+    assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9"]) == 1
+    assert "max_chars_per_doc: None there, 9 now" in caplog.text and "--overwrite" in caplog.text
+    assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9", "--overwrite"]) == 0
+    assert len(read(tmp_path / "train")[0]) == 9
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_other_settings_do_not_mix(tmp_path, jsonl, caplog):
+    pid = in_fork(lambda: run_text(tmp_path, jsonl, flags=CONCAT))
+    partial = tmp_path / ".train.partial"
+    kill_when(pid, lambda: len(list((partial / "records").glob("*.json"))) >= 1)
+    assert run_text(tmp_path, jsonl) == 1
+    assert str(partial) in caplog.text and "other settings" in caplog.text
+    os.utime(jsonl)
+    assert run_text(tmp_path, jsonl, flags=CONCAT) == 1
+    assert "other inputs" in caplog.text
+    assert not (tmp_path / "train").exists()
+    assert run_text(tmp_path, jsonl, flags=["--overwrite"]) == 0
+
+
+# --- what goes wrong ---
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "thesis.tex").write_text("precious")
+    assert run_text(tmp_path, jsonl) == 1
+    assert str(tmp_path / "train") in caplog.text and "not empty" in caplog.text
+    assert content(tmp_path / "train") == {"thesis.tex": b"precious"}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "not JSON"),
+        (b'{"body": "other key"}', "no key 'text'"),
+        (b'{"text": 7}', "int, not a string"),
+        (b'["text"]', "not a JSON object"),
+        (b'{"text": "\xff\xfe"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_bad_lines(tmp_path, jsonl, c4_texts, caplog, compressed, line, reason):
+    lines = jsonl.read_bytes().splitlines()
+    lines[122] = line
+    path = tmp_path / ("bad.json.gz" if compressed else "bad.json")
+    data = b"\n".join(lines)
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    assert run_text(tmp_path / "out", path) == 1
+    assert f"{path}:123: " in caplog.text and reason in caplog.text
+    assert not (tmp_path / "out" / "train").exists()
+    caplog.clear()
+    assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0  # goes on
+    assert "skipped 1 bad documents" in caplog.text and f"{path}:123: " in caplog.text
+    assert read(tmp_path / "out" / "train") == c4_texts[:122] + c4_texts[123:200]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("suffix", ["gz", "xz"])
+def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
+    path = tmp_path / f"cut.json.{suffix}"
+    data = {"gz": gzip, "xz": lzma}[suffix].compress(jsonl.read_bytes())
+    path.write_bytes(data[: len(data) * 2 // 3])
+    assert run_text(tmp_path / "out", path) == 1
+    assert f"{path}:" in caplog.text and "cannot be read any further" in caplog.text
+    caplog.clear()
+    assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0
+    assert "skipped 1 bad documents" in caplog.text
+    texts = read(tmp_path / "out" / "train")
+    assert texts == c4_texts[: len(texts)] and 50 < len(texts) < 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--splits", "trian"], "unknown split trian; known: train, train_small, val, val_small"),
+        (["--local_files", "/no/such/file.jsonl"], "'/no/such/file.jsonl' does not exist"),
+        (["--concat_tokens", "128"], "--concat_tokens needs a --tokenizer"),
+        (["--concat_tokens", "128", "--tokenizer", "/no/such"], "--tokenizer /no/such: cannot be"),
+        (["--tokenizer", "bert-base-uncased"], "only used with --concat_tokens"),
+        (["--splits", "train_small", "val"], "--val_fraction 0.01"),
+        (["--local_files", "val=SAMPLE"], "nothing for the split 'train'"),
+        (["--local_files", "PYTHON"], "unknown kind of file"),
+        (["--text_column", "content"], "no key 'content'"),
+        (["--compression", "lzip"], "--compression lzip: unknown"),
+        (["--val_fraction", "1.5"], "between 0 and 1"),
+    ],
+)
+def test_wrong_arguments(tmp_path, caplog, monkeypatch, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"SAMPLE": str(C4_SAMPLE), "PYTHON": __file__}
+    flags = ["=".join(names.get(part, part) for part in flag.split("=")) for flag in flags]
+    assert run_c4(tmp_path / "out", C4_SAMPLE, flags=flags) == 1
+    assert message in caplog.text
+    assert "Traceback" not in caplog.text
+    assert not (tmp_path / "out" / "train").exists()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_writer_finds_the_disk_full(tmp_path, jsonl, caplog, monkeypatch):
+    assert run_text(tmp_path / "unbroken", jsonl) == 0
+    out = tmp_path / "out"
+    flush = mds().MDSWriter.flush_shard
+
+    def flush_until_full(self: Any) -> None:
+        if "00005" in self.local:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mds().MDSWriter, "flush_shard", flush_until_full)
+        assert run_text(out, jsonl) == 1
+    assert f"no space left on the disk of {out / '.train.partial'}" in caplog.text
+    assert not (out / "train").exists()
+    assert run_text(out, jsonl) == 0
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_disk_full(tmp_path, jsonl, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        (disk / "ballast").write_bytes(bytes(200_000))
+        assert run_text(disk / "out", jsonl) == 1
+        assert "no space left on the disk of" in caplog.text and "MB free" in caplog.text
+        assert not (disk / "out" / "train").exists()
+        (disk / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert run_text(disk / "out", jsonl, flags=["--verify"]) == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch):
+    monkeypatch.setattr(worker, "write_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert run_text(tmp_path, jsonl) == 1
+    assert "exit code -9" in caplog.text and "--num_workers" in caplog.text
+
+
+# --- verification ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("flags", [[], ["--compression", "zstd", *CONCAT]], ids=["text", "tokens"])
+def test_verify_names_what_is_damaged(tmp_path, jsonl, caplog, flags):
+    caplog.set_level("INFO")
+    assert run_text(tmp_path, jsonl, flags=[*flags, "--verify"]) == 0
+    assert "are as written" in caplog.text
+    caplog.clear()
+    flipped, cut, gone = sorted((tmp_path / "train").glob("shard.*"))[1:4]
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    os.truncate(cut, cut.stat().st_size - 1)
+    gone.unlink()
+    assert run_text(tmp_path, jsonl, flags=["--verify_only"]) == 1
+    assert f"{flipped}: its xxh64" in caplog.text
+    assert f"{cut}: {cut.stat().st_size} bytes, the index says" in caplog.text
+    assert f"{gone}: missing" in caplog.text
+    assert caplog.text.count("shard.") == 3
+
+
+def test_verify_a_folder_of_the_hosts(tmp_path, caplog):
+    with mds().MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as writer:
+        for i in range(10):
+            writer.write({"text": f"text {i}"})
+    arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
+    assert cli.main_text(arguments) == 0
+    assert "no manifest" in caplog.text
+    os.truncate(tmp_path / "train" / "shard.00000.mds", 50)
+    assert cli.main_text(arguments) == 1
+    assert cli.main_text([*arguments, "--out_root", str(tmp_path / "nowhere")]) == 1
+    assert "missing" in caplog.text
+
+
+# --- the script itself ---
+
+
+def test_script(tmp_path):
+    """In a process of its own, which imports only the parts of streaming that it needs."""
+    script = C4_SAMPLE.parents[1] / "convert_c4.py"
+    arguments = ["--out_root", str(tmp_path), "--splits", "train_small,val", "--local_files"]
+    arguments += [str(C4_SAMPLE), "--val_fraction", "0.05"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "docs/s" in done.stderr and "samples in" in done.stderr
+    assert len(read(tmp_path / "train_small") + read(tmp_path / "val")) == 1000
+
+
+def test_parts_of_streaming_alone_do_not_spoil_the_whole():
+    code = """
+import sys
+from m2_plugin.foundry.conversion.mds import mds
+assert not {"streaming", "torch", "datasets", "transformers"} & sys.modules.keys()
+writer = mds(alone=True).MDSWriter
+assert "torchvision" not in sys.modules
+import streaming
+from streaming.base.util import merge_index
+assert streaming.MDSWriter is writer and streaming.LocalDataset
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
