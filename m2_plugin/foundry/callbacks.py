@@ -1,0 +1,327 @@
+"""Callbacks: random numbers that survive a resume, and the picture of a run's losses."""
+
+import csv
+import io
+import logging
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, format_name_with_dist
+from numpy.typing import NDArray
+
+__all__ = ["LossCurve", "SeedEachBatch"]
+
+log = logging.getLogger(__name__)
+
+EVAL_METRIC = "LanguageCrossEntropy"
+TRAIN = "train"
+Point = tuple[int, str, float]  # batch, curve, loss in nats
+End = tuple[float, float, str]  # last batch of a curve, its loss there, its colour
+
+
+class SeedEachBatch(Callback):
+    """Seeds Python, NumPy and torch, all devices, at the start of each training batch.
+
+    The seed is a function of (run seed, batch, rank), so that dropout in a resumed run is that of
+    an unbroken one: Composer restores random states only between epochs. Evaluation draws from
+    the same generators, but the next batch seeds them again, so that it changes nothing in
+    training.
+
+    Args:
+        seed: In place of the run's seed.
+    """
+
+    def __init__(self, seed: int | None = None):
+        self.seed = seed
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Seed for the batch about to run."""
+        del logger
+        run_seed = state.rank_zero_seed if self.seed is None else self.seed
+        batch = state.timestamp.batch.value
+        words = np.random.SeedSequence([run_seed, batch, dist.get_global_rank()]).generate_state(1)
+        seed = int(words[0])
+        # Not composer's seed_all: it logs a line per call.
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+class LossCurve(Callback):
+    """Draws the losses of a run to `loss_curve.png` and writes its points to `loss_curve.csv`.
+
+    Both are written by rank 0 after each evaluation and at the end, through a temporary file. The
+    points travel in the checkpoint, so that the curve of a resumed run has no gap and no repeats.
+
+    Args:
+        folder: Where to write; `{run_name}` is replaced. By default the run's `save_folder`, next
+            to the checkpoints, or `./{run_name}` where there is none or it is remote.
+        eval_metric: Evaluation metric to draw, by class name.
+        unigram_baseline: At the start, compute the cross-entropy of the evaluation tokens under
+            the unigram distribution of the training tokens, and that distribution's entropy;
+            log both and draw them: a model that has learned no context cannot do better.
+        unigram_samples: Samples to count, at most, of each dataset.
+        smoothing: Span in batches of the running mean drawn over the training loss; by default
+            1/50 of the points.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        eval_metric: str = EVAL_METRIC,
+        unigram_baseline: bool = False,
+        unigram_samples: int = 20_000,
+        smoothing: int | None = None,
+    ):
+        self.folder = folder
+        self.eval_metric = eval_metric
+        self.unigram_baseline = unigram_baseline
+        self.unigram_samples = unigram_samples
+        self.smoothing = smoothing
+        self.points: list[Point] = []
+        self.baseline: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points as one CSV string: a single leaf, also in a sharded checkpoint."""
+        return {"points": _to_csv(self.points), "baseline": _to_csv(self._baseline_rows())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the curve of a checkpoint."""
+        self.points = _from_csv(state["points"])
+        self.baseline = {name: value for _, name, value in _from_csv(state["baseline"])}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Compute and log the baseline, unless a checkpoint brought it."""
+        if not self.unigram_baseline:
+            return
+        if not self.baseline:
+            found = [self._count_baseline(state) if dist.get_global_rank() == 0 else {}]
+            dist.broadcast_object_list(found, src=0)
+            self.baseline = found[0]
+        logger.log_metrics({f"baseline/{name}": value for name, value in self.baseline.items()})
+        logger.log_hyperparameters({f"baseline/{k}": v for k, v in self.baseline.items()})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Take the loss of this batch, which Composer has reduced over the ranks."""
+        del logger
+        loss = state.total_loss_dict.get("loss/train/total")
+        if loss is not None:
+            self.points.append((state.timestamp.batch.value, TRAIN, float(loss)))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Take the evaluation loss and write."""
+        del logger
+        label = state.dataloader_label or "eval"
+        metric = state.eval_metrics.get(label, {}).get(self.eval_metric)
+        if metric is not None:
+            # On all ranks: it is a collective. Rerunning an evaluation replaces its point.
+            point = (state.timestamp.batch.value, label, float(metric.compute()))
+            self.points = [p for p in self.points if p[:2] != point[:2]] + [point]
+        self._write(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Write."""
+        del logger
+        self._write(state)
+
+    def _baseline_rows(self) -> list[Point]:
+        return [(0, name, value) for name, value in self.baseline.items()]
+
+    def _count_baseline(self, state: State) -> dict[str, float]:
+        train = getattr(state.train_dataloader, "dataset", None)
+        evals = [getattr(e.dataloader.dataloader, "dataset", None) for e in state.evaluators]
+        evals = [dataset for dataset in evals if dataset is not None]
+        if train is None or not evals:
+            log.warning("unigram_baseline needs a train and an eval dataset: skipped.")
+            return {}
+        return unigram_baseline(train, evals, self.unigram_samples)
+
+    def _write(self, state: State) -> None:
+        if dist.get_global_rank() != 0 or not self.points:
+            return
+        folder = format_name_with_dist(self.folder or _save_folder(state), state.run_name)
+        os.makedirs(folder, exist_ok=True)
+        table = _to_csv(self._baseline_rows() + sorted(self.points)).encode()
+        _write_atomically(os.path.join(folder, "loss_curve.csv"), lambda f: f.write(table))
+        figure = draw_loss_curve(self.points, self.baseline, state.run_name, self.smoothing)
+        _write_atomically(
+            os.path.join(folder, "loss_curve.png"), lambda f: figure.savefig(f, format="png")
+        )
+
+
+def _save_folder(state: State) -> str:
+    for callback in state.callbacks:
+        # With a remote folder the saver's own is a temporary one.
+        if isinstance(callback, CheckpointSaver) and callback.remote_uploader is None:
+            return callback.folder
+    return "./{run_name}"
+
+
+def _to_csv(points: Iterable[Point]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("batch", "curve", "loss"))
+    writer.writerows(points)  # csv writes floats with repr: nothing is lost
+    return text.getvalue()
+
+
+def _from_csv(text: str) -> list[Point]:
+    rows = csv.reader(io.StringIO(text))
+    next(rows)
+    return [(int(batch), curve, float(loss)) for batch, curve, loss in rows]
+
+
+def _write_atomically(path: str, write: Callable[[Any], Any]) -> None:
+    folder, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def unigram_baseline(train: Any, evals: Iterable[Any], max_samples: int) -> dict[str, float]:
+    """Losses, in nats per token, of a model that knows word frequencies only.
+
+    Special tokens are left out, as masking leaves them out.
+
+    Args:
+        train: Dataset with a `tokenizer`, giving `input_ids` per index, as `mlm_text` has.
+        evals: Datasets of the same kind, counted together.
+        max_samples: Samples to count of each, spread evenly.
+
+    Returns:
+        `unigram_cross_entropy`, of the evaluation tokens under the training tokens' distribution
+        with one added to every count, and `unigram_entropy`, of that distribution as counted.
+        Empty if there are no tokens.
+    """
+    tokenizer = train.tokenizer
+    keep = np.ones(len(tokenizer), dtype=bool)
+    keep[tokenizer.all_special_ids] = False
+    counts = _count_tokens(train, len(tokenizer), max_samples)[keep]
+    seen = np.zeros(len(counts))
+    for dataset in evals:
+        seen += _count_tokens(dataset, len(tokenizer), max_samples)[keep]
+    if not counts.sum() or not seen.sum():
+        return {}
+    smoothed = (counts + 1.0) / (counts + 1.0).sum()
+    return {
+        "unigram_cross_entropy": float(-(seen * np.log(smoothed)).sum() / seen.sum()),
+        "unigram_entropy": _entropy(counts),
+    }
+
+
+def _entropy(counts: NDArray[np.float64]) -> float:
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def _count_tokens(dataset: Any, vocab_size: int, max_samples: int) -> NDArray[np.float64]:
+    size = dataset.size if hasattr(dataset, "size") else len(dataset)  # len() is per rank
+    counts = np.zeros(vocab_size)
+    for i in np.linspace(0, size - 1, num=min(size, max_samples)).astype(int):
+        sample = dataset[int(i)]
+        ids = np.asarray(sample["input_ids"] if isinstance(sample, dict) else sample)
+        counts += np.bincount(ids, minlength=vocab_size)
+    return counts
+
+
+def _running_mean(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
+    """Centred mean over `span` values; the window shrinks at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low = np.maximum(index - span // 2, 0)
+    high = np.minimum(index + span // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def draw_loss_curve(
+    points: Iterable[Point],
+    baseline: dict[str, float],
+    title: str,
+    smoothing: int | None = None,
+) -> Any:
+    """Draw the curves of a run.
+
+    Args:
+        points: (batch, curve, loss); the curve "train" is drawn thin and smoothed.
+        baseline: Losses to draw as horizontal lines.
+        title: Title of the figure.
+        smoothing: Span of the running mean; by default 1/50 of the training points.
+
+    Returns:
+        A matplotlib figure.
+    """
+    # Here, not at the top: matplotlib is slow to import, and only rank 0 of some runs draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for batch, curve, loss in sorted(points):
+        if math.isfinite(loss):
+            curves.setdefault(curve, []).append((batch, loss))
+    ends = []
+    if TRAIN in curves:
+        ends.append(_draw_train(axes, curves.pop(TRAIN), smoothing))
+    for i, (label, curve_points) in enumerate(curves.items()):
+        ends.append(_draw_eval(axes, label, curve_points, color=f"C{i + 1}"))
+    styles = (("--", "0.25"), (":", "0.5"))
+    for (name, value), (line, grey) in zip(baseline.items(), styles, strict=False):
+        label = f"{name.replace('_', ' ')}: {value:.3f}"
+        axes.axhline(value, linestyle=line, color=grey, linewidth=1, label=label)
+    axes.set(title=title, xlabel="batch", ylabel="loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    _annotate(axes, ends)
+    return figure
+
+
+def _draw_train(axes: Any, points: list[tuple[int, float]], smoothing: int | None) -> End:
+    batches, losses = np.array(points).T
+    smooth = _running_mean(losses, smoothing or min(len(losses) // 50 + 4, len(losses)))
+    axes.plot(batches, losses, color="C0", linewidth=0.6, alpha=0.4)
+    axes.plot(batches, smooth, color="C0", linewidth=1.6, label="train, smoothed")
+    return batches[-1], smooth[-1], "C0"
+
+
+def _draw_eval(axes: Any, label: str, points: list[tuple[int, float]], color: str) -> End:
+    batches, losses = np.array(points).T
+    axes.plot(batches, losses, color=color, linewidth=1.4, marker="o", markersize=3.5, label=label)
+    return batches[-1], losses[-1], color
+
+
+def _annotate(axes: Any, ends: list[End]) -> None:
+    """Write final values right of the axes, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    below = -math.inf
+    for batch, loss, color in sorted(ends, key=lambda end: end[1]):
+        height = max(loss, below + 0.035 * (high - low))  # a line of text is 3.5 % of the axis
+        below = height
+        axes.annotate(
+            f"{loss:.3f}",
+            (batch, loss),
+            xytext=(1.01, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=color,
+            fontsize=9,
+        )

@@ -1,0 +1,489 @@
+"""The `mlm_text` dataloader: the host's `text` loader with masking that does not depend on luck.
+
+The dataset, the streams and the data spec are the host's; the collator is ours. It masks as BERT
+does, with draws that are a pure function of (seed, epoch, tokens of the sample): worker, rank and
+neighbours in the batch do not matter, and a resumed run sees the masks of an unbroken one.
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core.data_spec import DataSpec
+from composer.utils import dist
+from llmfoundry import registry
+from llmfoundry.data.text_data import (
+    ConcatenatedSequenceCollatorWrapper,
+    StreamingTextDataset,
+    build_streams,
+)
+from llmfoundry.utils.registry_utils import construct_from_registry
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.hashing import get_hash
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
+
+__all__ = ["MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader"]
+
+log = logging.getLogger(__name__)
+
+PAD_MULTIPLE = 8  # rows of unequal length: tensor cores want lengths that are multiples of 8
+DEFAULT_SEED = 9176  # the host's default shuffle_seed
+
+OWN_KEYS = frozenset({"mlm_probability", "mask_seed", "remask_each_epoch"})
+HOST_COLLATOR_KEYS = frozenset(
+    {
+        "eos_token_id",
+        "bos_token_id",
+        "override_eos_token_id_mismatch_error",
+        "override_bos_token_id_mismatch_error",
+        "seq_parallel_replication",
+    }
+)
+SET_BY_BUILDER = frozenset({"self", "tokenizer", "batch_size", "kwargs"})
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+ROULETTE_SALT = np.uint64(0xD1B54A32D192ED03)
+MASK_BELOW = np.uint64(int(0.8 * 2**32))  # 80 % [MASK]
+KEEP_FROM = np.uint64(int(0.9 * 2**32))  # 10 % unchanged; between the two, 10 % a random id
+
+
+def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words in place (the finaliser of splitmix64); returns `x`."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def _key64(*words: int) -> np.uint64:
+    """Fold integers into one 64-bit key."""
+    key = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        key = _mix64(key + GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
+    return np.uint64(key[0])
+
+
+class MLMTextDataset(StreamingTextDataset):
+    """The host's text dataset, each item a dict that also carries the epoch it is drawn in.
+
+    The collator runs in worker processes, which learn the epoch nowhere else. It is read from the
+    counter that streaming keeps in shared memory: it holds `epoch + 1` from the barrier that opens
+    an epoch until all workers have left that epoch, with persistent workers and after
+    `load_state_dict` too.
+    """
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        """Read and tokenise one sample.
+
+        Args:
+            idx: Sample id.
+
+        Returns:
+            `input_ids` (L,), `attention_mask` (L,) where the sample was text, and `epoch`.
+
+        Raises:
+            RuntimeError: If the sample cannot be read; the message names the shard file.
+        """
+        try:
+            sample = super().__getitem__(idx)
+        except Exception as error:
+            raise RuntimeError(
+                f"Sample {idx} cannot be read from shard {self._shard_file(idx)}: {error}"
+            ) from error
+        epoch = max(self.next_epoch - 1, 0)
+        if isinstance(sample, torch.Tensor):
+            return {"input_ids": sample.numpy(), "epoch": epoch}
+        return {
+            "input_ids": np.array(sample["input_ids"], dtype=np.int64),
+            "attention_mask": np.array(sample["attention_mask"], dtype=bool),
+            "epoch": epoch,
+        }
+
+    def _shard_file(self, idx: int) -> str:
+        shard_id, _ = self.spanner[idx]
+        stream = self.streams[self.stream_per_shard[shard_id]]
+        raw_info, _ = self.shards[shard_id].file_pairs[0]
+        return os.path.join(stream.local, stream.split or "", raw_info.basename)
+
+
+class MLMCollator:
+    """Pads samples into a batch and masks it as BERT does.
+
+    Each position that is neither padding nor a special token is chosen independently with
+    `mlm_probability`; of the chosen, 80% become [MASK], 10% a random id and 10% stay. Labels hold
+    the original id at chosen positions and -100 elsewhere.
+
+    The draws are counters hashed with a key per row (splitmix64), the key a hash of the seed, the
+    epoch and the row's tokens, for the whole batch at once. Two equal samples of one epoch are
+    therefore masked alike, also where a stream's `repeat` gives one sample several times.
+
+    Args:
+        tokenizer: Gives the mask, padding and special ids and the vocabulary size.
+        mlm_probability: Share of the positions to predict, strictly between 0 and 1.
+        max_seq_len: Rows of unequal length are padded to a multiple of 8, to this at most.
+        seed: Another seed, other masks.
+        remask_each_epoch: Draw anew in each epoch; False keeps the masks of epoch 0, so that
+            evaluation losses compare.
+
+    Raises:
+        ValueError: If the probability is out of range or the tokenizer has no mask or pad token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float,
+        max_seq_len: int,
+        seed: int = DEFAULT_SEED,
+        remask_each_epoch: bool = True,
+    ):
+        _check_probability(mlm_probability)
+        for token in ("mask_token", "pad_token"):
+            if getattr(tokenizer, token) is None:
+                raise ValueError(
+                    f"mlm_text needs a tokenizer with a {token}; "
+                    f"{tokenizer.name_or_path!r} has none."
+                )
+        self.mlm_probability = mlm_probability
+        self.max_seq_len = max_seq_len
+        self.seed = seed
+        self.remask_each_epoch = remask_each_epoch
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.mask_id = int(tokenizer.mask_token_id)
+        self.vocab_size = len(tokenizer)
+        self.is_special = np.zeros(self.vocab_size, dtype=bool)
+        self.is_special[tokenizer.all_special_ids] = True
+        # A tokenizer may pad with its end-of-text token: then a stored pad id is text, not padding.
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+        self.pad_id_is_padding = self.pad_id not in others
+        self.choose_below = np.uint64(int(mlm_probability * 2**64))
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Make a batch of B samples.
+
+        Args:
+            samples: Dicts with `input_ids` and optionally `attention_mask` and `epoch`, or 1-D
+                tensors of ids, mixed as they come.
+
+        Returns:
+            `input_ids`, `attention_mask`, `token_type_ids` and `labels`, each (B, L) int64, and
+            the host's token counts per row, `total_tokens` and `loss_generating_tokens`.
+
+        Raises:
+            ValueError: If an id lies outside the tokenizer's vocabulary.
+        """
+        ids, attention, epochs = self._stack(samples)
+        self._check_ids(ids)
+        input_ids, chosen = self._mask(ids, attention, epochs)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention.astype(np.int64)),
+            "token_type_ids": torch.zeros(ids.shape, dtype=torch.int64),
+            "labels": torch.from_numpy(np.where(chosen, ids, IGNORE_INDEX)),
+            # Lists, one entry per row, so that Composer splits them with the microbatches.
+            "total_tokens": attention.sum(axis=1).tolist(),
+            "loss_generating_tokens": chosen.sum(axis=1).tolist(),
+        }
+
+    def _stack(
+        self, samples: Sequence[Any]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        rows = [self._row(sample) for sample in samples]
+        lengths = {len(ids) for ids, _, _ in rows}
+        width = max(lengths)
+        if len(lengths) > 1:
+            width = max(width, min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_seq_len))
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)  # (B, L)
+        attention = np.zeros((len(rows), width), dtype=bool)  # (B, L)
+        for i, (row_ids, row_attention, _) in enumerate(rows):
+            ids[i, : len(row_ids)] = row_ids
+            attention[i, : len(row_ids)] = row_attention
+        return ids, attention, np.array([epoch for _, _, epoch in rows], dtype=np.int64)
+
+    def _row(self, sample: Any) -> tuple[Any, Any, int]:
+        if not isinstance(sample, Mapping):
+            sample = {"input_ids": sample}
+        ids = np.asarray(sample["input_ids"])
+        attention = sample.get("attention_mask")
+        if attention is None:
+            attention = ids != self.pad_id if self.pad_id_is_padding else np.ones(len(ids), bool)
+        return ids, attention, sample.get("epoch", 0)
+
+    def _check_ids(self, ids: NDArray[np.int64]) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"Token id {low if low < 0 else high} is outside the tokenizer's vocabulary of "
+                f"{self.vocab_size}: was the data written with another tokenizer?"
+            )
+
+    def _row_keys(
+        self, ids: NDArray[np.int64], attention: NDArray[np.bool_], epochs: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
+        """One key per row from seed, epoch and the tokens without padding, (B,)."""
+        positions = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
+        content = _mix64(ids.view(np.uint64) + positions)  # (B, L)
+        content *= attention
+        if not self.remask_each_epoch:
+            epochs = np.zeros_like(epochs)
+        by_epoch = {epoch: _key64(self.seed, epoch) for epoch in set(epochs.tolist())}
+        salt = np.array([by_epoch[epoch] for epoch in epochs.tolist()], dtype=np.uint64)
+        return _mix64(content.sum(axis=1, dtype=np.uint64) ^ salt)
+
+    def _mask(
+        self, ids: NDArray[np.int64], attention: NDArray[np.bool_], epochs: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Masked copy of `ids` and where it was masked, both (B, L)."""
+        keys = self._row_keys(ids, attention, epochs)
+        counters = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) * GOLDEN
+        draws = _mix64(keys[:, None] + counters)  # (B, L), uniform over 64 bits
+        chosen = (draws < self.choose_below) & attention & ~self.is_special[ids]
+
+        second = _mix64(draws[chosen] ^ ROULETTE_SALT)  # high half: what becomes; low half: which
+        roulette = second >> np.uint64(32)
+        random_ids = (second & np.uint64(0xFFFFFFFF)) * np.uint64(self.vocab_size) >> np.uint64(32)
+        originals = ids[chosen]
+        replaced = np.where(roulette < KEEP_FROM, random_ids.astype(np.int64), originals)
+        replaced[roulette < MASK_BELOW] = self.mask_id
+        masked = ids.copy()
+        masked[chosen] = replaced
+        return masked, chosen
+
+
+def _check_probability(probability: Any) -> None:
+    is_number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
+    if not is_number or not 0.0 < probability < 1.0:
+        raise ValueError(
+            "dataset.mlm_probability must be a number strictly between 0 and 1, "
+            f"got {probability!r}."
+        )
+
+
+def _check_keys(cfg: Mapping[str, Any], accepted: set[str], where: str) -> None:
+    for key in cfg:
+        if key not in accepted:
+            close = difflib.get_close_matches(key, accepted, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"Unknown key {key!r} in {where}.{hint} Accepted: {', '.join(sorted(accepted))}."
+            )
+
+
+def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
+    """Refuse what the host would drop without a word."""
+    host = set(inspect.signature(StreamingTextDataset).parameters)
+    host |= set(inspect.signature(StreamingDataset).parameters)
+    _check_keys(dataset, (host - SET_BY_BUILDER) | OWN_KEYS | HOST_COLLATOR_KEYS, "dataset")
+    stream_keys = set(inspect.signature(Stream).parameters)
+    for name, stream in (dataset.get("streams") or {}).items():
+        _check_keys(stream, stream_keys, f"dataset.streams.{name}")
+    for key in ("mlm_probability", "max_seq_len"):
+        if dataset.get(key) is None:
+            raise ValueError(f"mlm_text needs the key {key!r} in dataset.")
+    _check_probability(dataset["mlm_probability"])
+
+
+def _local_folders(dataset: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
+    """(local, split, validate_hash) of every stream that is read in place, not downloaded."""
+    streams = list((dataset.get("streams") or {}).values()) or [dataset]
+    folders = []
+    for stream in streams:
+        local, remote = stream.get("local"), stream.get("remote")
+        if local is not None and remote in (None, local):
+            split = stream.get("split") or dataset.get("split") or ""
+            validate_hash = stream.get("validate_hash") or dataset.get("validate_hash")
+            folders.append((local, split, validate_hash))
+    return folders
+
+
+def _check_shards(local: str, split: str, validate_hash: str | None) -> None:
+    """Check an MDS folder against its index before any worker opens it.
+
+    Streaming itself reads a truncated shard as garbage or as an error in a worker, and checks
+    hashes only while downloading.
+
+    Raises:
+        ValueError: If there is no such split, or a shard is missing, truncated or altered; names
+            the folder or the file.
+    """
+    folder = os.path.join(local, split)
+    index = os.path.join(folder, "index.json")
+    if not os.path.isfile(index):
+        raise ValueError(
+            f"No MDS data in {folder!r} (no index.json). "
+            f"Splits found in {local!r}: {_splits(local) or 'none'}."
+        )
+    try:
+        with open(index) as file:
+            shards = json.load(file)["shards"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"The MDS index {index!r} is empty or corrupt: {error!r}.") from error
+    for shard in shards:
+        _check_shard(folder, shard, validate_hash)
+
+
+def _splits(local: str) -> list[str]:
+    if not os.path.isdir(local):
+        return []
+    return sorted(
+        name for name in os.listdir(local) if os.path.isfile(f"{local}/{name}/index.json")
+    )
+
+
+def _check_shard(folder: str, shard: Mapping[str, Any], validate_hash: str | None) -> None:
+    raw, zipped = shard.get("raw_data"), shard.get("zip_data")
+    if raw is None:  # a format that spreads a shard over other files: left to streaming
+        return
+    info = raw
+    if zipped and not os.path.isfile(os.path.join(folder, raw["basename"])):
+        info = zipped
+    path = os.path.join(folder, info["basename"])
+    if not os.path.isfile(path):
+        raise ValueError(f"MDS shard {path!r} is listed in index.json but missing.")
+    size = os.path.getsize(path)
+    if size != info["bytes"]:
+        raise ValueError(
+            f"MDS shard {path!r} has {size} bytes where index.json says {info['bytes']}: "
+            "truncated or corrupt; write or copy it again."
+        )
+    # One rank of a node reads for all: a hash costs a pass over the data.
+    if validate_hash and dist.get_local_rank() == 0:
+        _check_hash(path, info.get("hashes") or {}, validate_hash)
+
+
+def _check_hash(path: str, hashes: Mapping[str, str], algorithm: str) -> None:
+    if algorithm not in hashes:
+        raise ValueError(
+            f"validate_hash {algorithm!r} was not recorded for {path!r}; "
+            f"recorded: {sorted(hashes) or 'none'}."
+        )
+    with open(path, "rb") as file:
+        if get_hash(algorithm, file.read()) != hashes[algorithm]:
+            raise ValueError(f"MDS shard {path!r} fails its {algorithm} check: it is corrupt.")
+
+
+def _build_dataset(
+    tokenizer: PreTrainedTokenizerBase, dataset: dict[str, Any], batch_size: int
+) -> MLMTextDataset:
+    ours = OWN_KEYS | HOST_COLLATOR_KEYS | {"streams"}
+    return MLMTextDataset(
+        tokenizer=tokenizer,
+        streams=build_streams(streams=dataset.get("streams")),
+        batch_size=batch_size,
+        **{key: value for key, value in dataset.items() if key not in ours},
+    )
+
+
+def _build_collator(tokenizer: PreTrainedTokenizerBase, dataset: Mapping[str, Any]) -> Any:
+    seed = dataset.get("mask_seed")
+    if seed is None:
+        seed = dataset.get("shuffle_seed", DEFAULT_SEED)
+    remask = dataset.get("remask_each_epoch")
+    collator = MLMCollator(
+        tokenizer=tokenizer,
+        mlm_probability=dataset["mlm_probability"],
+        max_seq_len=dataset["max_seq_len"],
+        seed=int(seed),
+        remask_each_epoch=bool(dataset.get("shuffle", False)) if remask is None else bool(remask),
+    )
+    eos, bos = dataset.get("eos_token_id"), dataset.get("bos_token_id")
+    if eos is None and bos is None:
+        return collator
+    return ConcatenatedSequenceCollatorWrapper(collator, eos_token_id=eos, bos_token_id=bos)
+
+
+def build_mlm_text_dataloader(
+    tokenizer: PreTrainedTokenizerBase | None,
+    device_batch_size: int | float,
+    dataset: dict[str, Any],
+    drop_last: bool,
+    num_workers: int,
+    pin_memory: bool = True,
+    prefetch_factor: int | None = 2,
+    persistent_workers: bool = True,
+    timeout: int = 0,
+) -> DataSpec:
+    """Build the masked language modelling loader over MDS text or token streams.
+
+    A YAML of the host's `text` loader works with only the name changed. On top of the host's keys
+    `dataset:` takes
+
+    * `mlm_probability` (required): 0.3 in M2-BERT's pretraining, 0.15 in evaluation;
+    * `mask_seed` (default: `shuffle_seed`): seed of the masks;
+    * `remask_each_epoch` (default: `shuffle`): new masks in each epoch. A loader cannot see
+      whether it is for training; those that shuffle are, and evaluation keeps its masks, so that
+      its losses compare.
+
+    The data spec counts tokens as the host does: `total`, all but padding, and `loss_generating`,
+    the masked positions. With `accumulate_train_batch_on_tokens: true`, the host's default,
+    Composer weights each microbatch of each rank by its masked positions, so that loss and
+    gradient are the mean over all masked tokens of the global batch, however it is cut. With
+    false, microbatches count by samples: a mean of means.
+
+    Args:
+        tokenizer: Tokenizer with mask and padding tokens.
+        device_batch_size: Samples per batch on this device.
+        dataset: As the host's `text` loader, and the keys above.
+        drop_last: Drop the last, smaller batch.
+        num_workers: Worker processes; 0 reads in the main process.
+        pin_memory: As `torch.utils.data.DataLoader`.
+        prefetch_factor: As `DataLoader`; ignored without workers.
+        persistent_workers: As `DataLoader`; ignored without workers.
+        timeout: As `DataLoader`; ignored without workers.
+
+    Returns:
+        The host's data spec, its dataloader yielding what `MLMCollator` makes.
+
+    Raises:
+        ValueError: For an unknown or missing key, a probability out of range, a tokenizer without
+            mask token, a split that is not there, or a local shard that differs from its index.
+    """
+    if tokenizer is None:
+        raise ValueError("mlm_text needs a tokenizer.")
+    dataset = dict(dataset)
+    _check_dataset_cfg(dataset)
+    for folder in _local_folders(dataset):
+        _check_shards(*folder)
+
+    dataset["replication"], batch_size = construct_from_registry(
+        name="dataset_replication_validator",
+        registry=registry.dataset_replication_validators,
+        partial_function=False,
+        kwargs={
+            "dataset_cfg": dataset,
+            "tokenizer": tokenizer,
+            "device_batch_size": device_batch_size,
+        },
+    )
+    collator = _build_collator(tokenizer, dataset)  # first: cheap, and raises on a bad tokenizer
+    has_workers = num_workers > 0
+    loader: DataLoader[Any] = DataLoader(
+        _build_dataset(tokenizer, dataset, batch_size),
+        collate_fn=collator,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without workers torch refuses all three.
+        prefetch_factor=prefetch_factor if has_workers else None,
+        persistent_workers=persistent_workers and has_workers,
+        timeout=timeout if has_workers else 0,
+    )
+    return construct_from_registry(
+        name="data_spec",
+        registry=registry.data_specs,
+        partial_function=False,
+        kwargs={"dl": loader, "dataset_cfg": dataset},
+    )

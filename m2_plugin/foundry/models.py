@@ -1,0 +1,422 @@
+"""Composer models: M2-BERT and any Hugging Face BERT, for masked language modelling and GLUE.
+
+The four registered classes are one implementation; they differ in class attributes. In a YAML:
+
+    model:
+      name: m2_bert_mlm                   # or hf_bert_mlm, with the same keys
+      config_overrides: {num_hidden_layers: 12, hidden_size: 768}
+
+    model:
+      name: m2_bert_classification        # or hf_bert_classification
+      pretrained_model_name_or_path: ./exported/m2-bert-base
+      num_labels: 3
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.metrics import BinaryF1Score, LanguageCrossEntropy
+from composer.models.huggingface import HuggingFaceModel
+from composer.utils import dist
+from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
+from llmfoundry.models.utils import init_empty_weights
+from llmfoundry.utils.builders import build_metric
+from llmfoundry.utils.config_utils import set_config_overrides
+from torch import nn
+from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# Importing the package registers model_type m2_bert with transformers' Auto classes.
+from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
+
+__all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertMLM"]
+
+log = logging.getLogger(__name__)
+
+VOCAB_MULTIPLE = 8  # as M2-BERT and its BERT baseline are published: 30,522 becomes 30,528
+REGRESSION = "regression"
+SINGLE_LABEL = "single_label_classification"
+
+CLASSIFICATION_METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda n: MulticlassAccuracy(num_classes=n, average="micro"),
+    # GLUE's F1 is that of class 1; with more classes, the unweighted mean over classes.
+    "f1": lambda n: BinaryF1Score() if n == 2 else MulticlassF1Score(num_classes=n),
+    "matthews": lambda n: MulticlassMatthewsCorrCoef(num_classes=n),
+    # Not composer's CrossEntropy, which averages batch means: wrong with a smaller last batch.
+    "cross_entropy": lambda n: LanguageCrossEntropy(),
+    "pearson": lambda n: PearsonCorrCoef(),
+    "spearman": lambda n: SpearmanCorrCoef(),
+    "mse": lambda n: MeanSquaredError(),
+}
+
+
+def build_config(
+    path: str | None, model_type: str, overrides: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The config of a folder or hub name, or a model type's default, with fields replaced.
+
+    Raises:
+        ValueError: If a field is unknown to the config, or the folder is not there.
+    """
+    if path is None:
+        _check_fields(AutoConfig.for_model(model_type), overrides)
+        return AutoConfig.for_model(model_type, **overrides)
+    if path.startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise ValueError(f"pretrained_model_name_or_path: there is no folder {path!r}.")
+    config = AutoConfig.from_pretrained(path)
+    _check_fields(config, overrides)
+    set_config_overrides(config, dict(overrides))
+    # Once more through the constructor, which checks the fields against each other.
+    return type(config).from_dict(config.to_dict())
+
+
+def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    for key in overrides:
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"config_overrides: {type(config).__name__} has no field {key!r}.{hint}"
+            )
+
+
+def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"The model's vocab_size {config.vocab_size} is smaller than the tokenizer's "
+            f"{len(tokenizer)} entries ({tokenizer.name_or_path!r}): set "
+            f"config_overrides.vocab_size to {len(tokenizer)} or more."
+        )
+
+
+def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Load weights, letting only the task head be new.
+
+    Raises:
+        ValueError: If backbone weights are missing or of another shape: transformers would start
+            them at random with a warning.
+    """
+    model, info = auto_class.from_pretrained(
+        path,
+        config=config,
+        torch_dtype=torch.float32,  # master weights; the trainer's precision casts
+        ignore_mismatched_sizes=True,  # a head for another number of labels; checked below
+        output_loading_info=True,
+    )
+    mismatched = [
+        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
+    ]
+    new = sorted({*info["missing_keys"], *mismatched})
+    backbone = f"{model.base_model_prefix}."
+    # The pooler belongs to the task: a masked language model is trained without one.
+    broken = [key for key in new if key.startswith(backbone) and ".pooler." not in key]
+    if broken:
+        raise ValueError(
+            f"{path!r} lacks weights of {type(model).__name__}, or has them in another shape: "
+            f"{', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. Check config_overrides."
+        )
+    if new:
+        log.warning("Newly initialised (not in %s): %s", path, ", ".join(new))
+    return model
+
+
+def build_inner_model(
+    auto_class: Any,
+    config: PretrainedConfig,
+    path: str | None,
+    pretrained: bool,
+    init_device: str,
+) -> PreTrainedModel:
+    """Build on the CPU, or without storage where FSDP is to make or send the weights.
+
+    Raises:
+        ValueError: If pretrained weights are asked for on the meta device, or the device is
+            unknown.
+    """
+    if init_device not in ("cpu", "meta", "mixed"):
+        raise ValueError(f"init_device must be cpu, meta or mixed, got {init_device!r}.")
+    if pretrained and init_device == "meta":
+        raise ValueError("Pretrained weights need init_device cpu or mixed, not meta.")
+    if hf_get_init_device(init_device) == "meta":
+        with init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(config)
+        model.tie_weights()  # the tie made in the constructor is lost on the meta device
+        return model
+    if pretrained:
+        assert path is not None
+        return load_pretrained(auto_class, path, config)
+    return auto_class.from_config(config)
+
+
+def _layer_class(model: nn.Module) -> type[nn.Module]:
+    """Class of the encoder's layers: the element type of the largest list of equal modules."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    stacks = [m for m in lists if len({type(layer) for layer in m}) == 1]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no stack of layers to shard by.")
+    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    return type(largest[0])
+
+
+def _meta_initializer(model: Any) -> Callable[[nn.Module], None]:
+    """What FSDP calls on each module after giving its meta parameters storage.
+
+    Composer's `to_empty` also empties the buffers beside them, so those are kept here. Parameters
+    are first set to NaN to see which ones the model's own `_init_weights` leaves out: biases
+    become 0, as in BERT's heads, anything else is an error rather than noise.
+    """
+    buffers = {
+        module: {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+        for module in model.modules()
+        if any(p.is_meta for p in module.parameters(recurse=False))
+    }
+
+    @torch.no_grad()
+    def param_init_fn(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.fill_(float("nan"))
+        model._init_weights(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not local.isnan().any():
+                continue
+            if name != "bias":
+                raise ValueError(f"{type(module).__name__}.{name} is left out by _init_weights.")
+            parameter.zero_()
+        for name, buffer in buffers.get(module, {}).items():
+            getattr(module, name).copy_(buffer)
+
+    return param_init_fn
+
+
+def prepare_for_fsdp(model: Any) -> None:
+    """Tell Composer what to shard, checkpoint and initialise: one unit per encoder layer.
+
+    Embeddings and heads stay in the root unit, so that tied weights share one. The host's
+    function of this purpose knows decoders only.
+    """
+    layer_class = _layer_class(model)
+
+    def is_layer(module: nn.Module) -> bool:
+        return isinstance(module, layer_class)
+
+    model.fsdp_wrap_fn = is_layer
+    model.activation_checkpointing_fn = is_layer
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.param_init_fn = _meta_initializer(model)
+
+
+class BertComposerModel(HuggingFaceModel):
+    """A transformers encoder with a head, built from YAML keys.
+
+    Args:
+        tokenizer: The run's tokenizer; the host passes it.
+        pretrained_model_name_or_path: Local folder or hub name; None builds from `model_type`.
+        pretrained: Load the weights, not only the config, of that folder or name. Defaults to
+            True where one is given.
+        model_type: transformers' model type to build where no folder or name is given.
+        config_overrides: Config fields to replace.
+        init_device: "cpu", "meta" or "mixed", as the host's models take it.
+        metrics: Names of the evaluation metrics, in place of the default ones.
+        additional_eval_metrics: Names of evaluation metrics on top.
+        additional_train_metrics: Names of training metrics on top; need `use_train_metrics`.
+        use_train_metrics: Compute the metrics on training batches too, which costs time; the
+            training loss is logged in any case.
+        allow_embedding_resizing: Enlarge a vocabulary smaller than the tokenizer's instead of
+            raising.
+
+    Raises:
+        ValueError: For unknown config fields, a missing folder, a vocabulary smaller than the
+            tokenizer's, weights that do not fit, or an unknown metric.
+    """
+
+    auto_class: Any
+    default_model_type: str
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pretrained_model_name_or_path: str | None = None,
+        pretrained: bool | None = None,
+        model_type: str | None = None,
+        config_overrides: Mapping[str, Any] | None = None,
+        init_device: str = "cpu",
+        metrics: Sequence[str] | None = None,
+        additional_eval_metrics: Sequence[str] | None = None,
+        additional_train_metrics: Sequence[str] | None = None,
+        use_train_metrics: bool = False,
+        allow_embedding_resizing: bool = False,
+    ):
+        path = pretrained_model_name_or_path
+        if pretrained is None:
+            pretrained = path is not None
+        if pretrained and path is None:
+            raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
+        if path is not None and model_type is not None:
+            raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
+        config = build_config(path, model_type or self.default_model_type, config_overrides or {})
+        if not pretrained:
+            config.vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if not allow_embedding_resizing:
+            _check_vocabulary(config, tokenizer)
+
+        # A rank that FSDP will send the weights to needs none of its own.
+        load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
+        names = list(metrics if metrics is not None else self.default_metrics(config))
+        train_names = [*names, *(additional_train_metrics or ())] if use_train_metrics else []
+        eval_names = [*names, *(additional_eval_metrics or ())]
+        super().__init__(
+            model=build_inner_model(self.auto_class, config, path, load, init_device),
+            tokenizer=tokenizer,
+            use_logits=True,
+            metrics=[self.build_metric(name, config) for name in train_names],
+            eval_metrics=[self.build_metric(name, config) for name in eval_names],
+            shift_labels=False,
+            allow_embedding_resizing=allow_embedding_resizing,
+        )
+        prepare_for_fsdp(self.model)  # after a possible resizing, which replaces modules
+
+    @staticmethod
+    def default_metrics(config: PretrainedConfig) -> Sequence[str]:
+        """Names of the metrics for this config."""
+        raise NotImplementedError
+
+    @staticmethod
+    def build_metric(name: str, config: PretrainedConfig) -> Metric:
+        """A metric from the host's registry by name."""
+        return build_metric(name, {})
+
+
+class _MaskedLM(BertComposerModel):
+    """Masked language modelling: logits and metrics at the masked positions only."""
+
+    auto_class = AutoModelForMaskedLM
+
+    @staticmethod
+    def default_metrics(config: PretrainedConfig) -> Sequence[str]:
+        return ("language_cross_entropy", "masked_accuracy")
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Run the model.
+
+        With labels, M2-BERT's decoder runs at the M masked positions alone and returns logits
+        (M, V); a model whose forward does not know the flag never sees it.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, ... each (B, L), with or without `labels`.
+        """
+        return super().forward({**batch, "masked_logits_only": "labels" in batch})
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> torch.Tensor:
+        """Logits (M, V) at the M masked positions; their labels (M,) are kept for the metrics.
+
+        Args:
+            batch: A batch with `labels` (B, L), -100 where nothing is predicted.
+            outputs: What `forward` returned on it, if it ran already.
+        """
+        outputs = self.forward(batch) if outputs is None else outputs
+        chosen = batch["labels"] != IGNORE_INDEX  # (B, L)
+        logits = outputs["logits"]
+        self.labels = batch["labels"][chosen]
+        return (logits[chosen] if logits.ndim == 3 else logits).float()
+
+    def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> dict[str, Any]:
+        """Update a metric; a batch in which nothing is masked has nothing to add."""
+        if self.labels is not None and self.labels.numel() == 0:
+            return {}
+        return super().update_metric(batch, outputs, metric)
+
+
+class _Classification(BertComposerModel):
+    """Sequence classification, or regression with one label.
+
+    Args:
+        num_labels: Number of classes; 1 is regression.
+        problem_type: "regression" or "single_label_classification"; by default from `num_labels`.
+        config_overrides: Config fields to replace.
+        **kwargs: As `BertComposerModel`. `metrics` may also name accuracy, f1, matthews,
+            cross_entropy, pearson, spearman and mse.
+
+    Raises:
+        ValueError: If the problem type does not fit the number of labels.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        num_labels: int = 2,
+        problem_type: str | None = None,
+        config_overrides: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        problem_type = problem_type or (REGRESSION if num_labels == 1 else SINGLE_LABEL)
+        if problem_type not in (REGRESSION, SINGLE_LABEL):
+            raise ValueError(
+                f"problem_type must be {REGRESSION} or {SINGLE_LABEL}, got {problem_type!r}."
+            )
+        if (problem_type == REGRESSION) != (num_labels == 1):
+            raise ValueError(f"problem_type {problem_type} does not fit num_labels {num_labels}.")
+        task = {"num_labels": num_labels, "problem_type": problem_type}
+        super().__init__(config_overrides={**(config_overrides or {}), **task}, **kwargs)
+
+    @staticmethod
+    def default_metrics(config: PretrainedConfig) -> Sequence[str]:
+        if config.problem_type == REGRESSION:
+            return ("spearman", "pearson", "mse")
+        return ("accuracy", "cross_entropy")
+
+    @staticmethod
+    def build_metric(name: str, config: PretrainedConfig) -> Metric:
+        if name in CLASSIFICATION_METRICS:
+            return CLASSIFICATION_METRICS[name](config.num_labels)
+        return build_metric(name, {})
+
+    def eval_forward(self, batch: dict[str, Any], outputs: Any | None = None) -> torch.Tensor:
+        """Logits (B, num_labels), or (B,) for regression, in fp32: bf16 makes ranks tie.
+
+        Args:
+            batch: A batch with `labels` (B,).
+            outputs: What `forward` returned on it, if it ran already.
+        """
+        return super().eval_forward(batch, outputs).float()
+
+
+class M2BertMLM(_MaskedLM):
+    """M2-BERT for masked language modelling; `m2_bert_mlm` in a YAML."""
+
+    default_model_type = "m2_bert"
+
+
+class M2BertClassification(_Classification):
+    """M2-BERT for classification and regression; `m2_bert_classification` in a YAML."""
+
+    default_model_type = "m2_bert"
+
+
+class HFBertMLM(_MaskedLM):
+    """Any transformers masked language model; `hf_bert_mlm` in a YAML."""
+
+    default_model_type = "bert"
+
+
+class HFBertClassification(_Classification):
+    """Any transformers sequence classifier; `hf_bert_classification` in a YAML."""
+
+    default_model_type = "bert"

@@ -1,0 +1,56 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from streaming import MDSWriter
+from transformers import AutoTokenizer
+
+REPO = Path(__file__).parents[2]
+TOKENIZER = REPO / "data_prep/quickstart/tokenizer"
+MAX_SEQ_LEN = 32
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TOKENIZER, model_max_length=MAX_SEQ_LEN)
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Sentences in which each word tells the next, so that a tiny model can learn from them."""
+    vocabulary = (TOKENIZER / "vocab.txt").read_text().split()
+    words = [word for word in vocabulary if word.isalpha() and len(word) > 2][:60]
+    rng = random.Random(0)
+    out = []
+    for _ in range(256):
+        start, length = rng.randrange(60), rng.randrange(5, 25)
+        out.append(" ".join(words[(start + 7 * i) % 60] for i in range(length)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def mds(tmp_path_factory, sentences, tokenizer):
+    """MDS folder with splits `train` and `val` (text) and `tokens` (ids without mask)."""
+    root = tmp_path_factory.mktemp("mds")
+    splits = {"train": sentences[:192], "val": sentences[192:]}
+    for split, texts in splits.items():
+        with MDSWriter(
+            out=str(root / split), columns={"text": "str"}, hashes=["xxh64"], size_limit=1 << 12
+        ) as writer:
+            for text in texts:
+                writer.write({"text": text})
+    with MDSWriter(out=str(root / "tokens"), columns={"tokens": "ndarray:int32"}) as writer:
+        for text in sentences[:64]:
+            ids = tokenizer(text, truncation=True, max_length=20, return_tensors="np")
+            writer.write({"tokens": ids["input_ids"][0].astype("int32")})
+    return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny models: more threads only wait for each other, terribly so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

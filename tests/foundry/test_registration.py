@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import catalogue
+import pytest
+from llmfoundry import registry
+
+NAMES = {
+    "models": ["m2_bert_mlm", "m2_bert_classification", "hf_bert_mlm", "hf_bert_classification"],
+    "dataloaders": ["mlm_text"],
+    "callbacks": ["seed_each_batch", "loss_curve"],
+}
+
+
+@pytest.mark.parametrize("group", list(NAMES))
+def test_host_finds_our_names(group):
+    for name in NAMES[group]:
+        assert name in getattr(registry, group)
+        assert getattr(registry, group).get(name).__module__.startswith("m2_plugin.foundry")
+
+
+def test_no_name_is_one_of_the_hosts():
+    """An entry point of the same name would override the host's, for every run of anybody."""
+    for group, names in NAMES.items():
+        namespace = tuple(getattr(registry, group).namespace)
+        registered = {key[-1] for key in catalogue.REGISTRY if key[:-1] == namespace}
+        assert registered
+        assert not registered & set(names)
+
+
+def test_host_command_line_lists_our_models():
+    out = subprocess.run(
+        [sys.executable, "-m", "llmfoundry.cli.cli", "registry", "get", "--group", "models"],
+        capture_output=True, text=True, timeout=240, check=True, env={"COLUMNS": "200"},
+    ).stdout  # fmt: skip
+    for name in NAMES["models"]:
+        assert name in out
