@@ -4,17 +4,23 @@ Dimension key: B batch, L sequence, D channels, H maximum length, E positional f
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2_plugin.ops.fft_conv import fft_conv
+from m2_plugin.ops.fft_conv import fft_conv, filter_spectrum, spectral_conv
 
 # The decay window falls to 1% of its height after 0.3 to 1.5 times the maximum length, by channel.
 DECAY_TARGET = 0.01
 SLOWEST_DECAY = 1.5
 FASTEST_DECAY = 0.3
+
+# Filters kept for inference may take so much memory in each convolution. Longer ones cost little
+# beside the rest of the layer.
+KEPT_SPECTRUM_BYTES = 4 << 20
 
 
 def positional_features(length: int, emb_dim: int, device: torch.device | None = None) -> Tensor:
@@ -155,10 +161,29 @@ class HyenaFilter(nn.Module):
         return k_fwd, k_rev
 
 
+class KeptSpectrum:
+    """A spectrum, and the parameters that it was computed from."""
+
+    def __init__(self, spectrum: Tensor, length: int, parameters: Sequence[Tensor]):
+        self.spectrum = spectrum
+        self.length = length
+        # Aliases, not addresses: while they live, no other tensor can have their memory.
+        self.sources = [p.detach() for p in parameters]
+        self.versions = [p._version for p in parameters]
+
+    def holds_for(self, length: int, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameters are still the same tensors, unchanged."""
+        return length == self.length and all(
+            p.data_ptr() == source.data_ptr() and p._version == version and p.dtype == source.dtype
+            for p, source, version in zip(parameters, self.sources, self.versions, strict=True)
+        )
+
+
 class LongConv(nn.Module):
     """Convolves each channel with its own filter as long as the sequence, and adds a skip.
 
-    ``y = conv(u, k) + skip · u`` (arXiv 2310.12109, section 4.1).
+    ``y = conv(u, k) + skip · u`` (arXiv 2310.12109, section 4.1). In evaluation without gradients
+    on a CPU the transformed filter is kept from call to call until a parameter changes.
 
     Args:
         channels: D.
@@ -170,6 +195,8 @@ class LongConv(nn.Module):
         super().__init__()
         self.filter = HyenaFilter(channels, max_length, **filter_kwargs)  # type: ignore[arg-type]
         self.skip = nn.Parameter(torch.empty(channels))
+        self.kept: KeptSpectrum | None = None
+        self.register_load_state_dict_pre_hook(_forget_spectrum)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -188,5 +215,34 @@ class LongConv(nn.Module):
                 f"the sequence has {length} positions, but the filters reach only "
                 f"long_conv_l_max = {self.filter.max_length}"
             )
+        if self._can_keep(u):
+            return spectral_conv(u.float(), self._kept_spectrum(length)).to(u.dtype)
+        self.kept = None
         k_fwd, k_rev = self.filter(length)
         return fft_conv(u, k_fwd, k_rev, self.skip)
+
+    def _can_keep(self, u: Tensor) -> bool:
+        # Sharded training rewrites parameters behind their version counters, so whatever trains
+        # goes the other way, which forgets. A graph that is traced must not read this state.
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or u.device.type != "cpu"
+            or u.dtype == torch.float64
+            or self.skip.is_inference()
+            or 8 * self.filter.channels * (u.shape[1] + 1) > KEPT_SPECTRUM_BYTES
+        )
+
+    def _kept_spectrum(self, length: int) -> Tensor:
+        parameters = list(self.parameters())
+        if self.kept is None or not self.kept.holds_for(length, parameters):
+            k_fwd, k_rev = self.filter(length)
+            spectrum = filter_spectrum(k_fwd, k_rev, self.skip.float())
+            self.kept = KeptSpectrum(spectrum, length, parameters)
+        return self.kept.spectrum
+
+
+def _forget_spectrum(module: LongConv, *_: Any) -> None:
+    module.kept = None

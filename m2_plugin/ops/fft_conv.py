@@ -50,6 +50,15 @@ def _irfft(x: Tensor, n: int, length: int) -> Tensor:
     return torch.fft.irfft(x, n=n)[..., :length].permute(1, 2, 0)
 
 
+def spectral_conv(u: Tensor, spectrum: Tensor) -> Tensor:
+    """Convolves u (B, L, D), fp32 or fp64, with what ``filter_spectrum`` returns.
+
+    For inference, where the same filters meet many inputs; no gradient reaches them.
+    """
+    n = 2 * (spectrum.shape[-1] - 1)
+    return _irfft(_rfft(u, n).mul_(spectrum), n, u.shape[1])
+
+
 class FFTConvFunction(torch.autograd.Function):
     """Circular convolution with one-sided spectra in both directions.
 
@@ -61,8 +70,7 @@ class FFTConvFunction(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, k: Tensor) -> Tensor:
         """Convolves u (B, L, D) with k (N, D)."""
         ctx.save_for_backward(u, k)
-        n = k.shape[0]
-        return _irfft(_rfft(u, n).mul_(_rfft(k[None], n)), n, u.shape[1])
+        return spectral_conv(u, _rfft(k[None], k.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -77,6 +85,27 @@ class FFTConvFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_u = _irfft(grad_f.mul_(_rfft(k[None], n).conj()), n, length)
         return grad_u, grad_k
+
+
+def filter_spectrum(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
+    """Transforms filters once for many calls of ``spectral_conv``.
+
+    Args:
+        k_fwd: (L, D), fp32 or fp64, as in ``fft_conv``.
+        k_rev: (L, D) or None.
+        skip: (D,) or None.
+
+    Returns:
+        (D, 1, L + 1), complex.
+    """
+    k = _circular_filter_with_skip(k_fwd, k_rev, skip)
+    return _rfft(k[None], k.shape[0])
+
+
+def _circular_filter_with_skip(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
+    if skip is not None:  # the skip is one more tap at lag 0
+        k_fwd = torch.cat([k_fwd[:1] + skip, k_fwd[1:]])
+    return circular_filter(k_fwd, k_rev)
 
 
 def fft_conv(
@@ -102,8 +131,6 @@ def fft_conv(
         if k is not None and k.shape != u.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(k.shape)}, but u needs {tuple(u.shape[1:])}")
     dtype = torch.promote_types(u.dtype, torch.float32)
-    k_fwd = k_fwd.to(dtype)
-    if skip is not None:  # the skip is one more tap at lag 0
-        k_fwd = torch.cat([k_fwd[:1] + skip, k_fwd[1:]])
-    k = circular_filter(k_fwd, None if k_rev is None else k_rev.to(dtype))
+    k_rev = None if k_rev is None else k_rev.to(dtype)
+    k = _circular_filter_with_skip(k_fwd.to(dtype), k_rev, skip)
     return FFTConvFunction.apply(u.to(dtype), k).to(u.dtype)

@@ -93,6 +93,7 @@ def measure(scale: str, length: int, what: str, device: str, repeats: int) -> di
         for provider, fn in runs.items():
             times[provider].append(seconds(fn, device))
     row: dict = {"scale": scale, "what": what, "length": length, "batch": BATCH[length]}
+    row["repeats"] = repeats
     for provider, values in times.items():
         row[provider] = {
             "median_s": statistics.median(values),
@@ -134,7 +135,6 @@ def main() -> None:
         "device": name,
         "threads": args.threads,
         "dtype": "float32",
-        "repeats": args.repeats,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rows": rows,

@@ -23,6 +23,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def model_cpu() -> str:
     report = load("model_cpu")
     rows = []
+    counts = {row["scale"]: row["repeats"] for row in report["rows"]}
+    repeats = ", ".join(f"{count} at {scale} scale" for scale, count in counts.items())
     for row in report["rows"]:
         ours, theirs = row["m2_bert"], row["bert_sdpa"]
         rows.append(
@@ -38,7 +40,7 @@ def model_cpu() -> str:
         )
     intro = (
         f"M2-BERT beside transformers' BERT with SDPA, alternating in one run: seconds, median "
-        f"(range) of {report['repeats']}, {report['threads']} thread of {report['device']}, fp32, "
+        f"(range; repeats: {repeats}), {report['threads']} thread of {report['device']}, fp32, "
         f"torch {report['torch']}, transformers {report['transformers']}, {report['date']} "
         f"(`bench_model.py`). A training step is forward with 15% of the tokens masked, backward "
         f"and AdamW; M2-BERT decodes the masked positions only.\n\n"

@@ -134,6 +134,42 @@ def test_sequence_longer_than_the_filters():
         small_mixer()(torch.zeros(1, 33, 12, dtype=torch.float64))
 
 
+def test_kept_spectrum_is_used_and_follows_the_parameters():
+    conv = LongConv(6, 32, order=8).eval()
+    u = torch.randn(2, 20, 6)
+
+    def infer(u: torch.Tensor = u) -> torch.Tensor:
+        with torch.no_grad():
+            return conv(u)
+
+    def scale_behind_the_version_counter() -> None:
+        conv.filter.freq.data = conv.filter.freq.data * 1.5
+
+    def scale_in_place() -> None:
+        with torch.no_grad():
+            conv.filter.fwd.out.weight.mul_(2)
+
+    infer()
+    kept = conv.kept
+    infer()
+    assert kept is not None and conv.kept is kept
+    for change in (scale_in_place, scale_behind_the_version_counter) * 2:
+        before = infer()
+        change()
+        after = infer()
+        exact = conv(u).detach()  # with gradients: computed anew
+        assert max_error(after, exact) < 1e-5 < max_error(after, before)
+    infer()
+    assert max_error(infer(u[:, :7]), conv(u[:, :7]).detach()) < 1e-5
+    infer()
+    conv.load_state_dict(conv.state_dict())
+    assert conv.kept is None
+    infer()
+    conv.train()
+    infer()
+    assert conv.kept is None
+
+
 def test_short_conv_initialisation_is_conv1ds():
     torch.manual_seed(1)
     ours = ShortConv(9)
