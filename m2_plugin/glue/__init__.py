@@ -1,0 +1,1 @@
+"""GLUE: the tasks, the sweep over them, its report."""
