@@ -271,7 +271,7 @@ def _check_probability(probability: Any) -> None:
         )
 
 
-def _check_keys(cfg: Mapping[str, Any], accepted: set[str], where: str) -> None:
+def check_keys(cfg: Mapping[str, Any], accepted: set[str], where: str) -> None:
     for key in cfg:
         if key not in accepted:
             close = difflib.get_close_matches(key, accepted, n=1)
@@ -285,10 +285,10 @@ def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
     """Refuse what the host would drop without a word."""
     host = set(inspect.signature(StreamingTextDataset).parameters)
     host |= set(inspect.signature(StreamingDataset).parameters)
-    _check_keys(dataset, (host - SET_BY_BUILDER) | OWN_KEYS | HOST_COLLATOR_KEYS, "dataset")
+    check_keys(dataset, (host - SET_BY_BUILDER) | OWN_KEYS | HOST_COLLATOR_KEYS, "dataset")
     stream_keys = set(inspect.signature(Stream).parameters)
     for name, stream in (dataset.get("streams") or {}).items():
-        _check_keys(stream, stream_keys, f"dataset.streams.{name}")
+        check_keys(stream, stream_keys, f"dataset.streams.{name}")
     for key in ("mlm_probability", "max_seq_len"):
         if dataset.get(key) is None:
             raise ValueError(f"mlm_text needs the key {key!r} in dataset.")

@@ -6,6 +6,7 @@ count are those of Monarch Mixer (arXiv 2310.12109). Light to import: the standa
 """
 
 import difflib
+import math
 from dataclasses import dataclass
 
 __all__ = ["TASKS", "Task", "task"]
@@ -37,6 +38,7 @@ class Task:
         official_label_column: What they call the label.
         official_labels: How they, and the GLUE server, write the classes; in the order of the ids.
         official_columns: Columns of a training or validation file without a header line.
+        label_range: Smallest and largest number of a regression.
         train_split: None where there is nothing to train on.
         eval_splits: Labelled splits to evaluate on.
         test_splits: Splits without labels, to predict for the GLUE server.
@@ -54,6 +56,7 @@ class Task:
     official_labels: tuple[str, ...]
     submission_files: tuple[str, ...]
     official_columns: tuple[str, ...] = ()
+    label_range: tuple[float, float] = (-math.inf, math.inf)
     train_split: str | None = "train"
     eval_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
@@ -142,6 +145,7 @@ TASKS: dict[str, Task] = {
             official_text_columns=SENTENCES,
             official_label_column="score",
             official_labels=(),
+            label_range=(0.0, 5.0),
             submission_files=("STS-B.tsv",),
         ),
         Task(
