@@ -1,0 +1,513 @@
+"""Sweep files: the published recipe by task, and the host's job made of it.
+
+A sweep file (`yamls/finetune/glue/sweep-*.yaml`) names a model, shared settings of the host's jobs
+and a few hyper-parameters per task. `job_config` makes of it the YAML that `composer train.py` runs
+for one task and seed. No import of the host: a sweep's own process stays light.
+"""
+
+import copy
+import dataclasses
+import difflib
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from m2_plugin.glue import tasks as glue_tasks
+
+__all__ = ["Recipe", "Sweep", "job_config", "load_sweep", "to_yaml", "write_yamls"]
+
+OPTIMIZERS = ("decoupled_adamw", "torch_adamw")
+POOLINGS = (None, "cls", "mean")
+MNLI = "mnli"
+MODEL_FOLDER = "huggingface/final"  # where the host's hf_checkpointer leaves a job's model
+# Keys of `job` that come from the task or the seed; set in `job` they would not be used.
+PER_TASK = {
+    "callbacks.eval_results",
+    "callbacks.hf_checkpointer",
+    "device_train_microbatch_size",
+    "eval_interval",
+    "global_train_batch_size",
+    "max_duration",
+    "max_seq_len",
+    "optimizer.lr",
+    "optimizer.name",
+    "optimizer.weight_decay",
+    "run_name",
+    "seed",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one task.
+
+    Attributes:
+        optimizer: "decoupled_adamw" or "torch_adamw", as the host's registry names them.
+        lr: Peak learning rate.
+        weight_decay: As the optimizer means it: per step, or multiplied by the learning rate.
+        max_duration: In the host's units, such as "3ep".
+        batch_size: Global training batch, in rows.
+        max_seq_len: Tokens to cut or pad to.
+        eval_interval: In the host's units, such as "500ba".
+        pooling: What the classifier reads, "cls" or "mean"; None leaves it to the model.
+        seeds: One job each.
+        precision: In place of the job's.
+        start: "mnli" to start from the fine-tuned model of MNLI.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    max_duration: str
+    batch_size: int
+    max_seq_len: int
+    eval_interval: str
+    pooling: str | None
+    seeds: tuple[int, ...]
+    precision: str | None = None
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, merged with what it includes and with overrides, and checked.
+
+    Attributes:
+        name: Names the runs.
+        tasks: Recipes by task name, in the order of the file.
+        model: The host's `model` section.
+        job: Shared settings in the host's schema.
+        variables: What `${variables.*}` refers to.
+        start: Checkpoint to fine-tune, or None for random weights.
+        mnli_checkpoint: In place of the MNLI model of this sweep.
+        predict: Predict the test splits too.
+        keep_models: Keep every job's model.
+        paper_average: The paper's score of this model, in percent, if it has one.
+    """
+
+    name: str
+    tasks: dict[str, Recipe]
+    model: dict[str, Any]
+    job: dict[str, Any]
+    variables: dict[str, Any]
+    start: str | None = None
+    mnli_checkpoint: str | None = None
+    predict: bool = True
+    keep_models: bool = False
+    paper_average: float | None = None
+
+
+TOP_KEYS = {field.name for field in dataclasses.fields(Sweep)} - {"paper_average"}
+TOP_KEYS |= {"default_seed", "paper"}
+RECIPE_KEYS = {field.name for field in dataclasses.fields(Recipe)}
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: The file; what its `include` names, relative to it, comes first.
+        overrides: `key=value` each, such as `tasks.cola.lr=3.0e-5`, coming last.
+
+    Raises:
+        ValueError: If a file is missing or no YAML, or a key or value is not as it should be; the
+            message names it.
+    """
+    merged = OmegaConf.merge(_load_files(Path(path)), _from_dotlist(overrides))
+    assert isinstance(merged, DictConfig)
+    raw: Any = OmegaConf.to_container(merged)
+    where = str(path)
+    _check_keys(raw, TOP_KEYS, where)
+    for section in ("tasks", "model", "job", "variables"):
+        if not isinstance(raw.get(section), dict) or not raw[section]:
+            raise ValueError(f"{where}: `{section}` must be a section with keys.")
+    if "name" not in raw["model"]:
+        raise ValueError(f"{where}: `model` lacks `name`, such as m2_bert_classification.")
+    for dotted in sorted(PER_TASK):
+        if _lookup(raw["job"], dotted) is not None:
+            raise ValueError(f"{where}: job.{dotted} is set per task; set tasks.<task> instead.")
+    paper = raw.get("paper") or {}
+    _check_keys(paper, {"average"}, f"{where}: paper")
+    default_seed = raw.get("default_seed", 19)
+    tasks = {
+        name: _recipe(name, settings, default_seed, where)
+        for name, settings in raw["tasks"].items()
+    }
+    for key in ("predict", "keep_models"):
+        if not isinstance(raw.get(key, False), bool):
+            raise ValueError(f"{where}: {key} must be true or false, got {raw[key]!r}.")
+    return Sweep(
+        name=_expect(raw, "name", str, where),
+        tasks=tasks,
+        model=raw["model"],
+        job=raw["job"],
+        variables=raw["variables"],
+        start=raw.get("start"),
+        mnli_checkpoint=raw.get("mnli_checkpoint"),
+        predict=raw.get("predict", True),
+        keep_models=raw.get("keep_models", False),
+        paper_average=paper.get("average"),
+    )
+
+
+def _load_files(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
+    if not path.is_file():
+        by = f", included by {including[-1]}" if including else ""
+        raise ValueError(f"There is no sweep file {str(path)!r}{by}.")
+    if path in including:
+        raise ValueError(f"{path} includes itself.")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} is no mapping of keys to values.")
+    include = config.pop("include", None)
+    if include is None:
+        return config
+    merged = OmegaConf.merge(_load_files(path.parent / include, (*including, path)), config)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _from_dotlist(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is no key=value, such as tasks.cola.lr=3.0e-5.")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in section:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{where}: unknown key {key!r}.{hint} Keys: {', '.join(sorted(known))}."
+            )
+
+
+def _lookup(section: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        section = section.get(key) if isinstance(section, dict) else None
+    return section
+
+
+def _expect(section: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    value = section.get(key)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = {str: "text", int: "a whole number", float: "a number"}
+        raise ValueError(f"{where}: {key} must be {names[kind]}, got {value!r}.")
+    return value
+
+
+def _recipe(name: str, settings: Any, default_seed: int, file: str) -> Recipe:
+    task = glue_tasks.task(name)
+    where = f"{file}: tasks.{name}"
+    if not task.score_metrics:
+        raise ValueError(f"{where}: {task.folder} does not count in the score; take it out.")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} must be a section with keys, got {settings!r}.")
+    _check_keys(settings, RECIPE_KEYS, where)
+    seeds = settings.get("seeds")
+    seeds = [default_seed] if seeds is None else seeds
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise ValueError(f"{where}: seeds must be a list of whole numbers, got {seeds!r}.")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"{where}: a seed occurs twice in {seeds!r}.")
+    recipe = Recipe(
+        optimizer=_expect(settings, "optimizer", str, where),
+        lr=_expect(settings, "lr", float, where),
+        weight_decay=_expect(settings, "weight_decay", float, where),
+        max_duration=_expect(settings, "max_duration", str, where),
+        batch_size=_expect(settings, "batch_size", int, where),
+        max_seq_len=_expect(settings, "max_seq_len", int, where),
+        eval_interval=_expect(settings, "eval_interval", str, where),
+        pooling=settings.get("pooling"),
+        seeds=tuple(seeds),
+        precision=settings.get("precision"),
+        start=settings.get("start"),
+    )
+    for key, accepted in (
+        ("optimizer", OPTIMIZERS),
+        ("pooling", POOLINGS),
+        ("start", (None, MNLI)),
+    ):
+        if getattr(recipe, key) not in accepted:
+            choices = ", ".join("null" if choice is None else choice for choice in accepted)
+            raise ValueError(
+                f"{where}: {key} must be one of {choices}; got {getattr(recipe, key)!r}."
+            )
+    if name == MNLI and recipe.start:
+        raise ValueError(f"{where}: MNLI cannot start from MNLI.")
+    for key in ("lr", "batch_size", "max_seq_len"):
+        if getattr(recipe, key) <= 0:
+            raise ValueError(f"{where}: {key} must be above 0, got {getattr(recipe, key)!r}.")
+    return recipe
+
+
+def job_config(
+    sweep: Sweep,
+    task_name: str,
+    seed: int | None = None,
+    *,
+    run_name: str | None = None,
+    out: str | None = None,
+    start: str | None = None,
+) -> dict[str, Any]:
+    """The host's YAML of one task, as `composer train.py` takes it.
+
+    Args:
+        sweep: The sweep.
+        task_name: One of its tasks.
+        seed: One of the task's seeds; by default the first.
+        run_name: By default `NAME-TASK`.
+        out: Folder for everything the run leaves; by default `./runs/RUN_NAME`.
+        start: Checkpoint to start from; by default the sweep's, or for a task that starts from
+            MNLI, where the single run of that task leaves its model.
+
+    Raises:
+        ValueError: If the task is not in the sweep.
+    """
+    if task_name not in sweep.tasks:
+        glue_tasks.task(task_name)
+        raise ValueError(f"{sweep.name} has no task {task_name!r}: {', '.join(sweep.tasks)}.")
+    task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
+    run_name = run_name or f"{sweep.name}-{task_name}"
+    if start is None:
+        start = sweep.start
+        if recipe.start:
+            start = sweep.mnli_checkpoint or f"./runs/{sweep.name}-{MNLI}/{MODEL_FOLDER}"
+    job = copy.deepcopy(sweep.job)
+    optimizer, tokenizer = job.pop("optimizer", {}), job.pop("tokenizer", {})
+    callbacks = job.pop("callbacks", {})
+    precision = job.pop("precision", "amp_bf16")
+    train_loader, eval_loader = job.pop("train_loader"), job.pop("eval_loader")
+    config: dict[str, Any] = {
+        "variables": {
+            "run_name": run_name,
+            "out": out or f"./runs/{run_name}",
+            "start": start,
+            **sweep.variables,
+            "max_seq_len": recipe.max_seq_len,
+        },
+        "run_name": "${variables.run_name}",
+        "seed": recipe.seeds[0] if seed is None else seed,
+        "precision": recipe.precision or precision,
+        "max_seq_len": "${variables.max_seq_len}",
+        "model": _model(sweep.model, task, recipe),
+        "tokenizer": {
+            **tokenizer,
+            "kwargs": {"model_max_length": "${variables.max_seq_len}"}
+            | tokenizer.get("kwargs", {}),
+        },
+        "train_loader": _loader(
+            train_loader,
+            task_name,
+            task.train_split or "train",
+            shuffle_seed="${seed}",
+            max_samples="${variables.max_train_samples}",
+        ),
+        "eval_loader": [
+            {"label": task.eval_label(split), **_loader(eval_loader, task_name, split)}
+            for split in task.eval_splits
+        ],
+        "optimizer": {
+            "name": recipe.optimizer,
+            "lr": recipe.lr,
+            "weight_decay": recipe.weight_decay,
+            **optimizer,
+        },
+        "scheduler": job.pop("scheduler"),
+        "max_duration": recipe.max_duration,
+        "eval_interval": recipe.eval_interval,
+        "global_train_batch_size": recipe.batch_size,
+        "device_train_microbatch_size": recipe.batch_size,
+        **job,
+    }
+    # What a run on its own wants; a sweep's jobs are short, and made anew when they were killed.
+    config |= {
+        "load_weights_only": True,
+        "load_strict_model_weights": False,  # the head is another than in pretraining
+        "load_ignore_keys": ["state/model/model.classifier*"],
+        "save_folder": "${variables.out}",
+        "save_interval": "1ep",
+        "save_num_checkpoints_to_keep": 1,
+        "autoresume": True,
+        "progress_bar": True,
+        "log_to_console": False,
+    }
+    config["callbacks"] = {
+        **callbacks,
+        "eval_results": {"folder": "${variables.out}"},
+        "hf_checkpointer": {
+            "save_folder": "${variables.out}",
+            "save_interval": "1dur",
+            "huggingface_folder_name": "final",
+        },
+    }
+    return config
+
+
+def _model(model: dict[str, Any], task: glue_tasks.Task, recipe: Recipe) -> dict[str, Any]:
+    model = copy.deepcopy(model)
+    overrides = model.pop("config_overrides", {})
+    if recipe.pooling is not None:
+        overrides["classifier_pooling"] = recipe.pooling
+    config = {
+        "name": model.pop("name"),
+        "pretrained_model_name_or_path": "${variables.start}",
+        "num_labels": task.num_labels,
+        "metrics": list(task.metrics),
+        **model,
+    }
+    return config | ({"config_overrides": overrides} if overrides else {})
+
+
+def _loader(loader: dict[str, Any], task: str, split: str, **keys: Any) -> dict[str, Any]:
+    loader = copy.deepcopy(loader)
+    dataset = {
+        "task": task,
+        "split": split,
+        "path": "${variables.glue_path}",
+        "max_seq_len": "${variables.max_seq_len}",
+        **loader.pop("dataset", {}),
+        **keys,
+    }
+    return {"name": loader.pop("name"), "dataset": dataset, **loader}
+
+
+def predict_loader(sweep: Sweep, task_name: str, split: str, label: str) -> dict[str, Any]:
+    """A loader like those of the evaluation, for a split without labels.
+
+    It raises at a broken row: one left out would shift the rows after it.
+    """
+    loader = _loader(sweep.job["eval_loader"], task_name, split, on_error="raise")
+    return {"label": label, **loader}
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keys in their order, lists of scalars on one line, null as nothing, sections apart."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> Any:
+        del indentless  # list items stand deeper than their key
+        return super().increase_indent(flow, False)
+
+
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    flow = all(not isinstance(item, dict | list) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+def _represent_none(dumper: yaml.SafeDumper, data: None) -> yaml.Node:
+    del data
+    return dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(type(None), _represent_none)
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A config as YAML, its larger sections set apart by empty lines."""
+    parts: list[str] = []
+    for key, value in config.items():
+        text = yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, width=100)
+        nested = isinstance(value, dict) or "\n  " in text
+        if nested and parts and not parts[-1].endswith("\n\n"):
+            parts.append("\n")
+        parts.append(text + ("\n" if nested else ""))
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
+    """The single-task YAML, with a heading that says how to run it and where it comes from."""
+    task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
+    command = f"    composer -n 1 train.py yamls/finetune/glue/{sweep.name}-"
+    checkpoint = "variables.start=CHECKPOINT"
+    title = f"{task.folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
+    if recipe.start:
+        paragraphs = [
+            title,
+            "It starts from the fine-tuned model of MNLI, encoder and pooler, as published:",
+            f"{command}{MNLI}.yaml {checkpoint}\n{command}{task_name}.yaml",
+            "`variables.start` may name another: a transformers folder, or a .pt file of Composer "
+            "or of the M2 release.",
+        ]
+    else:
+        paragraphs = [
+            title,
+            f"{command}{task_name}.yaml {checkpoint}",
+            "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
+            "without one, training starts from random weights. `load_path=FILE.pt` is the host's "
+            "own way, which takes what has the right name and does not miss the rest.",
+        ]
+    if "training_additions" in sweep.variables:
+        paragraphs.append(
+            "The released 80M checkpoint has `variables.training_additions`; for one pretrained by "
+            "yamls/pretrain/m2-bert-base.yaml add `variables.training_additions=false`."
+        )
+    notes = ["Data is the hub's `glue`, or the official TSV files: `variables.glue_path=FOLDER`."]
+    if len(recipe.seeds) > 1:
+        seeds = ", ".join(str(seed) for seed in recipe.seeds)
+        notes.append(f"Published with seeds {seeds}: `seed=...`.")
+    if recipe.precision is None:
+        notes.append("On a CPU: `precision=fp32`.")
+    paragraphs.append(" ".join(notes))
+    if recipe.pooling is not None:
+        accident = (
+            "The published numbers come from training data that was never shuffled; this shuffles."
+        )
+        if recipe.pooling == "mean" and task_name != "qnli":
+            accident += (
+                " They also contain that QNLI's mean pooling stayed on for the tasks after it, so "
+                "`classifier_pooling` is that here."
+            )
+        paragraphs.append(accident)
+    paragraphs.append(
+        "Generated, with the other tasks, from the sweep's file. To change it, change that one and:"
+    )
+    paragraphs.append(f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue")
+    lines: list[str] = []
+    for paragraph in paragraphs:
+        lines += ["", *_wrap(paragraph)]
+    heading = "".join(f"# {line}".rstrip() + "\n" for line in lines[1:])
+    return heading + "\n" + to_yaml(job_config(sweep, task_name))
+
+
+def _wrap(paragraph: str) -> list[str]:
+    if paragraph.startswith("    "):
+        return paragraph.split("\n")
+    return textwrap.wrap(paragraph, width=96, break_on_hyphens=False, break_long_words=False)
+
+
+def write_yamls(sweep: Sweep, source: str, folder: str | Path) -> list[Path]:
+    """Write the single-task YAMLs of a sweep.
+
+    Args:
+        sweep: The sweep.
+        source: What their headings call the sweep's file.
+        folder: Where to write `NAME-TASK.yaml`; made if missing.
+
+    Returns:
+        The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in sweep.tasks:
+        path = folder / f"{sweep.name}-{name}.yaml"
+        path.write_text(render_task_yaml(sweep, name, source), encoding="utf-8")
+        written.append(path)
+    return written
