@@ -9,6 +9,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+# Where kernels are tested: on a GPU, or in Triton's interpreter, whose bf16 products are wrong.
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPES = [torch.float32, torch.float16]
+KERNEL_DTYPES += [torch.bfloat16] if KERNEL_DEVICE == "cuda" else []
 TOKENIZER = ROOT / "data_prep" / "quickstart" / "tokenizer"
 
 

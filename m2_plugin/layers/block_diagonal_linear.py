@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from m2_plugin.ops.backend import check_backend
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
 
 
@@ -19,13 +20,23 @@ class BlockDiagonalLinear(nn.Module):
         out_features: size of the last dimension of the output, (..., out_features).
         nblocks: number K of blocks.
         bias: add a bias of shape (out_features,).
+        backend: ``auto``, ``torch`` or ``triton``, as in ``block_diagonal_linear``.
 
     Raises:
-        ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes.
+        ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes, or ``backend``
+            is unknown.
     """
 
-    def __init__(self, in_features: int, out_features: int, nblocks: int = 4, bias: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int = 4,
+        bias: bool = True,
+        backend: str = "auto",
+    ):
         super().__init__()
+        check_backend(backend)
         if not 1 <= nblocks <= min(in_features, out_features):
             raise ValueError(
                 f"nblocks must be between 1 and min(in_features, out_features) = "
@@ -34,6 +45,7 @@ class BlockDiagonalLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.nblocks = nblocks
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(block_shape(in_features, out_features, nblocks)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
@@ -52,7 +64,7 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
-        return block_diagonal_linear(x, self.weight, self.bias, self.out_features)
+        return block_diagonal_linear(x, self.weight, self.bias, self.out_features, self.backend)
 
     def extra_repr(self) -> str:
         """Names the sizes when the module is printed."""

@@ -57,6 +57,7 @@ class MonarchMLP(nn.Module):
         glu: gate the activation.
         dropout: probability of dropping an activation.
         layer_norm_eps: epsilon of the LayerNorm.
+        backend: ``auto``, ``torch`` or ``triton``, as in ``monarch_mlp``.
     """
 
     def __init__(
@@ -67,14 +68,20 @@ class MonarchMLP(nn.Module):
         glu: bool = True,
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-12,
+        backend: str = "auto",
     ):
         super().__init__()
         self.intermediate_size = intermediate_size
         self.glu = glu
         self.dropout = dropout
+        self.backend = backend
         up_size = intermediate_size * (2 if glu else 1)
-        self.up_proj = BlockDiagonalLinear(hidden_size, up_size, nblocks, bias=False)
-        self.down_proj = BlockDiagonalLinear(intermediate_size, hidden_size, nblocks)
+        self.up_proj = BlockDiagonalLinear(
+            hidden_size, up_size, nblocks, bias=False, backend=backend
+        )
+        self.down_proj = BlockDiagonalLinear(
+            intermediate_size, hidden_size, nblocks, backend=backend
+        )
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,5 +94,6 @@ class MonarchMLP(nn.Module):
             self.intermediate_size,
             glu=self.glu,
             dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
         )
         return self.norm(y + x)

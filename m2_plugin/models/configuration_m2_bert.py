@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from m2_plugin.ops.backend import BACKENDS
+
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
 POOLINGS = ("cls", "mean")
 # Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
@@ -62,6 +64,8 @@ class M2BertConfig(PretrainedConfig):
         classifier_pooling: what the sequence classifier reads: ``cls``, the first token, or
             ``mean``, the mean of the tokens that are not padding (the reference's ``pool_all``).
         classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
+        backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch elsewhere
+            and where a kernel cannot be built), ``torch``, or ``triton`` (an error where it cannot run).
         **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
 
     Raises:
@@ -103,6 +107,7 @@ class M2BertConfig(PretrainedConfig):
         attention_probs_dropout_prob: float = 0.0,
         classifier_pooling: str = "cls",
         classifier_dropout: float | None = None,
+        backend: str = "auto",
         **kwargs: Any,
     ):
         _reject_unknown_keys(kwargs)
@@ -135,6 +140,7 @@ class M2BertConfig(PretrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.classifier_pooling = classifier_pooling
         self.classifier_dropout = classifier_dropout
+        self.backend = backend
         # Set again by newer transformers versions only where their base class declares it.
         self.pad_token_id = pad_token_id
         super().__init__(
@@ -184,6 +190,7 @@ class M2BertConfig(PretrainedConfig):
             self.classifier_pooling,
             f"one of {', '.join(POOLINGS)}",
         )
+        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(
             0 <= self.pad_token_id < self.vocab_size,
             "pad_token_id",

@@ -95,7 +95,9 @@ class M2BertLayer(nn.Module):
             )
         mlp_cls: Callable[..., nn.Module] = DenseMLP
         if config.use_monarch_mlp:
-            mlp_cls = partial(MonarchMLP, nblocks=config.monarch_mlp_nblocks)
+            mlp_cls = partial(
+                MonarchMLP, nblocks=config.monarch_mlp_nblocks, backend=config.backend
+            )
         self.mlp = mlp_cls(
             config.hidden_size,
             config.intermediate_size,

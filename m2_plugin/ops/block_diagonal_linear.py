@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2_plugin.ops.backend import autocast_dtype, use_kernel
+
 
 def block_shape(in_features: int, out_features: int, nblocks: int) -> tuple[int, int, int]:
     """Returns (K, O, I) of a block-diagonal weight, sizes rounded up to whole blocks."""
@@ -21,7 +23,11 @@ def block_diagonal_to_dense(weight: Tensor, in_features: int, out_features: int)
 
 
 def block_diagonal_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_features: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Computes ``y = x · diag(W_1, …, W_K)ᵀ + b``.
 
@@ -31,12 +37,14 @@ def block_diagonal_linear(
         weight: (K, O, I), the diagonal blocks.
         bias: (out_features,) or None.
         out_features: how many of the K·O outputs to keep; all of them by default.
+        backend: ``auto`` (a Triton kernel on CUDA, else PyTorch), ``torch`` or ``triton``.
 
     Returns:
         (..., out_features) in the dtype that torch gives a linear map of ``x``.
 
     Raises:
         ValueError: if the sizes of ``x``, ``weight`` and ``out_features`` do not fit.
+        RuntimeError: if ``backend`` is ``triton`` and it cannot run on ``x``.
     """
     nblocks, block_out, block_in = weight.shape
     out_features = nblocks * block_out if out_features is None else out_features
@@ -51,6 +59,18 @@ def block_diagonal_linear(
             f"out_features must be in 1..{nblocks * block_out} for a weight of shape "
             f"{tuple(weight.shape)}, not {out_features}"
         )
+    if use_kernel(backend, "block_diagonal_linear", x) and x.numel():
+        from m2_plugin.ops.kernels.block_diagonal_linear import block_diagonal_linear_op
+
+        dtype = autocast_dtype(x)
+        y = block_diagonal_linear_op(
+            x.reshape(-1, x.shape[-1]).to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            out_features,
+            backend == "triton",
+        )
+        return y.unflatten(0, x.shape[:-1])
     if padding:
         x = F.pad(x, (0, padding))
     # A GEMM per block on views of x: a batched GEMM needs the blocks side by side in memory, and

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_to_dense, block_shape
 from m2_plugin.ops.monarch_mlp import monarch_mlp, monarch_mlp_reference
-from tests.utils import assert_close, gradients
+from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, assert_close, gradients
 
 SHAPES = [(32, 128, 4), (24, 40, 2), (36, 100, 8), (16, 16, 1), (30, 60, 3)]
 
@@ -53,3 +53,99 @@ def test_dropout_keeps_the_expectation():
     many = monarch_mlp(x.expand(20000, -1), up, down, bias, 64, dropout_p=0.2)
     assert not torch.equal(many[0], many[1])
     assert (many.mean(0) - exact[0]).abs().max() < 0.05 * exact.abs().max()
+
+
+def mlp_inputs(rows, width, size, nblocks, glu):
+    return [
+        torch.randn(rows, width),
+        torch.randn(block_shape(width, size * (2 if glu else 1), nblocks)) / width**0.5,
+        torch.randn(block_shape(size, width, nblocks)) / size**0.5,
+        torch.randn(width),
+    ]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
+@pytest.mark.parametrize(
+    "shape",
+    [(37, 96, 136, 4), (20, 40, 56, 8), (17, 24, 48, 1), (5, 60, 36, 3), (70, 200, 40, 2)],
+    ids=lambda s: "N{}-D{}-F{}-K{}".format(*s),
+)
+def test_kernel(shape, glu, dtype):
+    rows, width, size, nblocks = shape
+    tensors = mlp_inputs(*shape, glu)
+    dy = torch.randn(rows, width)
+
+    def run(backend, to):
+        args = [t.to(dtype).to(KERNEL_DEVICE, to).requires_grad_() for t in tensors]
+        y = monarch_mlp(*args, size, glu, backend=backend)
+        return y, *gradients(y, dy.to(dtype).to(y), *args)
+
+    for name, actual, exact, plain in zip(
+        ("y", "dx", "dup", "ddown", "dbias"),
+        run("triton", dtype),
+        run("torch", torch.float64),
+        run("torch", dtype),
+        strict=True,
+    ):
+        assert actual.dtype == dtype
+        assert_close(name, actual, exact, plain)
+
+
+@pytest.mark.parametrize("width", [13, 16, 30, 48, 96, 100, 192, 240, 384, 448, 512])
+def test_kernel_cuts_block_widths_into_powers_of_two(width):
+    from m2_plugin.ops.kernels.monarch_mlp import split_width
+
+    parts = [q for q in split_width(width) if q]
+    assert all(q >= 16 and q & (q - 1) == 0 for q in parts) and parts == sorted(parts)[::-1]
+    assert width <= sum(parts) <= max(16, 4 / 3 * width)
+
+
+def test_kernel_dropout_is_the_same_mask_in_both_directions(monkeypatch):
+    """With the seed fixed the op is linear in x's gradient path, so finite differences hold."""
+    from m2_plugin.ops.kernels import monarch_mlp as kernels
+
+    monkeypatch.setattr(kernels, "BACKWARD_ROWS", 16)  # the mask must not depend on the parts
+    x, up, down, bias = (t.to(KERNEL_DEVICE) for t in mlp_inputs(40, 32, 64, 4, True))
+    seed = torch.tensor([7], device=KERNEL_DEVICE)
+    x.requires_grad_()
+
+    def run(x):
+        return kernels.monarch_mlp_op(x, up, down, bias, seed, True, 0.3, True)
+
+    direction, dy = torch.randn_like(x), torch.randn_like(x)
+    (grad,) = gradients(run(x), dy, x)
+    with torch.no_grad():
+        step = 1e-2
+        slope = ((run(x + step * direction) - run(x - step * direction)) * dy).sum() / (2 * step)
+    assert abs(slope - (grad * direction).sum()) < 5e-3 * abs(slope) + 1e-2
+
+
+def test_kernel_dropout_drops_the_right_share_anew_each_time():
+    x = torch.ones(64, 16, device=KERNEL_DEVICE)
+    # Each output is the sum of its block's activations, all gelu(1)·1 = 0.841 before dropout.
+    up = torch.full((2, 64, 8), 1 / 8, device=KERNEL_DEVICE)
+    down = torch.zeros(2, 8, 32, device=KERNEL_DEVICE)
+    down[:, :, 0] = 1  # reads one activation: dropped or scaled
+    args = x, up, down, None, 64
+    full = monarch_mlp(*args, backend="triton")[0, 0]
+    first, second = (monarch_mlp(*args, dropout_p=0.25, backend="triton") for _ in range(2))
+    assert not torch.equal(first, second)
+    kept = first[:, ::8]  # one column of each block: outputs of a block share their activation
+    dropped = kept.abs() < 1e-6
+    assert torch.allclose(kept[~dropped], full / 0.75, rtol=1e-4)
+    assert 0.12 < dropped.float().mean() < 0.40  # 128 draws: 0.25 ± 3.4 standard deviations
+
+
+def test_kernel_op_is_registered_as_torch_expects():
+    from m2_plugin.ops.kernels.monarch_mlp import monarch_mlp_op
+
+    args = [t.to(KERNEL_DEVICE).requires_grad_() for t in mlp_inputs(9, 32, 64, 4, True)]
+    torch.library.opcheck(monarch_mlp_op, (*args, None, True, 0.0, True))
+
+
+def test_kernel_takes_strided_rows():
+    x, up, down, bias = (t.to(KERNEL_DEVICE) for t in mlp_inputs(40, 32, 64, 4, True))
+    y = monarch_mlp(x, up, down, bias, 64, backend="triton")
+    transposed = x.T.contiguous().T
+    assert torch.equal(monarch_mlp(transposed, up, down, bias, 64, backend="triton"), y)

@@ -1,0 +1,113 @@
+"""Which implementation of an op runs: plain PyTorch, or a Triton kernel."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "torch", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores, and asynchronous copies
+
+_failed: dict[str, str] = {}
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError unless ``backend`` is one of ``BACKENDS``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why no Triton kernel can run on such tensors, or None if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install m2_plugin[gpu])"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return f"the GPU has compute capability {capability}, the kernels need 8.0 or more"
+        return None
+    if device.type == "cpu" and interpreted():
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly"
+        return None
+    return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+def use_kernel(backend: str, op: str, x: Tensor) -> bool:
+    """Decides between kernel and PyTorch for one call.
+
+    Args:
+        backend: ``auto`` takes the kernel on a CUDA device unless it failed before; ``torch`` and
+            ``triton`` take what they say.
+        op: the op's name.
+        x: its input.
+
+    Raises:
+        ValueError: if ``backend`` is none of the three.
+        RuntimeError: if it is ``triton`` and no kernel can run on ``x``.
+    """
+    check_backend(backend)
+    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or op in _failed)):
+        return False
+    reason = why_no_kernel(x.device, x.dtype)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run {op}: {reason}")
+    return reason is None
+
+
+def run_kernel(
+    op: str, strict: bool, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any
+) -> Any:
+    """Calls ``kernel``; if it cannot be built or launched, warns once and calls ``fallback``.
+
+    Args:
+        op: the op's name; after one failure it falls back at once.
+        strict: raise the kernel's error instead.
+        kernel: what launches the kernel.
+        fallback: what computes the same in PyTorch.
+        *args: for either.
+    """
+    if op in _failed and not strict:
+        return fallback(*args)
+    try:
+        return kernel(*args)
+    except torch.OutOfMemoryError:
+        raise  # PyTorch would need more
+    except Exception as error:
+        if strict:
+            raise
+        _failed[op] = f"{type(error).__name__}: {error}"
+        log.warning(
+            "The Triton kernel of %s failed (%s). Plain PyTorch, which is slower, computes it from "
+            "now on; `backend: torch` silences this, `backend: triton` makes it an error.",
+            op,
+            _failed[op].splitlines()[0],
+        )
+        return fallback(*args)
+
+
+def failures() -> dict[str, str]:
+    """Returns the ops that fell back to PyTorch in this process, and why."""
+    return dict(_failed)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which autocast would run a linear map of x; it does not know our ops."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, a file for each op, of its name; imported only where they run."""

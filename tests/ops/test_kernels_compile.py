@@ -1,0 +1,31 @@
+"""Every kernel launch compiles for its GPUs without one, spills nothing and fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.utils import ROOT
+
+# Shared memory of a multiprocessor that one program can have, by compute capability.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_compile_without_spills(capability, tmp_path):
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(capability)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len({row["kernel"] for row in rows}) >= 4
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT[capability], row
+        assert row["stack"] == 0, f"spills registers: {row}"
+    if capability >= 90:  # Hopper's matrix unit is used where it counts
+        fused = [r for r in rows if r["kernel"] == "forward_kernel" and "bfloat16" in r["case"]]
+        assert fused and all(row["wgmma"] for row in fused)
