@@ -266,6 +266,8 @@ def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...] | None
 
 def _column(table: _Table, name: str, key: str) -> Sequence[Any]:
     if name not in table.columns:
+        if table.broken and not len(table):  # not one row to learn the columns from
+            raise ValueError(f"{table.broken[0]}.")
         raise ValueError(
             f"{table.source} has no column {name!r} ({key}). Its columns: "
             f"{', '.join(map(repr, table.columns)) or 'none'}."

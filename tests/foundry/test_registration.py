@@ -3,13 +3,15 @@ import sys
 
 import catalogue
 import pytest
+import torch
 from llmfoundry import registry
 
 NAMES = {
     "models": ["m2_bert_mlm", "m2_bert_classification", "hf_bert_mlm", "hf_bert_classification"],
-    "dataloaders": ["mlm_text"],
-    "callbacks": ["seed_each_batch", "loss_curve"],
+    "dataloaders": ["mlm_text", "glue", "text_classification"],
+    "callbacks": ["seed_each_batch", "loss_curve", "eval_results"],
 }
+OTHERS = {"optimizers": ["torch_adamw"]}  # registered as they are
 
 
 @pytest.mark.parametrize("group", list(NAMES))
@@ -19,9 +21,13 @@ def test_host_finds_our_names(group):
         assert getattr(registry, group).get(name).__module__.startswith("m2_plugin.foundry")
 
 
+def test_host_finds_torchs_adamw():
+    assert registry.optimizers.get("torch_adamw") is torch.optim.AdamW
+
+
 def test_no_name_is_one_of_the_hosts():
     """An entry point of the same name would override the host's, for every run of anybody."""
-    for group, names in NAMES.items():
+    for group, names in (NAMES | OTHERS).items():
         namespace = tuple(getattr(registry, group).namespace)
         registered = {key[-1] for key in catalogue.REGISTRY if key[:-1] == namespace}
         assert registered
