@@ -1,0 +1,38 @@
+"""The command `m2-plugin`: finds the subcommand and hands over; only that one is imported."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Name: the module whose main(argv) runs it, and what it does.
+COMMANDS = {
+    "glue": ("m2_plugin.glue.command", "fine-tune on GLUE by the published recipe; the table"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: Arguments, without the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])
+        code: int = module.main(arguments[1:])
+        return code
+    width = max(map(len, COMMANDS))
+    rows = "".join(f"  {name:{width}}  {about}\n" for name, (_, about) in COMMANDS.items())
+    usage = f"usage: m2-plugin COMMAND ...\n\n{rows}\n`m2-plugin COMMAND --help` says more.\n"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage)
+        return 0
+    sys.stderr.write(f"There is no command {arguments[0]!r}.\n{usage}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""The table of a sweep: text, Markdown, CSV and a picture, from the results of its jobs.
+
+A task's score is, as the paper counts it, the mean over its seeds, evaluation splits and counting
+metrics, of the final evaluation; the average is the unweighted mean over the eight tasks. Nothing
+is averaged silently: a task that lacks a seed is shown as far as it goes, and there is no average
+until all are whole.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m2_plugin.glue import tasks as glue_tasks
+from m2_plugin.glue.files import read_json, write_atomically
+from m2_plugin.glue.sweep import BLOCKED, FAILED, FINISHED, job_name
+
+__all__ = ["Report", "TaskReport", "load_report", "write_report"]
+
+# The paper's averages on the development sets (arXiv 2310.12109), in percent.
+PAPER_AVERAGES = {
+    "M2-BERT-base (80M)": 79.9,
+    "M2-BERT-base (110M)": 80.9,
+    "M2-BERT-large (260M)": 82.2,
+    "M2-BERT-large (341M)": 82.8,
+    "BERT-base": 79.6,
+    "BERT-large": 82.1,
+}
+# The tasks that the average counts.
+SCORED = tuple(name for name, task in glue_tasks.TASKS.items() if task.score_metrics)
+MISSING = "missing"
+OTHER_SETTINGS = "other settings"
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+}
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What is known of one task.
+
+    Attributes:
+        task: Name of the task.
+        seeds: Seeds of the plan.
+        statuses: By seed: finished, failed, blocked, missing (not run yet) or other settings (a
+            result of settings that the plan no longer has).
+        problems: By seed that failed or was blocked, what went wrong.
+        values: In percent, by (evaluation label, metric) and seed; None where undefined.
+        scores: In percent, by finished seed: the mean over splits and counting metrics; None where
+            one of them is undefined.
+    """
+
+    task: str
+    seeds: tuple[int, ...]
+    statuses: dict[int, str]
+    problems: dict[int, str]
+    values: dict[tuple[str, str], dict[int, float | None]]
+    scores: dict[int, float | None]
+
+    @property
+    def defined(self) -> list[float]:
+        """Scores of the seeds that have one."""
+        return [score for score in self.scores.values() if score is not None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every seed has a score."""
+        return bool(self.seeds) and len(self.defined) == len(self.seeds)
+
+    @property
+    def score(self) -> float | None:
+        """Mean of the scores; None unless complete."""
+        return statistics.fmean(self.defined) if self.is_complete else None
+
+    @property
+    def note(self) -> str:
+        """What is not as it should be; empty if all is."""
+        parts = []
+        for status in (FAILED, BLOCKED, MISSING, OTHER_SETTINGS):
+            seeds = [str(seed) for seed in self.seeds if self.statuses[seed] == status]
+            said = {FAILED: "failed", BLOCKED: "blocked", MISSING: "not run"}.get(status, status)
+            if len(seeds) == len(self.seeds):
+                parts.append(said)
+            elif seeds:
+                parts.append(f"{said}: seed {', '.join(seeds)}")
+        undefined = [str(seed) for seed, score in self.scores.items() if score is None]
+        if undefined:
+            parts.append(f"undefined metric: seed {', '.join(undefined)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a sweep.
+
+    Attributes:
+        name: Of the sweep.
+        paper_average: What the paper reports for this model, in percent.
+        tasks: One of each task of the plan.
+    """
+
+    name: str
+    paper_average: float | None
+    tasks: tuple[TaskReport, ...]
+
+    @property
+    def average(self) -> float | None:
+        """The paper's score: None unless all eight tasks are complete."""
+        scores = {task.task: task.score for task in self.tasks}
+        if set(scores) != set(SCORED) or any(scores[name] is None for name in SCORED):
+            return None
+        return statistics.fmean(score for score in scores.values() if score is not None)
+
+    @property
+    def average_text(self) -> str:
+        """The average, or what it lacks."""
+        if self.average is not None:
+            return f"{self.average:.1f}"
+        complete = sum(task.is_complete for task in self.tasks)
+        return f"incomplete: {complete} of {len(SCORED)} tasks"
+
+
+def load_report(out: Path) -> Report:
+    """Read the plan and the results of a sweep.
+
+    Args:
+        out: Folder of the sweep.
+
+    Raises:
+        ValueError: If no sweep was started there.
+    """
+    plan = read_json(out / "plan.json")
+    if not isinstance(plan, dict):
+        raise ValueError(f"There is no sweep in {str(out)!r}: plan.json is missing.")
+    seeds: dict[str, list[dict[str, Any]]] = {}
+    for job in plan["jobs"]:
+        seeds.setdefault(job["task"], []).append(job)
+    order = [name for name in glue_tasks.TASKS if name in seeds]
+    return Report(
+        name=plan["name"],
+        paper_average=plan.get("paper_average"),
+        tasks=tuple(_task_report(out, name, seeds[name]) for name in order),
+    )
+
+
+def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> TaskReport:
+    task = glue_tasks.task(name)
+    statuses: dict[int, str] = {}
+    problems: dict[int, str] = {}
+    scores: dict[int, float | None] = {}
+    values: dict[tuple[str, str], dict[int, float | None]] = {
+        (task.eval_label(split), metric): {}
+        for split in task.eval_splits
+        for metric in task.metrics
+    }
+    for job in jobs:
+        seed = job["seed"]
+        result = read_json(out / job_name(name, seed) / "result.json")
+        status = result["status"] if isinstance(result, dict) else MISSING
+        if status == FINISHED and result["hash"] != job["hash"]:
+            status = OTHER_SETTINGS
+        statuses[seed] = status
+        if status in (FAILED, BLOCKED):
+            problems[seed] = result.get("error") or result.get("problem", "")
+        if status != FINISHED:
+            continue
+        for label, metric in values:
+            value = result["metrics"].get(label, {}).get(metric)
+            values[label, metric][seed] = None if value is None else 100 * value
+        counting = [
+            values[label, metric][seed] for label, metric in values if metric in task.score_metrics
+        ]
+        known = [value for value in counting if value is not None]
+        scores[seed] = statistics.fmean(known) if len(known) == len(counting) else None
+    return TaskReport(
+        task=name,
+        seeds=tuple(job["seed"] for job in jobs),
+        statuses=statuses,
+        problems=problems,
+        values=values,
+        scores=scores,
+    )
+
+
+# --- as text -------------------------------------------------------------------------------------
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation of what is defined."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "—"
+    mean = f"{statistics.fmean(known):.1f}"
+    return f"{mean} ± {statistics.stdev(known):.1f}" if len(known) > 1 else mean
+
+
+def _rows(report: Report) -> list[list[str]]:
+    """Header and cells: a line per task, evaluation split and metric."""
+    rows = [["task", "metric", "value", "score", "seeds", "note"]]
+    for task in report.tasks:
+        about = glue_tasks.task(task.task)
+        for i, ((label, metric), values) in enumerate(task.values.items()):
+            split = label.removeprefix(task.task).lstrip("_")
+            name = METRIC_NAMES.get(metric, metric) + (f", {split}" if split else "")
+            name += "" if metric in about.score_metrics else " (not counted)"
+            first = i == 0
+            rows.append(
+                [
+                    about.folder if first else "",
+                    name,
+                    _spread(list(values.values())),
+                    ("—" if task.score is None else f"{task.score:.1f}") if first else "",
+                    f"{len(task.defined)}/{len(task.seeds)}" if first else "",
+                    task.note if first else "",
+                ]
+            )
+    rows.append(["average", "", "", report.average_text, "", ""])
+    if report.paper_average is not None:
+        rows.append(["paper, this model", "", "", f"{report.paper_average:.1f}", "", ""])
+    return rows
+
+
+def _footer(report: Report) -> list[str]:
+    lines = [
+        "Value: mean ± sample standard deviation over seeds, in percent, of the final evaluation "
+        "on the development set. Score: mean over seeds, splits and counting metrics. Average: "
+        "unweighted mean over the eight tasks, as the paper counts it.",
+        "The paper's averages: "
+        + ", ".join(f"{name} {value}" for name, value in PAPER_AVERAGES.items())
+        + ".",
+    ]
+    lines += [
+        f"{job_name(task.task, seed)}: {task.statuses[seed]}. {problem}"
+        for task in report.tasks
+        for seed, problem in task.problems.items()
+    ]
+    return lines
+
+
+def to_text(report: Report) -> str:
+    """The table for a terminal."""
+    rows = _rows(report)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    last = 1 + (report.paper_average is not None)
+    body = [lines[0], rule, *lines[1:-last], rule, *lines[-last:]]
+    table = "\n".join(line.rstrip() for line in body)
+    return f"GLUE: {report.name}\n\n{table}\n\n" + "\n".join(_footer(report)) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The table in Markdown."""
+    rows = _rows(report)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "| --- | --- | ---: | ---: | ---: | --- |")
+    footer = "\n\n".join(_footer(report))
+    return f"# GLUE: {report.name}\n\n" + "\n".join(lines) + f"\n\n{footer}\n"
+
+
+def to_csv(report: Report) -> str:
+    """Every value of every job, a line each; scores and the average have `metric` score."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("task", "evaluation", "metric", "counts", "seed", "status", "percent"))
+    for task in report.tasks:
+        about = glue_tasks.task(task.task)
+        for (label, metric), values in task.values.items():
+            counts = metric in about.score_metrics
+            for seed in task.seeds:
+                value = values.get(seed)
+                cell = "" if value is None else repr(value)
+                row = (task.task, label, metric, counts, seed, task.statuses[seed], cell)
+                writer.writerow(row)
+        status = "complete" if task.is_complete else "incomplete"
+        cell = "" if task.score is None else repr(task.score)
+        writer.writerow((task.task, "", "score", "", "", status, cell))
+    status = "incomplete" if report.average is None else "complete"
+    cell = "" if report.average is None else repr(report.average)
+    writer.writerow(("average", "", "score", "", "", status, cell))
+    return text.getvalue()
+
+
+# --- as a picture --------------------------------------------------------------------------------
+
+# Of Okabe and Ito's palette, which the colour-blind can tell apart; the marks differ in shape too.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.45"
+
+
+def draw(report: Report) -> Any:
+    """Scores by task: seeds as dots, their mean and sample standard deviation; the averages below.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = []
+    for y, task in enumerate(report.tasks):
+        names.append(_draw_task(axes, y, task))
+    bottom = len(report.tasks) + 0.3
+    names.append("average")
+    shown = [score for task in report.tasks for score in task.defined]
+    if report.average is None:
+        axes.text(0.5, bottom, report.average_text, transform=axes.get_yaxis_transform(),
+                  ha="center", va="center", color=GREY, style="italic")  # fmt: skip
+    else:
+        axes.plot(report.average, bottom, "D", color=BLUE, markersize=7)
+        _label(axes, report.average, bottom, f"{report.average:.1f}", BLUE)
+        shown.append(report.average)
+    if report.paper_average is not None:
+        axes.plot(
+            report.paper_average, bottom, "x", color=ORANGE, markersize=8, markeredgewidth=2,
+            label=f"the paper's average of this model: {report.paper_average:.1f}",
+        )  # fmt: skip
+        shown.append(report.paper_average)
+    axes.axhline(len(report.tasks) - 0.35, color="0.8", linewidth=0.8)
+    axes.set_yticks([*range(len(report.tasks)), bottom], names)
+    axes.set_ylim(bottom + 0.6, -0.6)
+    low, high = (min(shown), max(shown)) if shown else (0.0, 100.0)
+    pad = max(3.0, 0.12 * (high - low))
+    axes.set_xlim(low - pad, high + pad)
+    axes.set(title=f"GLUE development sets: {report.name}", xlabel="score (%)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.plot([], [], "o", color=BLUE, markerfacecolor="none", label="one seed")
+    axes.plot([], [], "D", color=BLUE, label="mean over seeds ± sample standard deviation")
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
+    return figure
+
+
+def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
+    """Draw a task's line; returns what it is called."""
+    about = glue_tasks.task(task.task)
+    metrics = " and ".join(METRIC_NAMES.get(name, name) for name in about.score_metrics)
+    name = f"{about.folder}  ({metrics})"
+    values = task.defined
+    if not values:
+        axes.text(0.5, y, task.note or "no result", transform=axes.get_yaxis_transform(),
+                  ha="center", va="center", color=GREY, style="italic", fontsize=9)  # fmt: skip
+        return name
+    color = BLUE if task.is_complete else GREY
+    axes.plot(values, [y] * len(values), "o", color=color, markerfacecolor="none", markersize=5)
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    axes.errorbar(mean, y, xerr=spread, fmt="D", color=color, markersize=5, capsize=3)
+    label = f"{mean:.1f}"
+    if not task.is_complete:
+        label += f"  ({len(values)}/{len(task.seeds)} seeds)"
+    _label(axes, mean, y, label, color)
+    return name
+
+
+def _label(axes: Any, x: float, y: float, text: str, color: str) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", color=color,
+        fontsize=8,
+    )  # fmt: skip
+
+
+def write_report(report: Report, out: Path) -> list[Path]:
+    """Write report.txt, report.md, report.csv and report.png.
+
+    Returns:
+        The files.
+    """
+    picture = io.BytesIO()
+    draw(report).savefig(picture, format="png")
+    contents: dict[str, str | bytes] = {
+        "report.txt": to_text(report),
+        "report.md": to_markdown(report),
+        "report.csv": to_csv(report),
+        "report.png": picture.getvalue(),
+    }
+    for name, content in contents.items():
+        write_atomically(out / name, content)
+    return [out / name for name in contents]

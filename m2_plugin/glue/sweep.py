@@ -1,0 +1,580 @@
+"""The sweep: one process of the host per task and seed, in parallel, resumable.
+
+    OUT/plan.json               what there is to do, with a hash of each job's settings
+    OUT/sweep.yaml              the sweep file as it was merged
+    OUT/TASK-seedN/job.yaml     what the host ran
+                   log.txt      what it said
+                   metrics.json, predictions/, huggingface/     what it left
+                   result.json  the outcome, whole or not there
+
+A job whose result.json says `finished` under the same hash is not run again.
+"""
+
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from m2_plugin.glue import tasks as glue_tasks
+from m2_plugin.glue.files import read_json, write_atomically, write_json
+from m2_plugin.glue.recipes import (
+    MNLI,
+    MODEL_FOLDER,
+    Sweep,
+    job_config,
+    predict_loader,
+    to_yaml,
+)
+
+__all__ = ["Job", "make_slots", "plan", "run_jobs", "run_sweep"]
+
+log = logging.getLogger(__name__)
+
+FINISHED, FAILED, BLOCKED = "finished", "failed", "blocked"
+POLL_SECONDS = 0.2
+STOP_SECONDS = 10.0
+TAIL_LINES = 30
+THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
+# What a single run wants and a sweep's job does not: it is made anew when it was killed.
+SINGLE_RUN_KEYS = (
+    "autoresume",
+    "load_ignore_keys",
+    "load_strict_model_weights",
+    "load_weights_only",
+    "save_folder",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+)
+
+Command = Callable[["Job"], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task and seed.
+
+    Attributes:
+        task: Name of the task.
+        seed: The seed.
+        folder: Where it runs and leaves its results.
+        config: The host's YAML.
+        hash: Of everything that its result depends on.
+        needs: Name of the job whose model it starts from.
+        keeps_model: Whether it leaves a transformers folder.
+    """
+
+    task: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+    hash: str
+    needs: str | None = None
+    keeps_model: bool = False
+
+    @property
+    def name(self) -> str:
+        """As its folder is called."""
+        return job_name(self.task, self.seed)
+
+    @property
+    def model_folder(self) -> Path:
+        """Where it leaves its model, if it keeps one."""
+        return self.folder / MODEL_FOLDER
+
+    def is_finished(self) -> bool:
+        """Whether its result is there, whole, and of these settings."""
+        result = read_json(self.folder / "result.json")
+        if not isinstance(result, dict) or result.get("status") != FINISHED:
+            return False
+        model = not self.keeps_model or (self.model_folder / "config.json").is_file()
+        return result.get("hash") == self.hash and model
+
+
+def job_name(task: str, seed: int) -> str:
+    """Name of a job and of its folder."""
+    return f"{task}-seed{seed}"
+
+
+# --- what there is to do -------------------------------------------------------------------------
+
+
+def plan(sweep: Sweep, out: Path, *, on_cpu: bool = False) -> list[Job]:
+    """All jobs of a sweep, each after what it needs.
+
+    Args:
+        sweep: The sweep.
+        out: Folder of the sweep.
+        on_cpu: Use fp32: Composer refuses other precisions on a CPU.
+    """
+    mnli = sweep.tasks.get(MNLI)
+    # The first seed: known before any is run, and published with one only.
+    needed = job_name(MNLI, mnli.seeds[0]) if mnli else job_name(MNLI, 0)
+    starts = any(r.start for r in sweep.tasks.values()) and sweep.mnli_checkpoint is None
+    jobs: dict[str, Job] = {}
+    for task, recipe in sorted(sweep.tasks.items(), key=lambda item: item[1].start is not None):
+        for seed in recipe.seeds:
+            name = job_name(task, seed)
+            needs = needed if recipe.start and sweep.mnli_checkpoint is None else None
+            start = sweep.start
+            if recipe.start:
+                start = sweep.mnli_checkpoint or str(out / needed / MODEL_FOLDER)
+            keeps_model = sweep.keep_models or (starts and name == needed)
+            config = _sweep_job(sweep, task, seed, out / name, start, keeps_model, on_cpu)
+            origin = jobs[needs].hash if needs in jobs else _fingerprint(start)
+            jobs[name] = Job(
+                task=task,
+                seed=seed,
+                folder=out / name,
+                config=config,
+                hash=_hash(config, origin),
+                needs=needs,
+                keeps_model=keeps_model,
+            )
+    return list(jobs.values())
+
+
+def _sweep_job(
+    sweep: Sweep,
+    task: str,
+    seed: int,
+    folder: Path,
+    start: str | None,
+    keeps_model: bool,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    config = job_config(
+        sweep, task, seed, run_name=f"{sweep.name}-{folder.name}", out=str(folder), start=start
+    )
+    config["variables"]["start"] = start  # job_config fills in what a single run would start from
+    for key in SINGLE_RUN_KEYS:
+        config.pop(key)
+    if on_cpu:
+        config["precision"] = "fp32"
+    config |= {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba"}
+    config["callbacks"]["eval_results"]["progress"] = True
+    if sweep.predict:
+        config["callbacks"]["eval_results"]["predict"] = [
+            predict_loader(sweep, source, split, prediction_label(source, split))
+            for source in ((task, "ax") if task == MNLI else (task,))
+            for split in glue_tasks.task(source).test_splits
+        ]
+    if not keeps_model:
+        config["callbacks"].pop("hf_checkpointer")
+    return config
+
+
+def prediction_label(task: str, split: str) -> str:
+    """What the predictions of a test split are called: `cola`, `mnli_matched`, ..."""
+    return task + split.removeprefix("test")
+
+
+def _fingerprint(start: str | None) -> str:
+    """Of a checkpoint: names, sizes and times of its files; a name that is no path is itself."""
+    if start is None:
+        return "random"
+    path = Path(start).expanduser()
+    if not path.exists():
+        return start
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _hash(config: Mapping[str, Any], origin: str) -> str:
+    """Of the settings, without where they run and how they report."""
+    config = copy.deepcopy(dict(config))
+    for key in ("run_name", "out", "start"):
+        del config["variables"][key]
+    config["callbacks"].pop("hf_checkpointer", None)
+    text = json.dumps([config, origin], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def select(
+    jobs: Sequence[Job], tasks: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[Job]:
+    """The jobs of some tasks and seeds.
+
+    Raises:
+        ValueError: If a task or seed is not in the plan, or a job needs the MNLI model and would
+            neither find nor make it.
+    """
+    for name in tasks or ():
+        if name not in {job.task for job in jobs}:
+            glue_tasks.task(name)
+            raise ValueError(f"--tasks: {name!r} is not in this sweep.")
+    for seed in seeds or ():
+        known = sorted({job.seed for job in jobs})
+        if seed not in known:
+            raise ValueError(
+                f"--seeds: no task of this sweep has seed {seed}; there are "
+                f"{', '.join(map(str, known))}. For others: tasks.TASK.seeds=[{seed}]."
+            )
+    chosen = [
+        job for job in jobs if (not tasks or job.task in tasks) and (not seeds or job.seed in seeds)
+    ]
+    if not chosen:
+        raise ValueError("No job of this sweep has one of these tasks and one of these seeds.")
+    by_name = {job.name: job for job in jobs}
+    names = {job.name for job in chosen}
+    waiting = [job for job in chosen if job.needs and not job.is_finished()]
+    for job in waiting:
+        assert job.needs is not None
+        source = by_name.get(job.needs)
+        if job.needs not in names and not (source and source.is_finished()):
+            which = ", ".join(sorted({job.task for job in waiting}))
+            raise ValueError(
+                f"{which} start from the MNLI model, which is not there: run mnli too"
+                f"{f' (seed {source.seed})' if source else ''}, or give "
+                f"mnli_checkpoint=CHECKPOINT, or tasks.{job.task}.start=null to start from "
+                f"`start`."
+            )
+    return chosen
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES."""
+    import torch  # slow to import, and a report needs no GPU
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] if len(named) >= count else [str(i) for i in range(count)]
+
+
+def make_slots(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
+    """Environments of jobs that run at the same time.
+
+    Args:
+        gpus: Names of the GPUs; one each, or shared in turn if there are more jobs.
+        jobs: How many at a time; by default one per GPU, or per four cores.
+
+    Raises:
+        ValueError: If `jobs` is less than 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}.")
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs or max(1, cores // THREADS_PER_JOB)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs
+
+
+def host_command(job: Job) -> list[str]:
+    """The host's own train function, in a process of its own."""
+    yaml = str(job.folder / "job.yaml")
+    return [sys.executable, "-m", "llmfoundry.cli.cli", "train", yaml]
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: TextIO
+    started: float
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    slots: Sequence[Mapping[str, str]],
+    command: Command = host_command,
+    lock: int | None = None,
+) -> dict[str, str]:
+    """Run jobs, as many at a time as there are slots; finished ones are left as they are.
+
+    A job starts when the one it needs has finished. If that fails, it is blocked; the others go
+    on. Whatever ends this function ends its processes.
+
+    Args:
+        jobs: The jobs, the first ones first.
+        slots: Variables of the environment by slot.
+        command: The command line of a job.
+        lock: File descriptor for the processes to inherit.
+
+    Returns:
+        Status by name of the job.
+    """
+    statuses = {job.name: FINISHED for job in jobs if job.is_finished()}
+    pending = [job for job in jobs if job.name not in statuses]
+    running: dict[int, _Running] = {}
+    bar = tqdm(total=len(jobs), initial=len(statuses), unit="job", desc="glue", smoothing=0)
+    shown = ""
+    try:
+        with bar, logging_redirect_tqdm():
+            while pending or running:
+                for slot in range(len(slots)):
+                    if slot not in running:
+                        job = _next(pending, statuses)
+                        if job is not None:
+                            running[slot] = _start(job, command(job), slots[slot], lock)
+                for slot, current in list(running.items()):
+                    if current.process.poll() is not None:
+                        del running[slot]
+                        statuses[current.job.name] = _finish(current)
+                        bar.update()
+                for job in [job for job in pending if _is_blocked(job, statuses)]:
+                    pending.remove(job)
+                    statuses[job.name] = _block(job)
+                    bar.update()
+                text = "; ".join(_describe(current.job) for current in running.values())
+                if text != shown and sys.stderr.isatty():  # a file gets a line per job, no more
+                    shown = text
+                    bar.set_postfix_str(text)
+                if running:
+                    time.sleep(POLL_SECONDS)
+    finally:
+        _stop(list(running.values()))
+    return statuses
+
+
+def _next(pending: list[Job], statuses: Mapping[str, str]) -> Job | None:
+    for job in pending:
+        if job.needs is None or statuses.get(job.needs) == FINISHED:
+            pending.remove(job)
+            return job
+    return None
+
+
+def _is_blocked(job: Job, statuses: Mapping[str, str]) -> bool:
+    return statuses.get(job.needs or "") in (FAILED, BLOCKED)
+
+
+def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int | None) -> _Running:
+    # What an earlier attempt left says nothing about this one.
+    if job.folder.exists():
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True)
+    write_atomically(job.folder / "job.yaml", to_yaml(job.config))
+    output = open(job.folder / "log.txt", "w", encoding="utf-8")  # noqa: SIM115 (open as it runs)
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "_TYPER_STANDARD_TRACEBACK": "1",  # not the boxes drawn round the host's tracebacks
+        **slot,
+    }
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=() if lock is None else (lock,),
+    )
+    log.info("%s started: %s", job.name, job.folder / "log.txt")
+    return _Running(job, process, output, time.time())
+
+
+def _finish(current: _Running) -> str:
+    """Write the result of a process that has ended; returns its status."""
+    current.log.close()
+    job, code = current.job, current.process.returncode
+    seconds = round(time.time() - current.started, 1)
+    report = read_json(job.folder / "metrics.json")
+    result: dict[str, Any] = {
+        "task": job.task,
+        "seed": job.seed,
+        "hash": job.hash,
+        "start": job.config["variables"]["start"],
+        "seconds": seconds,
+    }
+    problem = None
+    if code != 0:
+        problem = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+    elif not isinstance(report, dict):
+        problem = "it ended without metrics.json"
+    elif job.keeps_model and not (job.model_folder / "config.json").is_file():
+        problem = f"it left no model in {job.model_folder}"
+    if problem is None:
+        assert isinstance(report, dict)
+        write_json(job.folder / "result.json", {"status": FINISHED, **result, **report})
+        log.info("%s finished after %.0f s: %s", job.name, seconds, _one_line(report["metrics"]))
+        return FINISHED
+    tail = _tail(job.folder / "log.txt")
+    result |= {"problem": problem, "error": _last_error(tail), "log_tail": tail}
+    write_json(job.folder / "result.json", {"status": FAILED, **result})
+    log.error("%s FAILED: %s. %s", job.name, problem, job.folder / "log.txt")
+    log.error("%s", "\n".join(f"    {line}" for line in tail))
+    return FAILED
+
+
+def _block(job: Job) -> str:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    result = {"task": job.task, "seed": job.seed, "hash": job.hash}
+    problem = f"{job.needs}, which it starts from, failed"
+    write_json(job.folder / "result.json", {"status": BLOCKED, **result, "problem": problem})
+    log.error("%s not run: %s", job.name, problem)
+    return BLOCKED
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    """End processes, with some seconds to end by themselves."""
+    for current in running:
+        current.process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for current in running:
+        try:
+            current.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            current.process.kill()
+            current.process.wait()
+        current.log.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path) -> list[str]:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    # A progress bar rewrites its line; what counts is how it ended.
+    return [line.rsplit("\r", 1)[-1] for line in lines if line.strip()][-TAIL_LINES:]
+
+
+def _last_error(tail: Sequence[str]) -> str:
+    """The line that names the exception, or the last one."""
+    for line in reversed(tail):
+        name = line.split(":", 1)[0]
+        is_name = name.replace(".", "").isidentifier()
+        if is_name and name.endswith(("Error", "Exception", "Interrupt", "Exit")):
+            return line
+    return tail[-1] if tail else ""
+
+
+def _one_line(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
+    return ", ".join(
+        f"{label} {name} {'undefined' if value is None else format(value, '.4f')}"
+        for label, values in metrics.items()
+        for name, value in values.items()
+    )
+
+
+def _describe(job: Job) -> str:
+    progress = read_json(job.folder / "progress.json")
+    if not isinstance(progress, dict):
+        return f"{job.name} starts"
+    loss = progress.get("loss")
+    return (
+        f"{job.name} {progress.get('done', 0):.0%} loss {'nan' if loss is None else f'{loss:.3f}'}"
+    )
+
+
+# --- the whole sweep -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Keep other sweeps out; the lock lasts as long as any process of this one."""
+    path = out / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = path.read_text().strip() or "unknown"
+            raise ValueError(
+                f"{out} is in use by another sweep, or by a job that one left running: process "
+                f"{owner}."
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that processes are ended."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def write_plan(sweep: Sweep, jobs: Sequence[Job], out: Path) -> None:
+    """Write what a report and a reader need to know."""
+    write_atomically(out / "sweep.yaml", to_yaml(_plain(dataclasses.asdict(sweep))))
+    entries = [{"task": job.task, "seed": job.seed, "hash": job.hash} for job in jobs]
+    write_json(
+        out / "plan.json",
+        {"name": sweep.name, "paper_average": sweep.paper_average, "jobs": entries},
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int | None = None,
+    gpus: Sequence[str] | None = None,
+    command: Command = host_command,
+) -> dict[str, str]:
+    """Run what is not finished of a sweep.
+
+    Args:
+        sweep: The sweep.
+        out: Its folder.
+        tasks: Only these.
+        seeds: Only these.
+        jobs: How many jobs at a time.
+        gpus: GPUs to use; by default all that are visible.
+        command: The command line of a job.
+
+    Returns:
+        Status, "finished", "failed" or "blocked", by name of the job.
+
+    Raises:
+        ValueError: If the choice makes no sense, or another sweep is running there.
+    """
+    gpus = visible_gpus() if gpus is None else gpus
+    planned = plan(sweep, out, on_cpu=not gpus)
+    chosen = select(planned, tasks, seeds)
+    slots = make_slots(gpus, jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out) as lock, _terminable():
+        write_plan(sweep, planned, out)
+        if not gpus and sweep.job.get("precision", "amp_bf16") != "fp32":
+            log.warning("No GPU: the jobs run in fp32, as Composer asks of a CPU.")
+        needed = {job.needs for job in chosen} - {job.name for job in chosen}
+        known = [job for job in planned if job.name in needed and job.is_finished()]
+        statuses = run_jobs([*known, *chosen], slots, command, lock)
+    return {job.name: statuses[job.name] for job in chosen}

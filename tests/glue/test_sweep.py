@@ -1,0 +1,309 @@
+"""Which jobs run, when, and what is left of them; with jobs that are a small script."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from m2_plugin.glue.recipes import load_sweep
+from m2_plugin.glue.report import load_report, to_text
+from m2_plugin.glue.sweep import make_slots, plan, run_sweep, select
+from tests.glue import fake
+from tests.utils import ROOT
+
+CONFIG = ROOT / "yamls" / "finetune" / "glue" / "sweep-m2-bert-base.yaml"
+FEW = ["tasks.cola.seeds=[1,2]", "tasks.rte.seeds=[1]", "tasks.mrpc.seeds=[1]"]
+FEW += ["tasks.sst2.seeds=[1]", "tasks.stsb.seeds=[1]"]
+ALL = {
+    "mnli-seed19", "qqp-seed19", "qnli-seed19", "sst2-seed1", "cola-seed1", "cola-seed2",
+    "rte-seed1", "mrpc-seed1", "stsb-seed1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path):
+    behave(tmp_path, {})
+    return tmp_path
+
+
+def behave(out: Path, behaviour: dict) -> None:
+    (out / "behaviour.json").write_text(json.dumps(behaviour))
+
+
+def run(out: Path, *overrides: str, jobs: int = 3, **kwargs) -> dict[str, str]:
+    sweep = load_sweep(CONFIG, [*FEW, *overrides])
+    keys = {"jobs": jobs, "gpus": [], "command": fake.command} | kwargs
+    return run_sweep(sweep, out, **keys)
+
+
+def journal(out: Path) -> list[str]:
+    path = out / "journal.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def started(out: Path) -> list[str]:
+    return [line.split()[1] for line in journal(out) if line.startswith("start ")]
+
+
+def result(out: Path, name: str) -> dict:
+    return json.loads((out / name / "result.json").read_text())
+
+
+def test_every_task_and_seed_runs_once_and_after_what_it_needs(out):
+    behave(out, {"mnli-seed19": {"sleep": 2}})
+    assert run(out) == dict.fromkeys(ALL, "finished")
+    assert sorted(started(out)) == sorted(ALL)
+    lines = [" ".join(line.split()[:2]) for line in journal(out)]
+    ready = lines.index("end mnli-seed19")
+    for name in ("rte-seed1", "mrpc-seed1", "stsb-seed1"):
+        assert lines.index(f"start {name}") > ready
+        assert result(out, name)["start"] == str(out / "mnli-seed19" / "huggingface" / "final")
+    # The others did not wait for it.
+    assert lines.index("end qqp-seed19") < ready
+    kept = {p.parent.name for p in out.glob("*/huggingface")}
+    assert kept == {"mnli-seed19"}
+    found = result(out, "cola-seed1")
+    assert found["metrics"] == {"cola": {"matthews": 0.5}} and found["seed"] == 1
+
+
+def test_finished_jobs_are_not_rerun(out):
+    run(out)
+    before = started(out)
+    assert run(out) == dict.fromkeys(ALL, "finished")
+    assert started(out) == before
+
+
+def test_jobs_with_other_settings_or_without_a_whole_result_are_rerun(out):
+    run(out)
+    first = len(started(out))
+    run(out, "tasks.cola.lr=1.0e-3")
+    assert set(started(out)[first:]) == {"cola-seed1", "cola-seed2"}
+    run(out)
+    (out / "cola-seed1" / "result.json").write_text('{"status": "finished"')
+    (out / "cola-seed2" / "result.json").unlink()
+    again = len(started(out))
+    run(out)
+    assert set(started(out)[again:]) == {"cola-seed1", "cola-seed2"}
+
+
+def test_another_mnli_model_renews_what_started_from_it(out):
+    run(out)
+    first = len(started(out))
+    run(out, "tasks.mnli.lr=1.0e-3")
+    assert set(started(out)[first:]) == {"mnli-seed19", "rte-seed1", "mrpc-seed1", "stsb-seed1"}
+
+
+def test_a_changed_checkpoint_renews_all(out, tmp_path):
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "config.json").write_text("{}")
+    sweep = load_sweep(CONFIG, [*FEW, f"start={start}"])
+    before = {job.name: job.hash for job in plan(sweep, out)}
+    assert before == {job.name: job.hash for job in plan(sweep, out / "elsewhere")}
+    (start / "config.json").write_text("{ }")
+    after = {job.name: job.hash for job in plan(sweep, out)}
+    assert set(before) == ALL and all(before[name] != after[name] for name in ALL)
+
+
+def test_a_crash_is_reported_and_the_rest_goes_on(out, caplog):
+    behave(out, {"cola-seed2": {"crash": "the loss is nan"}, "sst2-seed1": {"mute": True}})
+    with caplog.at_level(logging.INFO, "m2_plugin"):
+        statuses = run(out)
+    assert {name for name, status in statuses.items() if status != "finished"} == {
+        "cola-seed2", "sst2-seed1",
+    }  # fmt: skip
+    crashed = result(out, "cola-seed2")
+    assert crashed["status"] == "failed" and crashed["problem"] == "exit code 1"
+    assert crashed["error"] == "RuntimeError: the loss is nan"
+    assert "about to fail" in crashed["log_tail"]
+    assert "cola-seed2 FAILED" in caplog.text and "about to fail" in caplog.text
+    assert result(out, "sst2-seed1")["problem"] == "it ended without metrics.json"
+    table = to_text(load_report(out))
+    assert "failed: seed 2" in table and "RuntimeError: the loss is nan" in table
+
+    behave(out, {})
+    first = len(started(out))
+    assert set(run(out).values()) == {"finished"}
+    assert set(started(out)[first:]) == {"cola-seed2", "sst2-seed1"}
+
+
+def test_tasks_that_start_from_a_failed_mnli_are_blocked(out):
+    behave(out, {"mnli-seed19": {"crash": "no memory"}})
+    statuses = run(out)
+    blocked = {name for name, status in statuses.items() if status == "blocked"}
+    assert blocked == {"rte-seed1", "mrpc-seed1", "stsb-seed1"}
+    assert statuses["cola-seed1"] == "finished"
+    assert not blocked & set(started(out))
+    assert result(out, "rte-seed1")["problem"] == "mnli-seed19, which it starts from, failed"
+    table = to_text(load_report(out))
+    assert table.count("blocked") >= 3 and "incomplete: 4 of 8 tasks" in table
+
+
+def test_a_job_that_is_killed_is_a_failed_one(out):
+    def command(job):
+        kill = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+        return [sys.executable, "-c", kill] if job.task == "cola" else fake.command(job)
+
+    name = "SIGKILL"
+    statuses = run(out, command=command)
+    assert statuses["cola-seed1"] == "failed" and statuses["qqp-seed19"] == "finished"
+    assert result(out, "cola-seed1")["problem"] == "killed by SIGKILL"
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def test_tasks_and_seeds_choose(out):
+    assert set(run(out, tasks=["cola"], seeds=[2])) == {"cola-seed2"}
+    assert started(out) == ["cola-seed2"]
+    assert set(run(out, tasks=["cola", "sst2"])) == {"cola-seed1", "cola-seed2", "sst2-seed1"}
+    assert started(out).count("cola-seed2") == 1
+    text = to_text(load_report(out))
+    assert "2/2" in text and "not run" in text and "incomplete: 2 of 8 tasks" in text
+
+
+def test_a_task_from_mnli_needs_its_model(out):
+    with pytest.raises(ValueError, match=r"rte start from the MNLI model.*mnli_checkpoint="):
+        run(out, tasks=["rte"])
+    assert not started(out) and not (out / "plan.json").exists()
+    run(out, tasks=["mnli"])
+    assert run(out, tasks=["rte"]) == {"rte-seed1": "finished"}
+    assert started(out) == ["mnli-seed19", "rte-seed1"]
+
+
+def test_an_explicit_mnli_checkpoint_frees_from_waiting(out):
+    model = out / "mnli"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert run(out, f"mnli_checkpoint={model}", tasks=["rte"]) == {"rte-seed1": "finished"}
+    assert result(out, "rte-seed1")["start"] == str(model)
+    sweep = load_sweep(CONFIG, [*FEW, f"mnli_checkpoint={model}"])
+    assert not any(job.keeps_model or job.needs for job in plan(sweep, out))
+
+
+def test_bad_choices_are_named(out):
+    jobs = plan(load_sweep(CONFIG, FEW), out)
+    with pytest.raises(ValueError, match="no GLUE task 'colla'. Did you mean 'cola'"):
+        select(jobs, ["colla"], None)
+    with pytest.raises(ValueError, match="'wnli' is not in this sweep"):
+        select(jobs, ["wnli"], None)
+    with pytest.raises(ValueError, match=r"no task of this sweep has seed 5.*tasks\.TASK\.seeds"):
+        select(jobs, None, [5])
+    with pytest.raises(ValueError, match="No job of this sweep"):
+        select(jobs, ["mnli"], [2])
+    with pytest.raises(ValueError, match="--jobs must be at least 1, got 0"):
+        make_slots([], 0)
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def test_jobs_get_a_gpu_each_or_share_them(out, monkeypatch):
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in make_slots(["2", "5"], None)] == ["2", "5"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in make_slots(["0"], 3)] == ["0", "0", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert make_slots([], 2) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}] * 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [s["OMP_NUM_THREADS"] for s in make_slots([], None)] == ["4", "4"]
+    assert [s["OMP_NUM_THREADS"] for s in make_slots([], 1)] == ["8"]
+
+    run(out, gpus=["7"], jobs=1, tasks=["cola"])
+    assert all(line.endswith("gpus=7") for line in journal(out))
+
+
+def test_a_cpu_gets_fp32_and_a_gpu_what_the_recipe_says(out):
+    sweep = load_sweep(CONFIG, FEW)
+    assert {job.config["precision"] for job in plan(sweep, out, on_cpu=True)} == {"fp32"}
+    on_gpu = {job.task: job.config["precision"] for job in plan(sweep, out)}
+    assert on_gpu.pop("stsb") == "fp32" and set(on_gpu.values()) == {"amp_bf16"}
+
+
+def test_a_job_predicts_its_test_splits_and_keeps_no_checkpoint(out):
+    jobs = {job.name: job.config for job in plan(load_sweep(CONFIG, FEW), out)}
+    predict = jobs["mnli-seed19"]["callbacks"]["eval_results"]["predict"]
+    assert [p["label"] for p in predict] == ["mnli_matched", "mnli_mismatched", "ax"]
+    assert [p["dataset"]["task"] for p in predict] == ["mnli", "mnli", "ax"]
+    assert all(p["dataset"]["on_error"] == "raise" for p in predict)
+    assert "save_folder" not in jobs["mnli-seed19"] and "autoresume" not in jobs["mnli-seed19"]
+    assert "hf_checkpointer" in jobs["mnli-seed19"]["callbacks"]
+    assert "hf_checkpointer" not in jobs["cola-seed1"]["callbacks"]
+    sweep = load_sweep(CONFIG, [*FEW, "predict=false", "keep_models=true"])
+    other = {job.name: job for job in plan(sweep, out)}
+    assert "predict" not in other["cola-seed1"].config["callbacks"]["eval_results"]
+    assert all(job.keeps_model for job in other.values())
+
+
+# --- being stopped -------------------------------------------------------------------------------
+
+
+def launch(out: Path) -> subprocess.Popen:
+    command = [sys.executable, fake.__file__, "sweep", str(CONFIG), str(out), *FEW]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+def running(out: Path) -> int:
+    """Job processes of this sweep that are alive."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        count += b"job" in words and any(w.startswith(str(out).encode()) for w in words)
+    return count
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_sweep_ends_its_jobs_and_goes_on_without_repeating(out, name):
+    behave(out, {job: {"sleep": 60} for job in ("sst2-seed1", "cola-seed1")})
+    process = launch(out)
+    wait_for(lambda: {"sst2-seed1", "cola-seed1"} <= set(started(out)), process)
+    wait_for(lambda: (out / "qnli-seed19" / "result.json").exists(), process)
+    if name == "SIGKILL":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:  # to the sweep alone, which is to end its jobs
+        os.kill(process.pid, getattr(signal, name))
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0, output
+    assert running(out) == 0
+    done = {path.parent.name for path in out.glob("*/result.json")}
+    assert done == {"mnli-seed19", "qqp-seed19", "qnli-seed19"}
+
+    behave(out, {})
+    again = launch(out)
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, output
+    counts = {job: started(out).count(job) for job in ALL}
+    expected = dict.fromkeys(ALL, 1) | {"sst2-seed1": 2, "cola-seed1": 2}
+    assert counts == expected
+
+
+def test_two_sweeps_do_not_share_a_folder(out):
+    behave(out, {"mnli-seed19": {"sleep": 60}})
+    process = launch(out)
+    try:
+        wait_for(lambda: "mnli-seed19" in started(out), process)
+        with pytest.raises(ValueError, match=rf"in use by another sweep.*process {process.pid}"):
+            run(out)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
