@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from composer.metrics import BinaryF1Score, LanguageCrossEntropy
+from composer.metrics import LanguageCrossEntropy
 from composer.models.huggingface import HuggingFaceModel
 from composer.utils import dist
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
@@ -27,12 +27,8 @@ from llmfoundry.models.utils import init_empty_weights
 from llmfoundry.utils.builders import build_metric
 from llmfoundry.utils.config_utils import set_config_overrides
 from torch import nn
-from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
+from torchmetrics import MeanSquaredError, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -40,6 +36,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+
+from m2_plugin.foundry.metrics import (
+    BinaryF1Score,
+    MulticlassMatthewsCorrCoef,
+    PearsonCorrCoef,
+    SpearmanCorrCoef,
 )
 
 # Importing the package registers model_type m2_bert with transformers' Auto classes.
