@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,9 @@ SINGLE_RUN_KEYS = (
     "save_interval",
     "save_num_checkpoints_to_keep",
 )
+
+# A traceback's last line; torch puts the rank before it.
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 
 Command = Callable[["Job"], Sequence[str]]
 
@@ -457,12 +461,8 @@ def _tail(path: Path) -> list[str]:
 
 def _last_error(tail: Sequence[str]) -> str:
     """The line that names the exception, or the last one."""
-    for line in reversed(tail):
-        name = line.split(":", 1)[0]
-        is_name = name.replace(".", "").isidentifier()
-        if is_name and name.endswith(("Error", "Exception", "Interrupt", "Exit")):
-            return line
-    return tail[-1] if tail else ""
+    found = [match[1] for line in tail if (match := EXCEPTION.match(line))]
+    return found[-1] if found else tail[-1] if tail else ""
 
 
 def _one_line(metrics: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from m2_plugin.glue.recipes import load_sweep
 from m2_plugin.glue.report import load_report, to_text
-from m2_plugin.glue.sweep import make_slots, plan, run_sweep, select
+from m2_plugin.glue.sweep import _last_error, make_slots, plan, run_sweep, select
 from tests.glue import fake
 from tests.utils import ROOT
 
@@ -131,6 +131,20 @@ def test_a_crash_is_reported_and_the_rest_goes_on(out, caplog):
     first = len(started(out))
     assert set(run(out).values()) == {"finished"}
     assert set(started(out)[first:]) == {"cola-seed2", "sst2-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("tail", "error"),
+    [
+        (["Traceback", "ValueError: no", "ERROR:composer.cli:done"], "ValueError: no"),
+        (["[rank0]: torch.OutOfMemoryError: none left"], "torch.OutOfMemoryError: none left"),
+        (["KeyError: 'a'", "During handling", "RuntimeError: b"], "RuntimeError: b"),
+        (["Killed"], "Killed"),
+        ([], ""),
+    ],
+)
+def test_the_error_is_the_exceptions_line(tail, error):
+    assert _last_error(tail) == error
 
 
 def test_tasks_that_start_from_a_failed_mnli_are_blocked(out):
