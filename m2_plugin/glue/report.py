@@ -222,7 +222,10 @@ def _rows(report: Report) -> list[list[str]]:
                     task.note if first else "",
                 ]
             )
-    rows.append(["average", "", "", report.average_text, "", ""])
+    if report.average is None:
+        rows.append(["average", "", "", "—", "", report.average_text])
+    else:
+        rows.append(["average", "", "", report.average_text, "", ""])
     if report.paper_average is not None:
         rows.append(["paper, this model", "", "", f"{report.paper_average:.1f}", "", ""])
     return rows
@@ -314,8 +317,7 @@ def draw(report: Report) -> Any:
     names.append("average")
     shown = [score for task in report.tasks for score in task.defined]
     if report.average is None:
-        axes.text(0.5, bottom, report.average_text, transform=axes.get_yaxis_transform(),
-                  ha="center", va="center", color=GREY, style="italic")  # fmt: skip
+        _say(axes, bottom, report.average_text)
     else:
         axes.plot(report.average, bottom, "D", color=BLUE, markersize=7)
         _label(axes, report.average, bottom, f"{report.average:.1f}", BLUE)
@@ -328,7 +330,7 @@ def draw(report: Report) -> Any:
         shown.append(report.paper_average)
     axes.axhline(len(report.tasks) - 0.35, color="0.8", linewidth=0.8)
     axes.set_yticks([*range(len(report.tasks)), bottom], names)
-    axes.set_ylim(bottom + 0.6, -0.6)
+    axes.set_ylim(bottom + 0.6, -0.7)
     low, high = (min(shown), max(shown)) if shown else (0.0, 100.0)
     pad = max(3.0, 0.12 * (high - low))
     axes.set_xlim(low - pad, high + pad)
@@ -350,11 +352,12 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
     name = f"{about.folder}  ({metrics})"
     values = task.defined
     if not values:
-        axes.text(0.5, y, task.note or "no result", transform=axes.get_yaxis_transform(),
-                  ha="center", va="center", color=GREY, style="italic", fontsize=9)  # fmt: skip
+        _say(axes, y, task.note)
         return name
     color = BLUE if task.is_complete else GREY
-    axes.plot(values, [y] * len(values), "o", color=color, markerfacecolor="none", markersize=5)
+    # Below the mean, not to hide each other.
+    below = [y + 0.22] * len(values)
+    axes.plot(values, below, "o", color=color, markerfacecolor="none", markersize=4)
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     axes.errorbar(mean, y, xerr=spread, fmt="D", color=color, markersize=5, capsize=3)
@@ -363,6 +366,14 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
         label += f"  ({len(values)}/{len(task.seeds)} seeds)"
     _label(axes, mean, y, label, color)
     return name
+
+
+def _say(axes: Any, y: float, text: str) -> None:
+    """Write at the left what stands in place of a value."""
+    axes.text(
+        0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=GREY,
+        style="italic", fontsize=9,
+    )  # fmt: skip
 
 
 def _label(axes: Any, x: float, y: float, text: str, color: str) -> None:
