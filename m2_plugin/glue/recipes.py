@@ -451,7 +451,7 @@ def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
             f"{command}{task_name}.yaml {checkpoint}",
             "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
             "without one, training starts from random weights. `load_path=FILE.pt` is the host's "
-            "own way, which takes what has the right name and does not miss the rest.",
+            "own way to a Composer checkpoint.",
         ]
     if "training_additions" in sweep.variables:
         paragraphs.append(
