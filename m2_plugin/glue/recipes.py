@@ -359,7 +359,8 @@ def job_config(
 
 def _model(model: dict[str, Any], task: glue_tasks.Task, recipe: Recipe) -> dict[str, Any]:
     model = copy.deepcopy(model)
-    overrides = model.pop("config_overrides", {})
+    # null takes the architecture of the checkpoint.
+    overrides = model.pop("config_overrides", None) or {}
     if recipe.pooling is not None:
         overrides["classifier_pooling"] = recipe.pooling
     config = {

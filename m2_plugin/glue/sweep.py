@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED, BLOCKED = "finished", "failed", "blocked"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 TAIL_LINES = 30
 THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
 # What a single run wants and a sweep's job does not: it is made anew when it was killed.
@@ -125,7 +126,12 @@ def plan(sweep: Sweep, out: Path, *, on_cpu: bool = False) -> list[Job]:
         sweep: The sweep.
         out: Folder of the sweep.
         on_cpu: Use fp32: Composer refuses other precisions on a CPU.
+
+    Raises:
+        ValueError: If a checkpoint or the folder of the data is not there: each job would only
+            find out for itself.
     """
+    _check_paths(sweep)
     mnli = sweep.tasks.get(MNLI)
     # The first seed: known before any is run, and published with one only.
     needed = job_name(MNLI, mnli.seeds[0]) if mnli else job_name(MNLI, 0)
@@ -151,6 +157,20 @@ def plan(sweep: Sweep, out: Path, *, on_cpu: bool = False) -> list[Job]:
                 keeps_model=keeps_model,
             )
     return list(jobs.values())
+
+
+def _check_paths(sweep: Sweep) -> None:
+    given = {
+        "start": sweep.start,
+        "mnli_checkpoint": sweep.mnli_checkpoint,
+        "variables.glue_path": sweep.variables.get("glue_path"),
+        "variables.tokenizer": sweep.variables.get("tokenizer"),
+    }
+    for key, value in given.items():
+        is_path = value is not None and str(value).startswith((".", "/", "~"))
+        is_path |= key == "variables.glue_path" or str(value).endswith(CHECKPOINT_SUFFIXES)
+        if value is not None and is_path and not Path(value).expanduser().exists():
+            raise ValueError(f"{key}: there is no {value!r}.")
 
 
 def _sweep_job(

@@ -126,6 +126,12 @@ def test_the_model_is_the_published_one(size):
     assert config.hyena_training_additions == (size == "m2-bert-base")
 
 
+def test_the_architecture_can_be_the_checkpoints():
+    model = job("m2-bert-base", "sst2", "model.config_overrides=null")["model"]
+    assert model["config_overrides"] == {"classifier_pooling": "mean"}
+    assert "config_overrides" not in job("bert-base", "sst2")["model"]
+
+
 @pytest.mark.parametrize(("size", "average"), [
     ("m2-bert-base", 79.9), ("m2-bert-base-110m", 80.9), ("m2-bert-large-260m", 82.2),
     ("m2-bert-large-341m", 82.8), ("bert-base", 79.6),

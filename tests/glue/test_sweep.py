@@ -201,6 +201,23 @@ def test_an_explicit_mnli_checkpoint_frees_from_waiting(out):
     assert not any(job.keeps_model or job.needs for job in plan(sweep, out))
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "start=./gone",
+        "start=gone.pt",
+        "mnli_checkpoint=/gone/final",
+        "variables.glue_path=gone",
+        "variables.tokenizer=./gone",
+    ],
+)
+def test_what_no_job_would_find_is_named_at_once(out, override):
+    key, value = override.split("=")
+    with pytest.raises(ValueError, match=f"{key}: there is no '{value}'"):
+        run(out, override)
+    assert not started(out)
+
+
 def test_bad_choices_are_named(out):
     jobs = plan(load_sweep(CONFIG, FEW), out)
     with pytest.raises(ValueError, match="no GLUE task 'colla'. Did you mean 'cola'"):
