@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2_plugin.ops.fft_conv import fft_conv, filter_spectrum, spectral_conv
+from m2_plugin.ops.gated_long_conv import two_sided_taps
 
 # The decay window falls to 1% of its height after 0.3 to 1.5 times the maximum length, by channel.
 DECAY_TARGET = 0.01
@@ -210,16 +211,29 @@ class LongConv(nn.Module):
             ValueError: if the sequence is longer than the filter.
         """
         length = u.shape[1]
-        if length > self.filter.max_length:
-            raise ValueError(
-                f"the sequence has {length} positions, but the filters reach only "
-                f"long_conv_l_max = {self.filter.max_length}"
-            )
+        self._check_length(length)
         if self._can_keep(u):
             return spectral_conv(u.float(), self._kept_spectrum(length)).to(u.dtype)
         self.kept = None
         k_fwd, k_rev = self.filter(length)
         return fft_conv(u, k_fwd, k_rev, self.skip)
+
+    def taps(self, length: int) -> Tensor:
+        """Returns the filter and the skip by lag, (D, 2L − 1) from −(L − 1) to L − 1, fp32.
+
+        Raises:
+            ValueError: if the sequence is longer than the filter.
+        """
+        self._check_length(length)
+        k_fwd, k_rev = self.filter(length)
+        return two_sided_taps(k_fwd, k_rev, self.skip)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.filter.max_length:
+            raise ValueError(
+                f"the sequence has {length} positions, but the filters reach only "
+                f"long_conv_l_max = {self.filter.max_length}"
+            )
 
     def _can_keep(self, u: Tensor) -> bool:
         # Sharded training rewrites parameters behind their version counters, so whatever trains

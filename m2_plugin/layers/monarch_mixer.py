@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from m2_plugin.layers.long_conv import LongConv
+from m2_plugin.ops.backend import check_backend, use_kernel
+from m2_plugin.ops.gated_long_conv import MAX_TOEPLITZ_LENGTH, gated_long_conv
 from m2_plugin.ops.short_conv import short_conv
 
 
@@ -56,6 +58,10 @@ class MonarchMixer(nn.Module):
         filter_emb_dim: positional features of the filters, odd.
         filter_w: initial frequency of the filters' sines.
         filter_w_mod: constant factor on these frequencies.
+        backend: ``auto`` (a Triton kernel on CUDA, else PyTorch), ``torch`` or ``triton``.
+
+    Raises:
+        ValueError: if ``backend`` is unknown.
     """
 
     def __init__(
@@ -70,8 +76,10 @@ class MonarchMixer(nn.Module):
         filter_emb_dim: int = 5,
         filter_w: float = 10.0,
         filter_w_mod: float = 1.0,
+        backend: str = "auto",
     ):
         super().__init__()
+        check_backend(backend)
 
         def long_conv() -> LongConv:
             return LongConv(
@@ -84,6 +92,8 @@ class MonarchMixer(nn.Module):
                 bidirectional=bidirectional,
             )
 
+        self.bidirectional = bidirectional
+        self.backend = backend
         self.norm = nn.LayerNorm(hidden_size) if pre_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.in_proj = nn.Linear(hidden_size, 3 * hidden_size)
@@ -93,13 +103,13 @@ class MonarchMixer(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def project(self, u: Tensor) -> Tensor:
-        """Maps (B, L, D) to (B, L, 3D), on a CPU with the sequence last in memory.
+        """Maps (B, L, D) to (B, L, 3D), with the sequence last in memory.
 
-        There the product can come out transposed at no cost, and everything up to the output
-        projection then runs along contiguous sequences, as the FFT wants them. What has replaced
-        the projection, a quantised or an adapted layer, is called as it is.
+        The product can come out transposed, and everything up to the output projection then runs
+        along contiguous sequences, as FFT and kernel want them. What has replaced the projection,
+        a quantised or an adapted layer, is called as it is.
         """
-        if u.device.type != "cpu" or type(self.in_proj) is not nn.Linear:
+        if type(self.in_proj) is not nn.Linear:
             return self.in_proj(u)
         weight, bias = self.in_proj.weight, self.in_proj.bias
         p = torch.addmm(bias[:, None], weight, u.flatten(0, 1).t())  # (3D, B·L)
@@ -114,6 +124,21 @@ class MonarchMixer(nn.Module):
                 long convolutions, so that an output does not depend on how much of it follows.
         """
         u = self.norm(u)
+        if self._use_kernel(u):
+            length = u.shape[1]
+            residual = self.residual_conv
+            y = gated_long_conv(
+                self.project(u),
+                self.short_conv.weight,
+                self.short_conv.bias,
+                self.long_conv.taps(length),
+                None if residual is None else u,
+                None if residual is None else residual.taps(length),
+                None if mask is None else mask.squeeze(-1),
+                causal=not self.bidirectional,
+                backend=self.backend,
+            )
+            return self.out_proj(y)
         x1, x2, v = self.short_conv(self.project(u)).chunk(3, dim=-1)
         w = self.dropout(v * x1)
         if mask is not None:
@@ -122,3 +147,14 @@ class MonarchMixer(nn.Module):
         if self.residual_conv is not None:
             y = y + self.residual_conv(u)
         return self.out_proj(self.dropout(y))
+
+    def _use_kernel(self, u: Tensor) -> bool:
+        if self.training and self.dropout.p > 0:
+            if self.backend == "triton":
+                raise RuntimeError(
+                    "backend 'triton' has no dropout in the mixer: set mixer_dropout_prob to 0, or "
+                    "backend to 'auto', which trains in PyTorch then"
+                )
+            return False
+        short = self.backend == "triton" or u.shape[1] <= MAX_TOEPLITZ_LENGTH
+        return short and use_kernel(self.backend, "gated_long_conv", u)

@@ -84,3 +84,50 @@ def _our_name(name: str) -> str | None:
     if DERIVED.fullmatch(name):
         return None
     raise ValueError(f"{name!r} is no parameter name of the M2 reference")
+
+
+def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | str]:
+    """The fields of ``M2BertConfig`` that the weights' names and shapes tell.
+
+    Not among them are dropout, pooling, ``mask_padding`` and ``hyena_w_mod``. Where a Monarch MLP's
+    blocks are padded, its sizes come out as multiples of ``monarch_mlp_nblocks``.
+
+    Args:
+        state_dict: weights under our names, as ``from_reference`` gives them.
+    """
+    shape = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    vocab_size, hidden_size = shape["model.embeddings.word_embeddings.weight"]
+    layers = {m[1] for name in shape if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    fields: dict[str, int | bool | str] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(layers),
+        "type_vocab_size": shape["model.embeddings.token_type_embeddings.weight"][0],
+    }
+    positions = shape.get("model.embeddings.position_embeddings.weight")
+    fields["use_positional_encodings"] = positions is not None
+    if positions is not None:
+        fields["max_position_embeddings"] = positions[0]
+
+    up = shape["model.layers.0.mlp.up_proj.weight"]
+    down = shape["model.layers.0.mlp.down_proj.weight"]
+    monarch = len(down) == 3
+    nblocks = down[0] if monarch else 1
+    intermediate_size = nblocks * down[-1]
+    fields["use_monarch_mlp"] = monarch
+    if monarch:
+        fields["monarch_mlp_nblocks"] = nblocks
+    fields["intermediate_size"] = intermediate_size
+    fields["use_glu_mlp"] = nblocks * up[-2] > 1.5 * intermediate_size  # 2, if not padded
+
+    mixer = "model.layers.0.mixer."
+    if mixer + "qkv_proj.weight" in shape:
+        fields["sequence_mixer"] = "alibi_attention"
+        return fields
+    filters = mixer + "long_conv.filter."
+    fields["long_conv_l_max"], fields["hyena_emb_dim"] = shape[filters + "pos_emb"]
+    fields["hyena_filter_order"] = shape[filters + "freq"][0]
+    fields["bidirectional"] = filters + "rev.out.weight" in shape
+    fields["residual_long_conv"] = mixer + "residual_conv.skip" in shape
+    fields["hyena_training_additions"] = mixer + "norm.weight" in shape
+    return fields

@@ -84,6 +84,7 @@ class M2BertLayer(nn.Module):
                 filter_emb_dim=config.hyena_emb_dim,
                 filter_w=config.hyena_w,
                 filter_w_mod=config.hyena_w_mod,
+                backend=config.backend,
             )
         else:
             self.mixer = AlibiAttention(

@@ -10,7 +10,7 @@ from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.checkpoint import from_reference
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_to_dense
-from tests.utils import load_golden, max_error, relative_error, with_prefix
+from tests.utils import KERNEL_DEVICE, load_golden, max_error, relative_error, with_prefix
 
 FILTERS = [u for u in load_golden("units")[0] if u["prefix"].startswith("filter")]
 
@@ -184,3 +184,27 @@ def test_alibi_slopes():
     assert alibi_slopes(12) == alibi_slopes(8) + alibi_slopes(16)[:8:2]
     with pytest.raises(ValueError, match="must divide hidden_size = 12, not 5"):
         AlibiAttention(12, 5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"bidirectional": False}, {"residual_long_conv": False}], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_mixer_kernel_equals_pytorch(masked, kwargs):
+    mixer = MonarchMixer(hidden_size=8, max_length=24, filter_order=8, **kwargs).to(KERNEL_DEVICE)
+    u = torch.randn(3, 20, 8, device=KERNEL_DEVICE, requires_grad=True)
+    dy = torch.randn(3, 20, 8, device=KERNEL_DEVICE)
+    mask = (torch.rand(3, 20, 1, device=KERNEL_DEVICE) > 0.3).float() if masked else None
+    results = {}
+    for backend in ("torch", "triton"):
+        mixer.backend = backend
+        y = mixer(u, mask)
+        results[backend] = y, *torch.autograd.grad(y, [u, *mixer.parameters()], dy)
+    for ours, plain in zip(results["triton"], results["torch"], strict=True):
+        assert relative_error(ours, plain) < 1e-5
+
+
+def test_forced_kernel_without_dropout_says_so():
+    mixer = MonarchMixer(hidden_size=8, max_length=24, dropout=0.1, backend="triton").train()
+    with pytest.raises(RuntimeError, match="set mixer_dropout_prob to 0"):
+        mixer(torch.zeros(1, 4, 8))

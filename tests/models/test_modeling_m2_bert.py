@@ -18,7 +18,7 @@ from m2_plugin.models import (
     M2BertModel,
 )
 from m2_plugin.models.checkpoint import from_reference
-from tests.utils import GOLDEN, TOKENIZER, max_error
+from tests.utils import GOLDEN, KERNEL_DEVICE, TOKENIZER, max_error
 
 REFERENCE = json.loads((GOLDEN / "reference_80M.json").read_text())
 SIZES = {
@@ -297,6 +297,28 @@ def test_torch_compile_agrees():
     x = ids()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert max_error(compiled(x).logits, model(x).logits) < 1e-5
+
+
+def test_kernels_give_pytorchs_loss_and_gradients():
+    config = small(hidden_dropout_prob=0.0, mask_padding=True)
+    model = M2BertForMaskedLM(config).to(KERNEL_DEVICE)
+    ids = torch.randint(5, config.vocab_size, (2, 12), device=KERNEL_DEVICE)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, 9:] = 0
+    results = {}
+    for backend in ("torch", "triton"):
+        for module in model.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+        loss = model(ids, attention_mask=attention_mask, labels=ids).loss
+        results[backend] = loss, *torch.autograd.grad(loss, list(model.parameters()))
+    for ours, plain in zip(results["triton"], results["torch"], strict=True):
+        assert max_error(ours, plain) < 1e-5 * max(1.0, plain.abs().max().item())
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton.*'cuda'"):
+        small(backend="cuda")
 
 
 def test_longer_than_the_model():

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from m2_plugin.ops.block_diagonal_linear import block_shape
 from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
+from m2_plugin.ops.kernels import gated_long_conv as conv_kernels
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -106,6 +107,9 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         found.append((f"linear D768 K4 {name}", lambda d=dtype: linear(768, 4, d)))
         found.append((f"linear D960 K4 {name}", lambda d=dtype: linear(960, 4, d)))
         found.append((f"linear D768 K1 {name}", lambda d=dtype: linear(768, 1, d)))
+        for length in (128, 500):
+            text = f"gated_long_conv L{length} {name}"
+            found.append((text, lambda n=length, d=dtype: gated_long_conv(n, d)))
         for hidden, nblocks, glu, dropout in MLPS:
             if hidden // nblocks <= mlp_kernels.max_block_width(torch.device("meta"), dtype):
                 text = f"mlp {'glu' if glu else 'plain'} D{hidden} K{nblocks} p{dropout} {name}"
@@ -133,6 +137,21 @@ def mlp(hidden: int, nblocks: int, glu: bool, dropout: float, dtype: torch.dtype
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     mlp_kernels._forward(x, up, down, meta(hidden, dtype=dtype), glu, dropout, seed)
     mlp_kernels._backward(x, x, up, down, glu, dropout, seed)
+
+
+def gated_long_conv(length: int, dtype: torch.dtype) -> None:
+    batch, channels = 64, 768
+    p = meta(3 * channels, batch, length, dtype=dtype).permute(1, 2, 0)
+    u = meta(batch, length, channels, dtype=dtype)
+    weight, bias = (
+        meta(3 * channels, 3, dtype=torch.float32),
+        meta(3 * channels, dtype=torch.float32),
+    )
+    taps = meta(channels, 2 * length - 1, dtype=torch.float32)
+    mask = meta(batch, length, dtype=dtype)
+    for args in ((p, u, weight, bias, taps, taps, mask), (p, None, weight, bias, taps, None, None)):
+        conv_kernels._forward(*args, causal=mask is None)
+        conv_kernels._backward(u, *args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""The mixer's core: a short convolution, gates and long convolutions (arXiv 2310.12109, 4.1).
+
+Dimension key: B batch, L sequence, D channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2_plugin.ops.backend import autocast_dtype, use_kernel
+from m2_plugin.ops.fft_conv import fft_conv
+from m2_plugin.ops.short_conv import short_conv
+
+# Operations for a token grow with the length in the kernel, with its logarithm in an FFT.
+MAX_TOEPLITZ_LENGTH = 1024
+
+
+def two_sided_taps(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor) -> Tensor:
+    """Lays a filter out by lag, −(L − 1) … L − 1, the skip added at lag 0.
+
+    Args:
+        k_fwd: (L, D), lags 0 … L − 1, as in ``fft_conv``.
+        k_rev: (L, D), lags −1 … −L, or None for a causal filter.
+        skip: (D,).
+
+    Returns:
+        (D, 2L − 1), contiguous.
+    """
+    length = k_fwd.shape[0]
+    before = torch.zeros_like(k_fwd[1:]) if k_rev is None else k_rev[: length - 1].flip(0)
+    return torch.cat([before, k_fwd[:1] + skip, k_fwd[1:]]).t().contiguous()
+
+
+def gated_long_conv_of_taps(
+    p: Tensor,
+    u: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    taps: Tensor,
+    res_taps: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Computes ``gated_long_conv`` in PyTorch, filters laid out by lag, (D, 2L − 1)."""
+
+    def conv(x: Tensor, taps: Tensor) -> Tensor:
+        length = x.shape[1]
+        k_rev = F.pad(taps[:, : length - 1].flip(1), (0, 1))
+        return fft_conv(x, taps[:, length - 1 :].t(), k_rev.t())
+
+    x1, x2, v = short_conv(p, weight, bias).chunk(3, dim=-1)
+    w = v * x1
+    if mask is not None:
+        w = w * mask[..., None]
+    y = x2 * conv(w, taps)
+    if u is None or res_taps is None:
+        return y
+    return y + conv(u if mask is None else u * mask[..., None], res_taps)
+
+
+def gated_long_conv(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    taps: Tensor,
+    u: Tensor | None = None,
+    res_taps: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes ``y = x2 ⊙ conv(mask · v ⊙ x1, taps) + conv(mask · u, res_taps)``.
+
+    ``x1, x2, v`` are the thirds of a causal depthwise convolution of p with three taps.
+
+    Args:
+        p: (B, L, 3D), what the input projection gives; fastest with the sequence last in memory.
+        weight: (3D, 3), of the short convolution; the last tap meets the present.
+        bias: (3D,).
+        taps: (D, 2L − 1), the gated filter from lag −(L − 1) to L − 1, its skip in the middle.
+        u: (B, L, D), the input of the residual convolution, or None for none.
+        res_taps: (D, 2L − 1), its filter, given if u is.
+        mask: (B, L), 1 at tokens and 0 at padding.
+        causal: the taps at negative lags are zero, which halves the kernel's work.
+        backend: ``auto`` (a Triton kernel on CUDA up to its longest sequence, else PyTorch),
+            ``torch`` or ``triton``.
+
+    Returns:
+        (B, L, D) in the dtype of ``p``.
+
+    Raises:
+        ValueError: if shapes do not fit, or one of ``u`` and ``res_taps`` is missing.
+        RuntimeError: if ``backend`` is ``triton`` and it cannot run on ``p``.
+    """
+    length, channels = p.shape[1], p.shape[2] // 3
+    if (u is None) != (res_taps is None):
+        raise ValueError("u and res_taps belong together: give both or neither")
+    for name, k in (("taps", taps), ("res_taps", res_taps)):
+        if k is not None and k.shape != (channels, 2 * length - 1):
+            raise ValueError(
+                f"{name} has shape {tuple(k.shape)}, but p of shape {tuple(p.shape)} needs "
+                f"{(channels, 2 * length - 1)}"
+            )
+    short = backend == "triton" or length <= MAX_TOEPLITZ_LENGTH
+    if short and use_kernel(backend, "gated_long_conv", p) and p.numel():
+        from m2_plugin.ops.kernels.gated_long_conv import gated_long_conv_op
+
+        dtype = autocast_dtype(p)
+        return gated_long_conv_op(
+            p.to(dtype),
+            None if u is None else u.to(dtype),
+            weight.float(),
+            bias.float(),
+            taps.float(),
+            None if res_taps is None else res_taps.float(),
+            None if mask is None else mask.to(dtype).contiguous(),
+            causal,
+            backend == "triton",
+        )
+    return gated_long_conv_of_taps(p, u, weight, bias, taps, res_taps, mask)
