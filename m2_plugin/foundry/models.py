@@ -16,7 +16,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.metrics import LanguageCrossEntropy
@@ -38,6 +38,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from m2_plugin.foundry.checkpoints import (
+    check_fit,
+    checkpoint_config,
+    is_checkpoint_file,
+    read_checkpoint,
+    shapes_in,
+)
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
     MulticlassMatthewsCorrCoef,
@@ -69,24 +76,57 @@ CLASSIFICATION_METRICS: dict[str, Callable[[int], Metric]] = {
 }
 
 
-def build_config(
-    path: str | None, model_type: str, overrides: Mapping[str, Any]
-) -> PretrainedConfig:
-    """The config of a folder or hub name, or a model type's default, with fields replaced.
+class Weights(NamedTuple):
+    """What a checkpoint file holds, and the config that belongs to it."""
+
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    config: PretrainedConfig
+
+
+def read_weights(path: str, model_type: str) -> Weights:
+    """Read a checkpoint file of a model of this type.
 
     Raises:
-        ValueError: If a field is unknown to the config, or the folder is not there.
+        ValueError: If it cannot be read, or is of another model type.
     """
-    if path is None:
+    tensors, saved = read_checkpoint(path, m2=model_type == "m2_bert")
+    return Weights(path, tensors, checkpoint_config(path, tensors, saved))
+
+
+def build_config(
+    source: str | Weights | None, model_type: str, overrides: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The config of a folder, a hub name or a file's weights, or a model type's default.
+
+    Raises:
+        ValueError: If a field to replace is unknown to the config, or the folder is not there.
+    """
+    if source is None:
         _check_fields(AutoConfig.for_model(model_type), overrides)
         return AutoConfig.for_model(model_type, **overrides)
-    if path.startswith((".", "/", "~")) and not os.path.isdir(path):
-        raise ValueError(f"pretrained_model_name_or_path: there is no folder {path!r}.")
-    config = AutoConfig.from_pretrained(path)
+    if isinstance(source, Weights):
+        config = source.config
+    else:
+        _check_folder(source)
+        config = AutoConfig.from_pretrained(source)
     _check_fields(config, overrides)
     set_config_overrides(config, dict(overrides))
     # Once more through the constructor, which checks the fields against each other.
     return type(config).from_dict(config.to_dict())
+
+
+def _check_folder(path: str) -> None:
+    if path.startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise ValueError(f"pretrained_model_name_or_path: there is no folder {path!r}.")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        inside = [f"{path}/latest-rank0.pt", f"{path}/huggingface/final"]
+        there = [repr(name) for name in inside if os.path.exists(name)]
+        hint = f" Did you mean {' or '.join(there)}?" if there else ""
+        raise ValueError(
+            f"pretrained_model_name_or_path: {path!r} is no transformers folder, it has no "
+            f"config.json.{hint}"
+        )
 
 
 def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
@@ -122,27 +162,83 @@ def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> Pre
         ignore_mismatched_sizes=True,  # a head for another number of labels; checked below
         output_loading_info=True,
     )
-    mismatched = [
-        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
-    ]
-    new = sorted({*info["missing_keys"], *mismatched})
+    # Some versions of transformers give the shapes beside the names, some do not.
+    names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *names})
+    theirs = shapes_in(path) if names else {}
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [(name, theirs.get(name), ours[name]) for name in names]
     backbone = f"{model.base_model_prefix}."
-    # The pooler belongs to the task: a masked language model is trained without one.
-    broken = [key for key in new if key.startswith(backbone) and ".pooler." not in key]
-    if broken:
-        raise ValueError(
-            f"{path!r} lacks weights of {type(model).__name__}, or has them in another shape: "
-            f"{', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. Check config_overrides."
-        )
+    check_fit(path, backbone, mismatched, info["missing_keys"], info["unexpected_keys"])
     if new:
         log.warning("Newly initialised (not in %s): %s", path, ", ".join(new))
     return model
 
 
+def load_weights(auto_class: Any, weights: Weights, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model and give it the weights of a file, letting only the task head be new.
+
+    Raises:
+        ValueError: As `load_pretrained`.
+    """
+    model = auto_class.from_config(config)
+    tensors = dict(weights.tensors)
+    new = fit_state_dict(weights.path, model, tensors)
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    if new:
+        log.warning("Newly initialised (not in %s): %s", weights.path, ", ".join(new))
+    return model
+
+
+def fit_state_dict(
+    path: str, model: Any, tensors: dict[str, torch.Tensor], prefix: str = ""
+) -> list[str]:
+    """Drop heads of another shape from a state dict; returns the names that will be new.
+
+    Args:
+        path: Where the tensors are from.
+        model: The transformers model they are for.
+        tensors: Changed in place.
+        prefix: How the model's names begin in it.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, too many, or of another shape.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {
+        name.removeprefix(prefix): tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    mismatched = [(n, found[n], own[n]) for n in own if n in found and found[n] != own[n]]
+    tied = set(model._tied_weights_keys or ())  # to tensors that are there
+    missing = [name for name in own if name not in found and name not in tied]
+    unexpected = [name for name in found if name not in own]
+    check_fit(path, f"{model.base_model_prefix}.", mismatched, missing, unexpected)
+    for name, _, _ in mismatched:
+        del tensors[prefix + name]
+    return sorted([*missing, *(name for name, _, _ in mismatched)])
+
+
+def _check_loading(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before torch loads a state dict: check what Composer loads (`load_path`) as the rest is.
+
+    With `load_strict_model_weights: false`, which a new head needs, the host would leave an
+    encoder that does not match at random values, and would stop at a head for other classes.
+    """
+    sharded = any(hasattr(m, "_fsdp_wrapped_module") for m in module.modules())
+    if sharded or not any(name.startswith(prefix) for name in state_dict):
+        return  # FSDP gives each rank its part
+    new = fit_state_dict("load_path", module, state_dict, prefix)
+    if new:
+        log.warning("Newly initialised (not in load_path): %s", ", ".join(new))
+
+
 def build_inner_model(
     auto_class: Any,
     config: PretrainedConfig,
-    path: str | None,
+    source: str | Weights | None,
     pretrained: bool,
     init_device: str,
 ) -> PreTrainedModel:
@@ -162,8 +258,10 @@ def build_inner_model(
         model.tie_weights()  # the tie made in the constructor is lost on the meta device
         return model
     if pretrained:
-        assert path is not None
-        return load_pretrained(auto_class, path, config)
+        assert source is not None
+        if isinstance(source, Weights):
+            return load_weights(auto_class, source, config)
+        return load_pretrained(auto_class, source, config)
     return auto_class.from_config(config)
 
 
@@ -230,7 +328,9 @@ class BertComposerModel(HuggingFaceModel):
 
     Args:
         tokenizer: The run's tokenizer; the host passes it.
-        pretrained_model_name_or_path: Local folder or hub name; None builds from `model_type`.
+        pretrained_model_name_or_path: A transformers folder; a hub name; a checkpoint file of
+            Composer's (.pt) or bare weights (.bin, .safetensors), of this package or of the M2
+            reference. None builds from `model_type`.
         pretrained: Load the weights, not only the config, of that folder or name. Defaults to
             True where one is given.
         model_type: transformers' model type to build where no folder or name is given.
@@ -273,7 +373,11 @@ class BertComposerModel(HuggingFaceModel):
             raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
         if path is not None and model_type is not None:
             raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
-        config = build_config(path, model_type or self.default_model_type, config_overrides or {})
+        model_type = model_type or self.default_model_type
+        source: str | Weights | None = path
+        if path is not None and is_checkpoint_file(path):
+            source = read_weights(path, self.default_model_type)
+        config = build_config(source, model_type, config_overrides or {})
         if not pretrained:
             config.vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if not allow_embedding_resizing:
@@ -285,7 +389,7 @@ class BertComposerModel(HuggingFaceModel):
         train_names = [*names, *(additional_train_metrics or ())] if use_train_metrics else []
         eval_names = [*names, *(additional_eval_metrics or ())]
         super().__init__(
-            model=build_inner_model(self.auto_class, config, path, load, init_device),
+            model=build_inner_model(self.auto_class, config, source, load, init_device),
             tokenizer=tokenizer,
             use_logits=True,
             metrics=[self.build_metric(name, config) for name in train_names],
@@ -293,6 +397,7 @@ class BertComposerModel(HuggingFaceModel):
             shift_labels=False,
             allow_embedding_resizing=allow_embedding_resizing,
         )
+        self.model.register_load_state_dict_pre_hook(_check_loading)
         prepare_for_fsdp(self.model)  # after a possible resizing, which replaces modules
 
     @staticmethod
@@ -395,10 +500,33 @@ class _Classification(BertComposerModel):
         """Logits (B, num_labels), or (B,) for regression, in fp32: bf16 makes ranks tie.
 
         Args:
-            batch: A batch with `labels` (B,).
+            batch: A batch, with `labels` (B,) unless it is to be predicted only.
             outputs: What `forward` returned on it, if it ran already.
         """
+        if "labels" not in batch:  # data to predict
+            outputs = self.forward(batch) if outputs is None else outputs
+            logits = outputs["logits"].float()
+            return logits.squeeze(1) if logits.shape[1] == 1 else logits
         return super().eval_forward(batch, outputs).float()
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Run the model.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, ... each (B, L), with or without `labels` (B,).
+
+        Raises:
+            ValueError: If the data say that they have another number of classes.
+        """
+        own, data = self.config.num_labels, batch.get("num_labels")
+        least = batch.get("min_num_labels", 0)
+        if (data is not None and data != own) or least > own or (least and own == 1):
+            kind = "are a regression" if data == 1 else f"have {data or f'{least} or more'} classes"
+            raise ValueError(
+                f"The data {kind}, the model has num_labels {own}: set model.num_labels to "
+                f"{data or least}, or give the data label_names or regression: true."
+            )
+        return super().forward(batch)
 
 
 class M2BertMLM(_MaskedLM):

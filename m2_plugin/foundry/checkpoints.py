@@ -1,0 +1,200 @@
+"""Weights to start from: reading a checkpoint file, and saying why one does not fit."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+from m2_plugin.models.checkpoint import config_fields, from_reference
+
+__all__ = ["check_fit", "checkpoint_config", "is_checkpoint_file", "read_checkpoint", "shapes_in"]
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+# The config field that each dimension of a tensor stands for; the first that differs is named.
+FIELDS: list[tuple[str, tuple[str | None, ...]]] = [
+    (r"word_embeddings\.weight", ("vocab_size", "hidden_size")),
+    (r"position_embeddings\.weight", ("max_position_embeddings", "hidden_size")),
+    (r"token_type_embeddings\.weight", ("type_vocab_size", "hidden_size")),
+    (r"filter\.pos_emb", ("long_conv_l_max", "hyena_emb_dim")),
+    (r"filter\.freq", ("hyena_filter_order",)),
+    (r"(up|down)_proj\.weight", ("monarch_mlp_nblocks", "intermediate_size", "intermediate_size")),
+    (r"intermediate\.dense\.weight|up_proj\.weight", ("intermediate_size", "hidden_size")),
+    (r"down_proj\.weight", ("hidden_size", "intermediate_size")),
+]
+
+Shape = tuple[int, ...]
+
+
+class _Inert(dict):
+    """Stands for every object of a checkpoint that is not a tensor or plain data."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def is_checkpoint_file(path: str | None) -> bool:
+    """Whether a path is meant as a file of weights rather than a folder or a hub's name."""
+    return path is not None and path.endswith(SUFFIXES) and not os.path.isdir(path)
+
+
+def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read the weights of a Composer checkpoint or of a bare state dict, without running its code.
+
+    What a Composer checkpoint pickles besides (times, random states) is read as empty objects.
+
+    Args:
+        path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors.
+        m2: Whether names of the M2 reference are to be translated to ours.
+
+    Returns:
+        The state dict, on the CPU, under the names of a transformers model; and the config that
+        Composer saved beside it, or None.
+
+    Raises:
+        ValueError: If there is no such file, or no weights in it.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"pretrained_model_name_or_path: there is no file {path!r}.")
+    content: Any
+    if path.endswith(".safetensors"):
+        content = load_file(path)
+    else:
+        try:
+            inert = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+            with safe_globals(inert):  # type: ignore[arg-type]
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # Round the reason torch puts advice to load it unsafely, and where to read more.
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            reason = lines[1] if len(lines) > 1 else str(error)
+            raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
+    state, config = content, None
+    if isinstance(content, Mapping) and isinstance(content.get("state"), Mapping):
+        state = content["state"].get("model")
+        saved = (content["state"].get("integrations") or {}).get("huggingface") or {}
+        config = ((saved.get("model") or {}).get("config") or {}).get("content")
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{path!r} holds no state dict of a model, but {found}.")
+    weights = dict(state)
+    for wrapper in ("module.", "model."):  # of data parallelism, and Composer's of transformers
+        if weights and all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    if m2 and any(name.startswith("bert.encoder.") for name in weights):
+        try:
+            return from_reference(weights), None  # its config is one of transformers' BERT
+        except ValueError as error:
+            raise ValueError(
+                f"{path!r} is no M2-BERT checkpoint ({error}). For a BERT, use the models "
+                f"hf_bert_mlm and hf_bert_classification."
+            ) from error
+    return weights, config
+
+
+def checkpoint_config(
+    path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> PretrainedConfig:
+    """The config saved in a checkpoint, or for M2-BERT what the weights' shapes tell.
+
+    Raises:
+        ValueError: If there is no config, and the weights are not M2-BERT's.
+    """
+    if config is not None and "model_type" in config:
+        # What begins with _ is the state of the process that saved it, e.g. how it attended.
+        left_out = ("model_type", "transformers_version")
+        content = {k: v for k, v in config.items() if k not in left_out and not k.startswith("_")}
+        return AutoConfig.for_model(config["model_type"], **content)
+    if "model.embeddings.word_embeddings.weight" not in weights:
+        raise ValueError(
+            f"{path!r} holds no config, and its weights are not named as M2-BERT's: "
+            f"{', '.join(list(weights)[:3])}, ... Give a transformers folder instead."
+        )
+    return AutoConfig.for_model("m2_bert", **config_fields(weights))
+
+
+def shapes_in(path: str) -> dict[str, Shape]:
+    """Shapes of the tensors of a transformers folder or hub name; empty if they are hard to get."""
+    file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def check_fit(
+    path: str,
+    prefix: str,
+    mismatched: Iterable[tuple[str, Shape | None, Shape | None]],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+) -> None:
+    """Refuse weights that would leave the backbone, or part of it, at random values.
+
+    Args:
+        path: Where the weights are from.
+        prefix: How the names of the backbone begin; the rest is a head, which may be new. So may
+            the pooler: a masked language model is trained without one.
+        mismatched: Name, shape in the checkpoint and shape in the model.
+        missing: Names of the model that the checkpoint lacks.
+        unexpected: Names of the checkpoint that the model lacks.
+
+    Raises:
+        ValueError: Names a tensor and, for a mismatch, both shapes and the field to change.
+    """
+
+    def backbone(names: Iterable[str]) -> list[str]:
+        left_out = (".pooler.", ".position_ids", ".token_type_ids")
+        return [n for n in names if n.startswith(prefix) and not any(p in n for p in left_out)]
+
+    wrong = [entry for entry in mismatched if backbone([entry[0]])]
+    if wrong:
+        raise ValueError(f"{path!r} does not fit the model: {_explain(wrong)}")
+    for names, what in ((missing, "lacks"), (unexpected, "has, and the model lacks,")):
+        names = backbone(names)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            layers = ".layer" in names[0]
+            field = "num_hidden_layers" if layers else "the sizes and switches"
+            raise ValueError(
+                f"{path!r} {what} weights of the encoder: {', '.join(names[:3])}{more}. Check the "
+                f"model's name and {field} in config_overrides."
+            )
+
+
+def _explain(wrong: list[tuple[str, Shape | None, Shape | None]]) -> str:
+    for pattern, fields in FIELDS:
+        for name, theirs, ours in wrong:
+            if not re.search(pattern, name) or theirs is None or ours is None:
+                continue
+            if not len(theirs) == len(ours) == len(fields):
+                continue
+            for a, b, field in zip(theirs, ours, fields, strict=True):
+                if a != b:
+                    # Blocks of a Monarch matrix do not show the whole size.
+                    value = "" if len(fields) == 3 else f" of {a}"
+                    return (
+                        f"{name} is {theirs} there and {ours} here. The checkpoint has another "
+                        f"{field}{value}: change {field} in config_overrides, or leave it out."
+                    )
+    name, theirs, ours = wrong[0]
+    if theirs is None:
+        return f"{name} has another shape there than {ours}. Check config_overrides."
+    return f"{name} is {theirs} there and {ours} here. Check config_overrides."

@@ -1,0 +1,326 @@
+"""What a fine-tune starts from: Composer's checkpoints, the M2 reference's, folders; and errors."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from llmfoundry.utils.builders import build_composer_model, build_dataloader
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.foundry.test_models import TINY, build, mlm_batch
+from tests.models.test_golden import MONARCH, golden_config
+from tests.utils import load_golden, with_prefix
+
+GLUE = Path(__file__).parent / "data" / "glue"
+families = pytest.mark.parametrize("family", list(TINY))
+
+
+def trainer(model, tmp_path=None, train=None, evaluate=None, **kwargs):
+    return Trainer(
+        model=model,
+        train_dataloader=train,
+        eval_dataloader=evaluate,
+        optimizers=torch.optim.AdamW(model.parameters(), lr=2e-3),
+        max_duration=kwargs.pop("max_duration", "1ep"),
+        device="cpu",
+        precision="fp32",
+        progress_bar=False,
+        seed=0,
+        **kwargs,
+    )
+
+
+def save(model, folder) -> str:
+    """A Composer checkpoint with all that the trainer puts in."""
+    path = str(folder / "checkpoint.pt")
+    run = trainer(model)
+    run.save_checkpoint(path)
+    run.close()
+    return path
+
+
+def assert_same(names, one, other):
+    assert names
+    for name in names:
+        assert torch.equal(one.get_parameter(name), other.get_parameter(name)), name
+
+
+def backbone(model):
+    prefix = f"{model.base_model_prefix}."
+    return [n for n, _ in model.named_parameters() if n.startswith(prefix) and "pooler" not in n]
+
+
+@families
+def test_composer_checkpoint(family, tmp_path, tokenizer, caplog):
+    """Into the same model all of it; into a classifier the encoder, with the config it had."""
+    mlm = build(family, "mlm", overrides={"hidden_dropout_prob": 0.25})
+    path = save(mlm, tmp_path)
+    again = build(family, "mlm", tokenizer, pretrained_model_name_or_path=path)
+    assert_same([n for n, _ in mlm.model.named_parameters()], mlm.model, again.model)
+    assert again.config.hidden_dropout_prob == 0.25
+    assert "Newly initialised" not in caplog.text
+    with torch.no_grad():
+        batch = mlm_batch()
+        assert torch.equal(mlm.eval()(batch)["logits"], again.eval()(batch)["logits"])
+
+    kwargs = {"pretrained_model_name_or_path": path, "num_labels": 3}
+    three = build(family, "classification", tokenizer, {"hidden_dropout_prob": 0.0}, **kwargs)
+    assert_same(backbone(three.model), mlm.model, three.model)
+    assert three.config.hidden_dropout_prob == 0.0
+    assert three.model.classifier.out_features == 3
+    assert "classifier.weight" in caplog.text
+
+
+@families
+@pytest.mark.parametrize("kind", ["composer", "folder", "safetensors"])
+def test_mnli_fine_tune(family, kind, tmp_path):
+    """RTE, MRPC and STS-B start from it: encoder and pooler kept, classifier dropped."""
+    mnli = build(family, "classification", num_labels=3)
+    if kind == "composer":
+        path = save(mnli, tmp_path)
+    elif kind == "folder":
+        mnli.model.save_pretrained(tmp_path)
+        path = str(tmp_path)
+    else:  # bare weights: the config comes from M2-BERT's shapes; a BERT's cannot
+        path = str(tmp_path / "model.safetensors")
+        save_file(mnli.model.state_dict(), path)
+        if family == "bert":
+            with pytest.raises(ValueError, match="holds no config"):
+                build(family, "classification", pretrained_model_name_or_path=path)
+            return
+    stsb = build(family, "classification", num_labels=1, pretrained_model_name_or_path=path)
+    pooler = [n for n, _ in stsb.model.named_parameters() if "pooler" in n]
+    assert len(pooler) == 2
+    assert_same([*backbone(stsb.model), *pooler], mnli.model, stsb.model)
+    assert stsb.model.classifier.weight.shape == (1, 32)
+    same = build(family, "classification", num_labels=3, pretrained_model_name_or_path=path)
+    assert torch.equal(same.model.classifier.weight, mnli.model.classifier.weight)
+
+
+@pytest.mark.parametrize("name", MONARCH)
+@pytest.mark.parametrize("kind", ["composer", "bin"])
+def test_reference_checkpoint(name, kind, tmp_path):
+    """Its outputs, from the file alone: the config is read off the weights."""
+    meta, tensors = load_golden(name)
+    if not any("predictions" in key for key in tensors):
+        pytest.skip("holds no whole model")
+    weights = with_prefix(tensors, "sd/")
+    if kind == "composer":
+        content = {"_target": "transformers.BertConfig", "model_type": "bert"}
+        huggingface = {"model": {"config": {"content": content}}}
+        state = {f"model.{key}": value for key, value in weights.items()}
+        weights = {"state": {"model": state, "integrations": {"huggingface": huggingface}}}
+    path = str(tmp_path / ("latest-rank0.pt" if kind == "composer" else "pytorch_model.bin"))
+    torch.save(weights, path)
+    config = golden_config(meta)
+    told = {"hyena_w_mod": config.hyena_w_mod, "pad_vocab_size_multiple": 1}
+    if config.intermediate_size % config.monarch_mlp_nblocks and config.use_monarch_mlp:
+        told["intermediate_size"] = config.intermediate_size  # the blocks are padded
+    model = build_composer_model(
+        "m2_bert_mlm", {"pretrained_model_name_or_path": path, "config_overrides": told}, None
+    )
+    found, expected = model.config.to_dict(), config.to_dict()
+    ignored = {"pad_vocab_size_multiple", "hyena_w", "num_attention_heads", "architectures"}
+    ignored |= {"_attn_implementation_autoset"}
+    differ = {k for k in expected if k not in ignored and found.get(k) != expected[k]}
+    if not config.use_monarch_mlp:
+        differ.discard("monarch_mlp_nblocks")
+    if not config.use_positional_encodings:
+        differ.discard("max_position_embeddings")
+    assert not differ
+    inputs = with_prefix(tensors, "in/")
+    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        logits = model.eval()(batch)["logits"]
+    golden = tensors["out/mlm_logits"]
+    assert (logits - golden).norm() / golden.norm() < 1e-5
+
+
+@families
+def test_load_path(family, tmp_path, caplog):
+    """The host's own way: weights only, a head for other classes."""
+    mnli = build(family, "classification", num_labels=3)
+    path = save(mnli, tmp_path)
+    two = build(family, "classification", num_labels=2)
+    fresh = copy.deepcopy(two.model.classifier.weight)
+    keys = {"load_path": path, "load_weights_only": True, "load_strict_model_weights": False}
+    trainer(two, **keys).close()
+    pooler = [n for n, _ in two.model.named_parameters() if "pooler" in n]
+    assert_same([*backbone(two.model), *pooler], mnli.model, two.model)
+    assert torch.equal(two.model.classifier.weight, fresh)
+    assert "Newly initialised (not in load_path): classifier.bias, classifier.weight" in caplog.text
+
+    wide = build(family, "classification", overrides={"hidden_size": 64})
+    with pytest.raises(ValueError, match=r"\(30528, 32\) there and \(30528, 64\) here.*hidden_siz"):
+        trainer(wide, **keys)
+    other = "bert" if family == "m2_bert" else "m2_bert"
+    with pytest.raises(ValueError, match="'load_path' lacks weights of the encoder"):
+        trainer(build(other, "classification"), **keys)
+    # An encoder that was pretrained without a pooler starts as well.
+    (tmp_path / "mlm").mkdir()
+    mlm = build(family, "mlm")
+    keys["load_path"] = save(mlm, tmp_path / "mlm")
+    trainer(two, **keys).close()
+    assert_same(backbone(two.model), mlm.model, two.model)
+
+
+@families
+@pytest.mark.parametrize("kind", ["composer", "folder"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 64}, r"word_embeddings.weight is \(30528, 32\) there and \(30528, 64\)"
+                              r" here. .* hidden_size of 32: change hidden_size in config_over"),
+        ({"vocab_size": 31000}, r"is \(30528, 32\) there and \(31000, 32\) here. .* vocab_size of"),
+        ({"vocab_size": 512}, r"vocab_size 512 is smaller than the tokenizer's 30522 entries"),
+        ({"max_position_embeddings": 16}, r"position_embeddings.* max_position_embeddings of 32"),
+        ({"intermediate_size": 128}, r"change intermediate_size in config_overrides"),
+        ({"num_hidden_layers": 3}, r"lacks weights of the encoder: .* num_hidden_layers in con"),
+        ({"num_hidden_layers": 1}, r"the model lacks, weights of the encoder: .* num_hidden_lay"),
+    ],
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict)
+    else "",
+)  # fmt: skip
+def test_checkpoint_that_does_not_fit(family, kind, overrides, message, tokenizer, tmp_path):
+    mlm = build(family, "mlm")
+    if kind == "folder":
+        mlm.model.save_pretrained(tmp_path)
+        path = str(tmp_path)
+    else:
+        path = save(mlm, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build(family, "classification", tokenizer, overrides, pretrained_model_name_or_path=path)
+
+
+def test_filters_that_do_not_fit(tmp_path):
+    path = save(build("m2_bert", "mlm"), tmp_path)
+    for field, value in {"long_conv_l_max": 64, "hyena_filter_order": 16}.items():
+        with pytest.raises(ValueError, match=rf"another {field} of {TINY['m2_bert'][field]}"):
+            build("m2_bert", "mlm", overrides={field: value}, pretrained_model_name_or_path=path)
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EXPLOIT_FOLDER"],)
+
+
+def test_bad_files(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("EXPLOIT_FOLDER", str(tmp_path / "exploited"))
+    cases = {
+        "tensor.pt": (torch.zeros(2), "holds no state dict of a model, but Tensor"),
+        "other.pt": ({"epoch": 3}, r"holds no state dict of a model, but \['epoch'\]"),
+        "names.pt": ({"w": torch.zeros(2)}, "holds no config, and its weights are not named"),
+        "exploit.pt": ({"x": Exploit()}, "cannot be read .* GLOBAL posix.mkdir"),
+    }
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            build("m2_bert", "mlm", pretrained_model_name_or_path=str(tmp_path / name))
+    assert not (tmp_path / "exploited").exists()
+    (tmp_path / "text.pt").write_text("no pickle")
+    (tmp_path / "huggingface" / "final").mkdir(parents=True)
+    for path, message in {
+        "text.pt": "cannot be read as a checkpoint",
+        "missing.pt": "there is no file",
+        "": r"no transformers folder, .* Did you mean '.*/huggingface/final'\?",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build("m2_bert", "mlm", pretrained_model_name_or_path=str(tmp_path / path))
+    path = save(build("bert", "mlm"), tmp_path)
+    with pytest.raises(ValueError, match=r"is no M2-BERT checkpoint .* use the models hf_bert_mlm"):
+        build("m2_bert", "classification", pretrained_model_name_or_path=path)
+
+
+def glue_loader(tokenizer, split, name="sst2", **dataset):
+    dataset = {"task": name, "split": split, "path": str(GLUE), "max_seq_len": 32} | dataset
+    return build_dataloader({"name": "glue", "dataset": dataset, "pin_memory": False}, tokenizer, 8)
+
+
+@families
+@pytest.mark.parametrize(("name", "metric"), [("sst2", "accuracy"), ("stsb", "spearman")])
+def test_fine_tune_and_reload(family, name, metric, tokenizer, tmp_path):
+    """A task is learned, and its folder gives the trainer's metric without the trainer."""
+    torch.manual_seed(0)
+    regression = name == "stsb"
+    model = build(
+        family, "classification", tokenizer, num_labels=1 if regression else 2, metrics=[metric]
+    )
+    dev = glue_loader(tokenizer, "validation", name)
+    run = trainer(
+        model, train=glue_loader(tokenizer, "train", name), evaluate=dev, max_duration="10ep",
+        device_train_microbatch_size=3,
+    )  # fmt: skip
+    run.fit()
+    (found,) = run.state.eval_metrics["eval"].values()
+    found = found.compute().item()
+    run.close()
+    if not regression:
+        assert found > 0.9  # its words tell
+    model.model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    outputs, labels = [], []
+    for batch in glue_loader(tokenizer, "validation", name).dataloader:
+        keys = ("input_ids", "attention_mask", "token_type_ids")
+        with torch.no_grad():
+            outputs.append(again(**{k: batch[k] for k in keys}).logits)
+        labels.append(batch["labels"])
+    outputs, labels = torch.cat(outputs), torch.cat(labels)
+    if regression:
+        from scipy.stats import spearmanr
+
+        expected = spearmanr(outputs[:, 0].numpy(), labels.numpy())[0]
+    else:
+        expected = (outputs.argmax(1) == labels).float().mean().item()
+    assert found == pytest.approx(expected, abs=1e-6)
+    # A test split has no labels: the model gives its logits all the same.
+    batch = next(iter(glue_loader(tokenizer, "test", name).dataloader))
+    assert model.eval_forward(batch).shape == ((6,) if regression else (6, 2))
+
+
+def test_gradient_is_that_of_the_whole_batch(tokenizer):
+    """Microbatches of unequal size weigh by their examples, on tokens or not."""
+    results = []
+    for size, on_tokens in ((8, False), (8, True), (3, False), (3, True)):
+        torch.manual_seed(0)
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = build("bert", "classification", overrides=dropout)
+        run = Trainer(
+            model=model,
+            train_dataloader=glue_loader(tokenizer, "train", padding="longest"),
+            optimizers=torch.optim.SGD(model.parameters(), lr=1.0),
+            max_duration="1ba",
+            device="cpu",
+            precision="fp32",
+            device_train_microbatch_size=size,
+            accumulate_train_batch_on_tokens=on_tokens,
+            progress_bar=False,
+            seed=0,
+        )
+        run.fit()
+        run.close()
+        results.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    for other in results[1:]:
+        for name, whole in results[0].items():
+            torch.testing.assert_close(whole, other[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_labels", "message"),
+    [
+        ("mnli", 2, "The data have 3 classes, the model has num_labels 2: set model.num_labels to"),
+        ("sst2", 3, "The data have 2 classes, the model has num_labels 3"),
+        ("stsb", 2, "The data are a regression, the model has num_labels 2: .* to 1"),
+        ("rte", 1, "The data have 2 classes, the model has num_labels 1"),
+    ],
+)
+def test_data_and_model_disagree_on_the_classes(name, num_labels, message, tokenizer):
+    model = build("bert", "classification", num_labels=num_labels)
+    batch = next(iter(glue_loader(tokenizer, "train", name).dataloader))
+    with pytest.raises(ValueError, match=message):
+        model(batch)
+    with pytest.raises(ValueError, match=message):
+        model.eval_forward(batch)
