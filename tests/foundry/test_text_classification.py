@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from m2_plugin.foundry.text_classification import TextClassificationCollator
 from m2_plugin.glue.tasks import TASKS, task
+from tests.utils import ROOT
 
 GLUE = Path(__file__).parent / "data" / "glue"
 L = 32
@@ -282,6 +283,34 @@ def test_own_saved_dataset_brings_its_names(tokenizer, tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     batch = next(iter(own(tokenizer, tmp_path / "saved").dataloader))
     assert batch["labels"].tolist() == [1, 0] and batch["num_labels"] == 2
+
+
+def test_yaml_for_own_texts(tokenizer, tmp_path):
+    """It is in the host's schema; its loaders build, and give its model a loss."""
+    from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
+    from llmfoundry.utils.builders import build_composer_model, build_optimizer
+    from llmfoundry.utils.config_utils import make_dataclass_and_log_config
+    from omegaconf import OmegaConf
+
+    from tests.foundry.test_models import build as build_model
+
+    build_model("m2_bert", "mlm").model.save_pretrained(tmp_path / "mlm")
+    data = write(tmp_path / "a.csv", ["good,1", "bad,0"] * 2, "text,label")
+    config = OmegaConf.load(ROOT / "yamls/finetune/text-classification.yaml")
+    keys = {"train": str(data), "eval": str(data), "start": str(tmp_path / "mlm")}
+    config.variables.update(keys | {"max_seq_len": L})
+    OmegaConf.resolve(config)
+    _, train_config = make_dataclass_and_log_config(
+        copy.deepcopy(config), TrainConfig, TRAIN_CONFIG_KEYS, transforms="all"
+    )
+    validate_config(train_config)
+    config = OmegaConf.to_container(config)
+    model = build_composer_model(config["model"].pop("name"), config["model"], tokenizer)
+    build_optimizer(model, config["optimizer"].pop("name"), config["optimizer"])
+    for name in ("train_loader", "eval_loader"):
+        loader = config[name] | {"num_workers": 0, "pin_memory": False}
+        batch = next(iter(build_dataloader(loader, tokenizer, 4).dataloader))
+        assert model.loss(model(batch), batch).item() > 0
 
 
 # Bad input
