@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # Name: the module whose main(argv) runs it, and what it does.
 COMMANDS = {
+    "doctor": ("m2_plugin.doctor", "say what runs here: versions, kernels, their errors and times"),
     "glue": ("m2_plugin.glue.command", "fine-tune on GLUE by the published recipe; the table"),
 }
 

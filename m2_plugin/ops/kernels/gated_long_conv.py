@@ -87,7 +87,7 @@ def _unmasked(ptr, mask_ptr, rows, batch, cols, length, mask, HAS_MASK: tl.const
 
 
 @triton.jit
-def forward_kernel(
+def mixer_forward_kernel(
     p_ptr,
     u_ptr,
     weight_ptr,
@@ -158,7 +158,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def mixer_backward_kernel(
     grad_ptr,
     p_ptr,
     weight_ptr,
@@ -403,7 +403,7 @@ def _forward(
         triton.cdiv(length, positions),
         triton.cdiv(batch_size, batch * batch_tiles),
     )
-    forward_kernel[grid](
+    mixer_forward_kernel[grid](
         p,
         u,
         weight,
@@ -509,7 +509,7 @@ def _backward(
     config = CONFIGS[p.element_size(), length % 16 == 0]
     batch, positions = tile(batch_size, config.batch), tile(length, config.positions)
     grid = (channels, triton.cdiv(length, positions), triton.cdiv(batch_size, batch))
-    backward_kernel[grid](
+    mixer_backward_kernel[grid](
         grad,
         p,
         weight,

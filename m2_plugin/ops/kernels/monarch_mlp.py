@@ -177,7 +177,7 @@ def _up_product(
 
 
 @triton.jit
-def forward_kernel(
+def mlp_forward_kernel(
     x_ptr,
     up_ptr,
     down_ptr,
@@ -384,7 +384,7 @@ def _forward(
     config = choose(FORWARD_CONFIGS, x, width)
     rows = tile(num_rows, config.rows)
     q1, q2 = split_width(width)
-    forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+    mlp_forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
         x,
         up,
         down,

@@ -1,0 +1,163 @@
+"""`m2-plugin doctor`: what runs here, how exactly and how fast."""
+
+import argparse
+import importlib.metadata
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2_plugin.ops.backend import failures, why_no_kernel
+from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
+from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.monarch_mlp import monarch_mlp
+
+PACKAGES = ("torch", "triton", "transformers", "llm-foundry", "mosaicml", "mosaicml-streaming")
+# A kernel may err as plain PyTorch does, and by chance a little more.
+ALLOWED_ERROR_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with inputs for it.
+
+    Args:
+        name: the op's name.
+        run: maps the inputs and a backend to the output.
+        activations: inputs that have the dtype of the run.
+        parameters: inputs that stay in fp32 where PyTorch would keep them so.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    activations: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...] = ()
+
+
+def cases(batch: int, length: int, hidden: int) -> list[Case]:
+    """Builds the ops' inputs at the sizes of a model, in fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    size, rows = 4 * hidden, batch * length
+    x, bias = normal(rows, hidden), normal(hidden)
+    up = normal(*block_shape(hidden, 2 * size, 4), scale=hidden**-0.5)
+    down = normal(*block_shape(size, hidden, 4), scale=size**-0.5)
+    square = normal(*block_shape(hidden, hidden, 4), scale=hidden**-0.5)
+    p, u = normal(batch, length, 3 * hidden), normal(batch, length, hidden)
+    short = normal(3 * hidden, 3, scale=0.5), normal(3 * hidden, scale=0.5)
+    taps = normal(2, hidden, 2 * length - 1, scale=length**-0.5).unbind()
+
+    def mixer(p: Tensor, u: Tensor, w: Tensor, b: Tensor, *taps: Tensor, backend: str) -> Tensor:
+        return gated_long_conv(p, w, b, taps[0], u, taps[1], backend=backend)
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return monarch_mlp(x, up, down, bias, size, backend=backend)
+
+    return [
+        Case("block_diagonal_linear", block_diagonal_linear, (x, square, bias)),
+        Case("monarch_mlp", mlp, (x, up, down, bias)),
+        Case("gated_long_conv", mixer, (p, u), (*short, *taps)),
+    ]
+
+
+def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Returns the output and the gradient of its sum of squares for every input."""
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [t.to(device, dtype).requires_grad_() for t in case.activations]
+    inputs += [t.to(device, wide).requires_grad_() for t in case.parameters]
+    y = case.run(*inputs, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y.square().sum() / y.numel(), inputs)]
+
+
+def error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Returns the largest relative error among an output and its gradients."""
+    return max(
+        ((a.double() - e).norm() / e.norm()).item() for a, e in zip(results, exact, strict=True)
+    )
+
+
+def milliseconds(run: Callable[[], Any], device: str) -> float:
+    """Returns the median time of a call, after some to warm up."""
+    times = []
+    for i in range(13):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def versions() -> list[str]:
+    """Returns a line for each package that matters, and for Python."""
+    lines = [f"python {platform.python_version()} on {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments, without the program's name.
+
+    Returns:
+        0 if everything that should run does, as exactly as PyTorch; else 1.
+    """
+    parser = argparse.ArgumentParser(prog="m2-plugin doctor", description=__doc__)
+    parser.add_argument("--batch", type=int, help="sequences (default: 32 on a GPU, 2 on a CPU)")
+    parser.add_argument("--length", type=int, default=128, help="positions (default: 128)")
+    parser.add_argument("--hidden-size", type=int, default=768, help="channels (default: 768)")
+    args = parser.parse_args(argv)
+
+    def say(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for line in versions():
+        say(line)
+    say(f"device: {torch.cuda.get_device_name() if device == 'cuda' else 'CPU, no CUDA device'}")
+    reason = why_no_kernel(torch.device(device), dtype)
+    backends = ("torch",) if reason else ("torch", "triton")
+    say(f"kernels: {f'none, plain PyTorch runs: {reason}' if reason else 'Triton'}\n")
+    batch = args.batch or (32 if device == "cuda" else 2)
+    say(f"B {batch}, L {args.length}, D {args.hidden_size}, {str(dtype).removeprefix('torch.')}")
+    say(f"{'op':24}{'backend':10}{'error vs fp64':>14}{'forward + backward':>20}")
+    broken = []
+    for case in cases(batch, args.length, args.hidden_size):
+        exact = evaluate(case, "torch", device, torch.float64)
+        errors = {}
+        for backend in backends:
+            try:
+                errors[backend] = error(evaluate(case, backend, device, dtype), exact)
+            except Exception as problem:
+                say(f"{case.name:24}{backend:10}{type(problem).__name__}: {problem}")
+                broken.append(case.name)
+                continue
+            took = milliseconds(partial(evaluate, case, backend, device, dtype), device)
+            say(f"{case.name:24}{backend:10}{errors[backend]:>14.1e}{took:>17.2f} ms")
+        if errors.get("triton", 0.0) > ALLOWED_ERROR_RATIO * errors.get("torch", float("inf")):
+            say(f"{case.name}: the kernel errs by more than PyTorch. Set `backend: torch`.")
+            broken.append(case.name)
+    broken += [f"{op} ({why})" for op, why in failures().items()]
+    say(f"\n{'broken: ' + ', '.join(broken) if broken else 'all well'}")
+    return 1 if broken else 0
