@@ -216,8 +216,12 @@ def _read_file(path: str) -> _Table:
 # Reading Hugging Face datasets
 
 
-def _of_dataset(dataset: Dataset, source: str) -> _Table:
+def _of_dataset(dataset: Dataset, source: str, decode: str | None = None) -> _Table:
+    """Columns of a dataset; the class ids of the column `decode` as names, where it has some."""
     columns = {name: dataset[name] for name in dataset.column_names}
+    names = _class_names(dataset, decode)
+    if decode is not None and names is not None:
+        columns[decode] = [names[i] if i >= 0 else i for i in columns[decode]]
     return _Table(source, columns, lambda i: f"{source}, row {i}")
 
 
@@ -282,8 +286,9 @@ def _text(value: Any, name: str) -> str:
 
 
 def _class_id(value: Any, fields: _Fields) -> int:
-    if isinstance(value, str) and fields.spellings is not None and value in fields.spellings:
-        return fields.spellings[value]
+    # Integers too: names may be numbers that do not start at 0, such as stars.
+    if fields.spellings is not None and str(value) in fields.spellings:
+        return fields.spellings[str(value)]
     try:
         label = int(value) if isinstance(value, (int, str)) else None
     except ValueError:
@@ -321,7 +326,9 @@ def _examples(table: _Table, fields: _Fields) -> tuple[dict[str, list[Any]], lis
             _check_not_words(table, labels)
     read = _number if fields.num_labels == 1 else _class_id
     names = ("text", "text_pair")[: len(texts)]
-    out: dict[str, list[Any]] = {name: [] for name in (*names, *(("label",) if labels else ()))}
+    out: dict[str, list[Any]] = {name: [] for name in names}
+    if labels is not None:
+        out["label"] = []
     broken = list(table.broken)
     for i in range(len(table)):
         try:
@@ -674,12 +681,13 @@ def _own_tables(dataset: Mapping[str, Any]) -> tuple[list[_Table], tuple[str, ..
     if (path is None) == (hub is None):
         raise ValueError("text_classification needs either path or hf_name in dataset.")
     label = dataset.get("label_column", "label")
+    decode = label if dataset.get("label_names") else None  # whose order may be another
     if hub is not None:
         read = _hub_dataset(hub, dataset.get("hf_subset"), split, None)
-        return [_of_dataset(read, f"{hub} {split}")], _class_names(read, label)
+        return [_of_dataset(read, f"{hub} {split}", decode)], _class_names(read, label)
     if isinstance(path, str) and _is_saved_dataset(path):
         read = _saved_dataset(path, split)
-        return [_of_dataset(read, path)], _class_names(read, label)
+        return [_of_dataset(read, path, decode)], _class_names(read, label)
     files = [path] if isinstance(path, str) else list(path or ())
     return [_read_file(file) for file in files], None
 
@@ -721,10 +729,11 @@ def build_text_classification_dataloader(
     tokenizer = _check("text_classification", dataset, OWN_KEYS, required, tokenizer)
     tables, found_names = _own_tables(dataset)
     texts = (dataset["text_column"], dataset.get("text_pair_column"))
-    names, regression = dataset.get("label_names") or found_names, dataset.get("regression", False)
-    if regression and dataset.get("label_names"):
+    names, regression = dataset.get("label_names"), dataset.get("regression", False)
+    if regression and names:
         raise ValueError("dataset: label_names and regression: true exclude each other.")
-    num_labels = 1 if regression else len(names) if names else None
+    classes = names or found_names
+    num_labels = 1 if regression else len(classes) if classes else None
     fields = _Fields(
         texts=tuple(name for name in texts if name is not None),
         label=dataset.get("label_column", "label"),

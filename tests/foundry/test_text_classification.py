@@ -283,6 +283,16 @@ def test_own_saved_dataset_brings_its_names(tokenizer, tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     batch = next(iter(own(tokenizer, tmp_path / "saved").dataloader))
     assert batch["labels"].tolist() == [1, 0] and batch["num_labels"] == 2
+    # Names in another order count by name.
+    other = own(tokenizer, tmp_path / "saved", label_names=["a", "b"])
+    assert next(iter(other.dataloader))["labels"].tolist() == [0, 1]
+
+
+def test_names_that_are_numbers(tokenizer, tmp_path):
+    rows = [json.dumps({"text": "x", "label": stars}) for stars in (1, 3, "2")]
+    empty = write(tmp_path / "empty.csv", [], "text,label")
+    stars = own(tokenizer, [empty, write(tmp_path / "a.jsonl", rows)], label_names=[1, 2, 3])
+    assert [row["label"] for row in examples(stars)] == [0, 2, 1]
 
 
 def test_yaml_for_own_texts(tokenizer, tmp_path):
