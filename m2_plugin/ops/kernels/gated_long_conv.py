@@ -36,7 +36,7 @@ class Config:
 # registers: the largest tiles that spill none (`tests/ops/aot.py`).
 CONFIGS = {
     (2, True): Config(batch=32, positions=64, num_warps=8, num_stages=1),
-    (2, False): Config(batch=16, positions=32, num_warps=4, num_stages=1),
+    (2, False): Config(batch=32, positions=32, num_warps=8, num_stages=1),
     (4, True): Config(batch=16, positions=32, num_warps=4, num_stages=1),
     (4, False): Config(batch=16, positions=16, num_warps=4, num_stages=1),
 }
