@@ -64,8 +64,8 @@ class M2BertConfig(PretrainedConfig):
         classifier_pooling: what the sequence classifier reads: ``cls``, the first token, or
             ``mean``, the mean of the tokens that are not padding (the reference's ``pool_all``).
         classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
-        backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch elsewhere
-            and where a kernel cannot be built), ``torch``, or ``triton`` (an error where it cannot run).
+        backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch
+            elsewhere and where one cannot be built), ``torch``, or ``triton`` (or an error).
         **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
 
     Raises:
