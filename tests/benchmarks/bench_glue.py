@@ -93,9 +93,11 @@ def pretrain(out: Path, family: str) -> Path:
     return final
 
 
-def finetune(out: Path, family: str, task: Task, glue: Path, pretrained: Path) -> dict:
-    """One task; returns what was run and the metrics of the last evaluation."""
-    folder = out / family / "glue" / task.name
+def finetune(
+    out: Path, family: str, task: Task, glue: Path, pretrained: Path, scratch: bool = False
+) -> dict:
+    """One task, also from random weights; returns the metrics after each epoch."""
+    folder = out / family / ("scratch" if scratch else "glue") / task.name
     record = folder / "record.json"
     if record.exists():
         return json.loads(record.read_text())
@@ -113,6 +115,8 @@ def finetune(out: Path, family: str, task: Task, glue: Path, pretrained: Path) -
     if family == "m2_bert":
         # Batches are padded to their longest: what follows a text must not matter.
         keys["model.config_overrides.mask_padding"] = "true"
+    if scratch:
+        keys["model.pretrained"] = "false"
     if task.name in MAX_SAMPLES:
         keys["train_loader.dataset.max_samples"] = MAX_SAMPLES[task.name]
     yaml = "tests/benchmarks/glue_quickstart.yaml"
@@ -218,9 +222,10 @@ def main() -> None:
     glue, out = args.glue.resolve(), args.out.resolve()
     tasks = [TASKS[name] for name in SMALL_TASKS]
 
-    def all_of(family: str) -> tuple[Path, dict[str, dict]]:
+    def all_of(family: str) -> tuple[Path, dict[str, dict], dict]:
         final = pretrain(out, family)
-        return final, {task.name: finetune(out, family, task, glue, final) for task in tasks}
+        records = {task.name: finetune(out, family, task, glue, final) for task in tasks}
+        return final, records, finetune(out, family, TASKS["sst2"], glue, final, scratch=True)
 
     with ThreadPoolExecutor(len(MODELS)) as pool:
         runs = dict(zip(MODELS, pool.map(all_of, MODELS.values()), strict=True))
@@ -261,7 +266,11 @@ def main() -> None:
                 "parameters": parameters(final),
                 "pretraining_eval_loss": pretraining_loss(final),
             }
-            for name, (final, _) in runs.items()
+            for name, (final, _, _) in runs.items()
+        },
+        # What the task alone teaches, without pretraining.
+        "sst2_from_random_weights": {
+            name: scratch["metrics"]["accuracy"][-1] for name, (_, _, scratch) in runs.items()
         },
         "tasks": rows,
     }

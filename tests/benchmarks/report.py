@@ -108,6 +108,8 @@ def glue_quickstart() -> str:
         f"{model['pretraining_eval_loss']:.2f} nats"
         for name, model in report["models"].items()
     )
+    random_weights = report["sst2_from_random_weights"]
+    scratch = ", ".join(f"{name} {value:.1%}" for name, value in random_weights.items())
     sst2 = next(row for row in report["tasks"] if row["task"] == "SST-2")
     accuracy = ", ".join(f"{n} {sst2['models'][n]['metrics']['accuracy']:.1%}" for n in names)
     intro = (
@@ -115,9 +117,10 @@ def glue_quickstart() -> str:
         f"through `composer train.py` on a CPU; whole dev sets, last epoch, one seed, "
         f"{report['date']} (`bench_glue.py`). It shows that the way from text to a score works: on "
         f"SST-2, trained on 20,000 of its 67,349 sentences, accuracy is {accuracy}, where the "
-        f"commonest answer gives {sst2['commonest']['accuracy']:.1%}. Minutes of pretraining on "
-        f"nine novels do not carry to CoLA or to pairs of sentences: those scores lie near or "
-        f"below the commonest answer's, STS-B's a little above. One seed says nothing of "
+        f"commonest answer gives {sst2['commonest']['accuracy']:.1%} and the same training from "
+        f"random weights {scratch}. So minutes of pretraining on nine novels hardly matter to "
+        f"SST-2, and do not carry to CoLA or to pairs of sentences: those scores lie near or below "
+        f"the commonest answer's, STS-B's a little above. One seed says nothing of "
         f"differences this small. Each saved folder, reloaded in transformers, predicts the "
         f"trainer's metric.\n\n"
     )
