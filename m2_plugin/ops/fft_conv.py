@@ -59,6 +59,25 @@ def spectral_conv(u: Tensor, spectrum: Tensor) -> Tensor:
     return _irfft(_rfft(u, n).mul_(spectrum), n, u.shape[1])
 
 
+def _conv(u: Tensor, k: Tensor) -> Tensor:
+    return spectral_conv(u, _rfft(k[None], k.shape[0]))
+
+
+def _correlate(
+    grad: Tensor, u: Tensor, k: Tensor, for_u: bool, for_k: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of u and k, those that are asked for."""
+    n = k.shape[0]
+    grad_f = _rfft(grad, n)
+    grad_u = grad_k = None
+    if for_k:
+        cross = _rfft(u, n).conj_physical_().mul_(grad_f)
+        grad_k = _irfft(cross.sum(1, keepdim=True), n, n)[0]
+    if for_u:
+        grad_u = _irfft(grad_f.mul_(_rfft(k[None], n).conj()), n, u.shape[1])
+    return grad_u, grad_k
+
+
 class FFTConvFunction(torch.autograd.Function):
     """Circular convolution with one-sided spectra in both directions.
 
@@ -70,21 +89,57 @@ class FFTConvFunction(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, k: Tensor) -> Tensor:
         """Convolves u (B, L, D) with k (N, D)."""
         ctx.save_for_backward(u, k)
-        return spectral_conv(u, _rfft(k[None], k.shape[0]))
+        return _conv(u, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Returns the correlations of the gradient with k (for u) and with u (for k)."""
-        u, k = ctx.saved_tensors
-        n, length = k.shape[0], u.shape[1]
-        grad_f = _rfft(grads[0], n)
-        grad_k = grad_u = None
-        if ctx.needs_input_grad[1]:
-            cross = _rfft(u, n).conj_physical_().mul_(grad_f)
-            grad_k = _irfft(cross.sum(1, keepdim=True), n, n)[0]
-        if ctx.needs_input_grad[0]:
-            grad_u = _irfft(grad_f.mul_(_rfft(k[None], n).conj()), n, length)
-        return grad_u, grad_k
+        return _correlate(grads[0], *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+# torch.compile sees one opaque op instead: Inductor has no complex numbers, and expects an FFT to
+# give other strides than it does. Eagerly the Function is as good, and quicker to call.
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Copies (B, L, D) so that its strides are known ahead: the sequence last, nothing between."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.custom_op("m2_plugin::fft_conv", mutates_args=())
+def fft_conv_op(u: Tensor, k: Tensor) -> Tensor:
+    """Convolves u (B, L, D) with k (N, D), both fp32 or fp64."""
+    return _dense(_conv(u, k))
+
+
+@fft_conv_op.register_fake
+def _(u: Tensor, k: Tensor) -> Tensor:
+    return u.new_empty(u.shape[0], u.shape[2], u.shape[1]).transpose(1, 2)
+
+
+@torch.library.custom_op("m2_plugin::fft_conv_backward", mutates_args=())
+def fft_conv_backward_op(grad: Tensor, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u and k."""
+    grad_u, grad_k = _correlate(grad, u, k, True, True)
+    assert grad_u is not None and grad_k is not None
+    return _dense(grad_u), grad_k.contiguous()
+
+
+@fft_conv_backward_op.register_fake
+def _(grad: Tensor, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape[0], u.shape[2], u.shape[1]).transpose(1, 2), k.new_empty(k.shape)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _fft_conv_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = fft_conv_backward_op(grad, *ctx.saved_tensors)
+    return grads
+
+
+fft_conv_op.register_autograd(_fft_conv_autograd, setup_context=_save_inputs)
 
 
 def filter_spectrum(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
@@ -133,4 +188,5 @@ def fft_conv(
     dtype = torch.promote_types(u.dtype, torch.float32)
     k_rev = None if k_rev is None else k_rev.to(dtype)
     k = _circular_filter_with_skip(k_fwd.to(dtype), k_rev, skip)
-    return FFTConvFunction.apply(u.to(dtype), k).to(u.dtype)
+    conv = fft_conv_op if torch.compiler.is_compiling() else FFTConvFunction.apply
+    return conv(u.to(dtype), k).to(u.dtype)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -297,6 +298,19 @@ def test_torch_compile_agrees():
     x = ids()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert max_error(compiled(x).logits, model(x).logits) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+def test_inductor_trains_alike():
+    """The host's `compile_config` uses Inductor, which meets neither our FFT nor its gradients."""
+    model = M2BertForMaskedLM(small(num_hidden_layers=1, hidden_dropout_prob=0.0))
+    x = ids()
+    results = []
+    for run in (model, torch.compile(model)):
+        loss = run(x, labels=x).loss
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for compiled, eager in zip(*results, strict=True):
+        assert max_error(compiled, eager) < 1e-5
 
 
 def test_kernels_give_pytorchs_loss_and_gradients():

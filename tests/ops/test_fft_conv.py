@@ -2,7 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2_plugin.ops.fft_conv import fft_conv, fft_conv_reference
+from m2_plugin.ops.fft_conv import (
+    FFTConvFunction,
+    fft_conv,
+    fft_conv_op,
+    fft_conv_reference,
+)
 from tests.utils import assert_close, gradients, load_golden, relative_error, with_prefix
 
 UNITS = [u for u in load_golden("units")[0] if u["prefix"].startswith("fftconv")]
@@ -96,3 +101,11 @@ def test_last_reverse_tap_is_never_used():
 def test_wrong_filter_shape_is_named():
     with pytest.raises(ValueError, match=r"k_rev has shape \(5, 2\), but u needs \(9, 2\)"):
         fft_conv(torch.zeros(1, 9, 2), torch.zeros(9, 2), torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("length", [8, 13])
+def test_op_is_registered_as_torch_expects(length):
+    u = torch.randn(2, length, 3, requires_grad=True)
+    k = torch.randn(2 * length, 3, requires_grad=True)
+    torch.library.opcheck(fft_conv_op, (u, k))
+    assert torch.equal(fft_conv_op(u, k), FFTConvFunction.apply(u, k))
