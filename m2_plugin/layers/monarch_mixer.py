@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from m2_plugin.layers.long_conv import LongConv
-from m2_plugin.ops.backend import check_backend, use_kernel
-from m2_plugin.ops.gated_long_conv import MAX_TOEPLITZ_LENGTH, gated_long_conv
+from m2_plugin.ops.backend import check_backend
+from m2_plugin.ops.gated_long_conv import gated_long_conv, takes_kernel
 from m2_plugin.ops.short_conv import short_conv
 
 
@@ -156,5 +156,4 @@ class MonarchMixer(nn.Module):
                     "backend to 'auto', which trains in PyTorch then"
                 )
             return False
-        short = self.backend == "triton" or u.shape[1] <= MAX_TOEPLITZ_LENGTH
-        return short and use_kernel(self.backend, "gated_long_conv", u)
+        return takes_kernel(self.backend, u)

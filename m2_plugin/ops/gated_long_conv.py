@@ -57,6 +57,15 @@ def gated_long_conv_of_taps(
     return y + conv(u if mask is None else u * mask[..., None], res_taps)
 
 
+def takes_kernel(backend: str, x: Tensor) -> bool:
+    """Decides between kernel and PyTorch for an input (B, L, ...), as ``use_kernel`` does.
+
+    ``auto`` leaves sequences beyond ``MAX_TOEPLITZ_LENGTH`` to the FFT.
+    """
+    short = backend == "triton" or x.shape[1] <= MAX_TOEPLITZ_LENGTH
+    return short and use_kernel(backend, "gated_long_conv", x)
+
+
 def gated_long_conv(
     p: Tensor,
     weight: Tensor,
@@ -100,8 +109,7 @@ def gated_long_conv(
                 f"{name} has shape {tuple(k.shape)}, but p of shape {tuple(p.shape)} needs "
                 f"{(channels, 2 * length - 1)}"
             )
-    short = backend == "triton" or length <= MAX_TOEPLITZ_LENGTH
-    if short and use_kernel(backend, "gated_long_conv", p) and p.numel():
+    if takes_kernel(backend, p) and p.numel():
         from m2_plugin.ops.kernels.gated_long_conv import gated_long_conv_op
 
         dtype = autocast_dtype(p)

@@ -13,13 +13,13 @@ import argparse
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_model import seconds
 from torch import Tensor
 
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
@@ -29,16 +29,6 @@ from m2_plugin.ops.monarch_mlp import monarch_mlp
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 Run = Callable[[], Tensor]
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def side_by_side(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict:
