@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.backend import run_kernel
+from m2_plugin.ops.kernels import tuning
 
 OP = "block_diagonal_linear"
 
@@ -28,14 +29,23 @@ class Config:
     num_stages: int
 
 
-# For the product (rows × output features) and for the weight's gradient (outputs × inputs).
+# For the product (rows × output features) and for the weight's gradient (outputs × inputs), by
+# bytes in an element; the first is the default. None spills registers (`tests/ops/aot.py`).
 PRODUCT_CONFIGS = {
-    2: Config(rows=128, cols=128, depth=64, num_warps=8, num_stages=3),
-    4: Config(rows=64, cols=64, depth=32, num_warps=4, num_stages=3),
+    2: (
+        Config(rows=128, cols=128, depth=64, num_warps=8, num_stages=3),
+        Config(rows=128, cols=64, depth=64, num_warps=4, num_stages=4),
+        Config(rows=256, cols=64, depth=64, num_warps=8, num_stages=3),
+    ),
+    4: (Config(rows=64, cols=64, depth=32, num_warps=4, num_stages=3),),
 }
 WEIGHT_GRAD_CONFIGS = {
-    2: Config(rows=128, cols=64, depth=64, num_warps=4, num_stages=3),
-    4: Config(rows=64, cols=64, depth=32, num_warps=8, num_stages=3),
+    2: (
+        Config(rows=128, cols=64, depth=64, num_warps=4, num_stages=3),
+        Config(rows=64, cols=64, depth=64, num_warps=4, num_stages=4),
+        Config(rows=64, cols=128, depth=64, num_warps=4, num_stages=3),
+    ),
+    4: (Config(rows=64, cols=64, depth=32, num_warps=8, num_stages=3),),
 }
 # Rows that one program of the weight's gradient sums: fixed, so that results do not depend on the
 # number of multiprocessors.
@@ -167,30 +177,34 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(num_rows, out_features)
-    config = PRODUCT_CONFIGS[x.element_size()]
-    # Rows in the first dimension of the grid: the others end at 65,535.
-    rows, cols = tile(num_rows, config.rows), tile(block_out, config.cols)
-    grid = (triton.cdiv(num_rows, rows), triton.cdiv(block_out, cols), num_blocks)
-    product_kernel[grid](
-        x,
-        weight,
-        x if bias is None else bias,
-        y,
-        num_rows,
-        in_features,
-        out_features,
-        block_in,
-        block_out,
-        x.stride(0),
-        *weight.stride(),
-        HAS_BIAS=bias is not None,
-        PRECISION=dot_precision(x.dtype),
-        ROWS=rows,
-        COLS=cols,
-        DEPTH=tile(block_in, config.depth),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def launch(config: Config) -> None:
+        # Rows in the first dimension of the grid: the others end at 65,535.
+        rows, cols = tile(num_rows, config.rows), tile(block_out, config.cols)
+        grid = (triton.cdiv(num_rows, rows), triton.cdiv(block_out, cols), num_blocks)
+        product_kernel[grid](
+            x,
+            weight,
+            x if bias is None else bias,
+            y,
+            num_rows,
+            in_features,
+            out_features,
+            block_in,
+            block_out,
+            x.stride(0),
+            *weight.stride(),
+            HAS_BIAS=bias is not None,
+            PRECISION=dot_precision(x.dtype),
+            ROWS=rows,
+            COLS=cols,
+            DEPTH=tile(block_in, config.depth),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    key = (tuning.row_class(num_rows), *weight.shape, x.dtype, weight.stride(2) == 1)
+    launch(tuning.best("product", key, PRODUCT_CONFIGS[x.element_size()], launch, x.device))
     return y
 
 
@@ -203,31 +217,35 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
     num_rows = x.shape[0]
     num_blocks, block_out, block_in = block_shape
     grad, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, x))
-    config = WEIGHT_GRAD_CONFIGS[x.element_size()]
-    rows, cols = tile(block_out, config.rows), tile(block_in, config.cols)
     splits = triton.cdiv(num_rows, ROWS_PER_SPLIT)
     partial = x.new_empty((splits, *block_shape), dtype=torch.float32)
-    grid = (triton.cdiv(block_out, rows) * triton.cdiv(block_in, cols), num_blocks, splits)
-    weight_grad_kernel[grid](
-        grad,
-        x,
-        partial,
-        num_rows,
-        ROWS_PER_SPLIT,
-        num_blocks,
-        x.shape[1],
-        grad.shape[1],
-        block_in,
-        block_out,
-        grad.stride(0),
-        x.stride(0),
-        PRECISION=dot_precision(x.dtype),
-        ROWS=rows,
-        COLS=cols,
-        DEPTH=tile(num_rows, config.depth),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def launch(config: Config) -> None:
+        rows, cols = tile(block_out, config.rows), tile(block_in, config.cols)
+        grid = (triton.cdiv(block_out, rows) * triton.cdiv(block_in, cols), num_blocks, splits)
+        weight_grad_kernel[grid](
+            grad,
+            x,
+            partial,
+            num_rows,
+            ROWS_PER_SPLIT,
+            num_blocks,
+            x.shape[1],
+            grad.shape[1],
+            block_in,
+            block_out,
+            grad.stride(0),
+            x.stride(0),
+            PRECISION=dot_precision(x.dtype),
+            ROWS=rows,
+            COLS=cols,
+            DEPTH=tile(num_rows, config.depth),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    key = (tuning.row_class(num_rows), *block_shape, x.dtype)
+    launch(tuning.best("weight_grad", key, WEIGHT_GRAD_CONFIGS[x.element_size()], launch, x.device))
     return partial[0] if splits == 1 else partial.sum(0)
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.backend import interpreted, run_kernel
+from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.block_diagonal_linear import dot_precision, product, tile, weight_grad
 
 OP = "monarch_mlp"
@@ -39,20 +40,29 @@ class Config:
     num_stages: int
 
 
-# By device class and bytes in an element: chosen by ahead-of-time compilation as the largest tiles
-# that spill no registers and fit the shared memory (`tests/ops/aot.py`). Wider blocks than a table
-# holds are left to the block-diagonal kernel, for which they are large enough products.
+# By device class and bytes in an element. Those of one width are alternatives, and the first is the
+# default: by ahead-of-time compilation (`tests/ops/aot.py`) the largest tiles that spill no
+# registers and fit the shared memory. Wider blocks than a table holds are left to the
+# block-diagonal kernel, for which they are large enough products.
 # "large" devices have 227 KB of shared memory to a multiprocessor, others as little as 99 KB.
 FORWARD_CONFIGS = {
     ("large", 2): (
         Config(128, rows=128, chunk=64, num_warps=8, num_stages=3),
+        Config(128, rows=128, chunk=32, num_warps=8, num_stages=3),
+        Config(128, rows=64, chunk=32, num_warps=4, num_stages=3),
         Config(192, rows=128, chunk=32, num_warps=8, num_stages=2),
+        Config(192, rows=128, chunk=16, num_warps=8, num_stages=3),
+        Config(192, rows=64, chunk=16, num_warps=4, num_stages=3),
         Config(256, rows=64, chunk=32, num_warps=8, num_stages=2),
+        Config(256, rows=128, chunk=16, num_warps=8, num_stages=2),
+        Config(256, rows=64, chunk=16, num_warps=8, num_stages=2),
         Config(512, rows=64, chunk=16, num_warps=8, num_stages=2),
     ),
     ("small", 2): (
         Config(128, rows=64, chunk=32, num_warps=8, num_stages=2),
+        Config(128, rows=32, chunk=32, num_warps=4, num_stages=2),
         Config(256, rows=64, chunk=16, num_warps=8, num_stages=2),
+        Config(256, rows=32, chunk=32, num_warps=4, num_stages=2),
     ),
     ("large", 4): (Config(128, rows=32, chunk=16, num_warps=8, num_stages=1),),
     ("small", 4): (Config(128, rows=32, chunk=16, num_warps=8, num_stages=1),),
@@ -60,11 +70,20 @@ FORWARD_CONFIGS = {
 BACKWARD_CONFIGS = {
     ("large", 2): (
         Config(128, rows=64, chunk=32, num_warps=8, num_stages=2),
+        Config(128, rows=128, chunk=32, num_warps=8, num_stages=2),
+        Config(128, rows=64, chunk=32, num_warps=4, num_stages=2),
+        Config(192, rows=64, chunk=32, num_warps=8, num_stages=2),
+        Config(192, rows=128, chunk=32, num_warps=8, num_stages=2),
+        Config(192, rows=64, chunk=16, num_warps=4, num_stages=2),
         Config(256, rows=64, chunk=32, num_warps=8, num_stages=2),
+        Config(256, rows=64, chunk=32, num_warps=8, num_stages=1),
         Config(384, rows=64, chunk=16, num_warps=8, num_stages=2),
         Config(512, rows=32, chunk=16, num_warps=8, num_stages=2),
     ),
-    ("small", 2): (Config(256, rows=32, chunk=32, num_warps=8, num_stages=1),),
+    ("small", 2): (
+        Config(256, rows=32, chunk=32, num_warps=8, num_stages=1),
+        Config(256, rows=32, chunk=16, num_warps=4, num_stages=1),
+    ),
     ("large", 4): (Config(128, rows=16, chunk=16, num_warps=8, num_stages=1),),
     ("small", 4): (Config(128, rows=16, chunk=16, num_warps=8, num_stages=1),),
 }
@@ -89,10 +108,18 @@ def max_block_width(device: torch.device, dtype: torch.dtype) -> int:
     return FORWARD_CONFIGS[device_class(device), dtype.itemsize][-1].max_width
 
 
-def choose(configs: dict[tuple[str, int], tuple[Config, ...]], x: Tensor, width: int) -> Config:
-    """Picks the configuration for blocks of a width."""
+def choices(
+    configs: dict[tuple[str, int], tuple[Config, ...]], x: Tensor, width: int
+) -> list[Config]:
+    """Returns the configurations for blocks of a width: those of the least width that holds it."""
     table = configs[device_class(x.device), x.element_size()]
-    return next(config for config in table if width <= config.max_width)
+    least = min(config.max_width for config in table if width <= config.max_width)
+    return [config for config in table if config.max_width == least]
+
+
+def shape_class(x: Tensor, down: Tensor, glu: bool, p: float) -> tuple[Any, ...]:
+    """Returns what the fastest configuration depends on."""
+    return tuning.row_class(x.shape[0]), *down.shape, x.dtype, glu, p > 0
 
 
 def split_width(width: int) -> tuple[int, int]:
@@ -381,33 +408,37 @@ def _forward(
     up, down = up.contiguous(), down.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    config = choose(FORWARD_CONFIGS, x, width)
-    rows = tile(num_rows, config.rows)
     q1, q2 = split_width(width)
-    mlp_forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
-        x,
-        up,
-        down,
-        x if bias is None else bias,
-        y,
-        x if seed is None else seed,
-        num_rows,
-        num_blocks,
-        width,
-        size,
-        x.stride(0),
-        p,
-        GLU=glu,
-        DROPOUT=p > 0,
-        HAS_BIAS=bias is not None,
-        PRECISION=dot_precision(x.dtype),
-        ROWS=rows,
-        CHUNK=tile(size, config.chunk),
-        Q1=q1,
-        Q2=q2,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def launch(config: Config) -> None:
+        rows = tile(num_rows, config.rows)
+        mlp_forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+            x,
+            up,
+            down,
+            x if bias is None else bias,
+            y,
+            x if seed is None else seed,
+            num_rows,
+            num_blocks,
+            width,
+            size,
+            x.stride(0),
+            p,
+            GLU=glu,
+            DROPOUT=p > 0,
+            HAS_BIAS=bias is not None,
+            PRECISION=dot_precision(x.dtype),
+            ROWS=rows,
+            CHUNK=tile(size, config.chunk),
+            Q1=q1,
+            Q2=q2,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    key = shape_class(x, down, glu, p)
+    launch(tuning.best(OP, key, choices(FORWARD_CONFIGS, x, width), launch, x.device))
     return y
 
 
@@ -426,35 +457,40 @@ def _activation_grad(
     num_blocks, width, size = down.shape
     act = x.new_empty(num_rows, num_blocks * size)
     grad_up = x.new_empty(num_rows, num_blocks * size * (2 if glu else 1))
-    config = choose(BACKWARD_CONFIGS, x, width)
-    rows = tile(num_rows, config.rows)
     q1, q2 = split_width(width)
-    activation_grad_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
-        grad,
-        x,
-        up,
-        down,
-        act,
-        grad_up,
-        x if seed is None else seed,
-        first_row,
-        num_rows,
-        num_blocks,
-        width,
-        size,
-        grad.stride(0),
-        x.stride(0),
-        p,
-        GLU=glu,
-        DROPOUT=p > 0,
-        PRECISION=dot_precision(x.dtype),
-        ROWS=rows,
-        CHUNK=tile(size, config.chunk),
-        Q1=q1,
-        Q2=q2,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def launch(config: Config) -> None:
+        rows = tile(num_rows, config.rows)
+        activation_grad_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+            grad,
+            x,
+            up,
+            down,
+            act,
+            grad_up,
+            x if seed is None else seed,
+            first_row,
+            num_rows,
+            num_blocks,
+            width,
+            size,
+            grad.stride(0),
+            x.stride(0),
+            p,
+            GLU=glu,
+            DROPOUT=p > 0,
+            PRECISION=dot_precision(x.dtype),
+            ROWS=rows,
+            CHUNK=tile(size, config.chunk),
+            Q1=q1,
+            Q2=q2,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    key = shape_class(x, down, glu, p)
+    op = "monarch_mlp_backward"
+    launch(tuning.best(op, key, choices(BACKWARD_CONFIGS, x, width), launch, x.device))
     return act, grad_up
 
 
