@@ -4,10 +4,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Name: the module whose main(argv) runs it, and what it does.
+# Name: what runs it, as an entry point names it, and what it does.
 COMMANDS = {
-    "doctor": ("m2_plugin.doctor", "say what runs here: versions, kernels, their errors and times"),
-    "glue": ("m2_plugin.glue.command", "fine-tune on GLUE by the published recipe; the table"),
+    "import": ("m2_plugin.convert:main_import", "make a transformers folder of a checkpoint"),
+    "export": ("m2_plugin.convert:main_export", "write a folder as the reference's checkpoint"),
+    "doctor": (
+        "m2_plugin.doctor:main",
+        "say what runs here: versions, kernels, their errors and times",
+    ),
+    "glue": ("m2_plugin.glue.command:main", "fine-tune on GLUE by the published recipe; the table"),
 }
 
 
@@ -22,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        module = importlib.import_module(COMMANDS[arguments[0]][0])
-        code: int = module.main(arguments[1:])
+        module, _, function = COMMANDS[arguments[0]][0].partition(":")
+        code: int = getattr(importlib.import_module(module), function)(arguments[1:])
         return code
     width = max(map(len, COMMANDS))
     rows = "".join(f"  {name:{width}}  {about}\n" for name, (_, about) in COMMANDS.items())

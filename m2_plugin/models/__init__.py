@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     BertTokenizerFast,
 )
@@ -13,6 +14,7 @@ from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.modeling_m2_bert import (
     M2BertForMaskedLM,
     M2BertForSequenceClassification,
+    M2BertForTextEmbedding,
     M2BertModel,
 )
 
@@ -20,6 +22,7 @@ __all__ = [
     "M2BertConfig",
     "M2BertForMaskedLM",
     "M2BertForSequenceClassification",
+    "M2BertForTextEmbedding",
     "M2BertModel",
 ]
 
@@ -29,5 +32,6 @@ AutoModelForMaskedLM.register(M2BertConfig, M2BertForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(
     M2BertConfig, M2BertForSequenceClassification, exist_ok=True
 )
+AutoModelForTextEncoding.register(M2BertConfig, M2BertForTextEmbedding, exist_ok=True)
 # Pipelines load a tokenizer only for model types that have one here.
 AutoTokenizer.register(M2BertConfig, fast_tokenizer_class=BertTokenizerFast, exist_ok=True)

@@ -1,9 +1,15 @@
 """Names of the released checkpoints (HazyResearch/m2, ``bert/``) and ours, in one table."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from m2_plugin.layers.long_conv import DECAY_TARGET, FASTEST_DECAY, SLOWEST_DECAY
 
 _LAYER = r"bert\.encoder\.layer\.(\d+)\."
 
@@ -27,7 +33,8 @@ RENAMES: dict[str, str] = {
     r"bert\.pooler\.dense\.(\w+)": r"pooler.dense.\1",
     r"classifier\.(\w+)": r"classifier.\1",
 }
-for _theirs, _ours in (("filter_fn", "long_conv"), ("filter_fn2", "residual_conv")):
+CONVOLUTIONS = {"long_conv": "filter_fn", "residual_conv": "filter_fn2"}  # ours: theirs
+for _ours, _theirs in CONVOLUTIONS.items():
     _from, _to = _LAYER + rf"attention\.{_theirs}\.", rf"model.layers.\1.mixer.{_ours}."
     RENAMES[_from + "bias"] = _to + "skip"
     RENAMES[_from + r"pos_emb\.z"] = _to + "filter.pos_emb"
@@ -50,12 +57,48 @@ DERIVED = re.compile(
 )
 
 
-def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the reference's state dict to ours.
+@dataclass
+class Translation:
+    """What became of the tensors of a reference state dict.
+
+    Args:
+        weights: under our names; views of the tensors given.
+        mapped: reference name → ours.
+        derived: reference names of tensors that our model computes.
+        unknown: names that the reference has not.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    mapped: dict[str, str] = field(default_factory=dict)
+    derived: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def translate(state_dict: Mapping[str, Tensor]) -> Translation:
+    """Renames the reference's state dict to ours, and says what became of each tensor.
 
     Args:
         state_dict: of a reference ``BertForMaskedLM`` or ``BertForSequenceClassification``, names
             beginning with ``bert.``, ``cls.`` or ``classifier.``.
+    """
+    result = Translation()
+    for name, tensor in state_dict.items():
+        ours = _renamed(name, RENAMES)
+        if ours is not None:
+            result.mapped[name] = ours
+            result.weights[ours] = _without_extra_dim(ours, tensor)
+        elif DERIVED.fullmatch(name):
+            result.derived.append(name)
+        else:
+            result.unknown.append(name)
+    return result
+
+
+def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the reference's state dict to ours.
+
+    Args:
+        state_dict: see ``translate``.
 
     Returns:
         Names and tensors for ``M2BertForMaskedLM`` or ``M2BertForSequenceClassification``; the
@@ -64,26 +107,112 @@ def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a name is not one of the reference's; the message names it.
     """
-    renamed = {}
+    result = translate(state_dict)
+    if result.unknown:
+        raise ValueError(f"{result.unknown[0]!r} is no parameter name of the M2 reference")
+    return result.weights
+
+
+def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames our state dict to the reference's, and adds what it stores and we compute.
+
+    The inverse of ``from_reference``: buffers are rebuilt, in the dtype of the filter's features.
+
+    Args:
+        state_dict: weights of one of our models; names of a bare encoder begin with ``model.`` too.
+
+    Returns:
+        The reference's names and tensors; shared tensors share their memory.
+
+    Raises:
+        ValueError: if a name has no counterpart in the reference; the message names it.
+    """
+    attends = any(".mixer.qkv_proj." in name for name in state_dict)
+    inverse = _inverse_renames(attends)
+    result = {}
     for name, tensor in state_dict.items():
-        ours = _our_name(name)
-        if ours is not None:
-            for suffix, dim in EXTRA_DIM.items():
-                if ours.endswith(suffix):
-                    tensor = tensor.squeeze(dim)
-            renamed[ours] = tensor
-    return renamed
+        theirs = _renamed(name, inverse)
+        if theirs is None:
+            raise ValueError(f"{name!r} has no counterpart in the M2 reference")
+        result[theirs] = _with_extra_dim(name, tensor)
+    return result | derived_tensors(state_dict)
 
 
-def _our_name(name: str) -> str | None:
-    """Returns our name of a reference tensor, or None for one that ours computes."""
-    for pattern, ours in RENAMES.items():
+def derived_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Computes what the reference stores beside the weights: buffers, and its shared tensors again.
+
+    Args:
+        state_dict: weights under our names.
+
+    Returns:
+        Under the reference's names, as its constructors make them.
+    """
+    result = {}
+    words = "model.embeddings.word_embeddings.weight"
+    positions = state_dict.get("model.embeddings.position_embeddings.weight")
+    if positions is not None:
+        ids = torch.arange(len(positions), device=positions.device)
+        result["bert.embeddings.position_ids"] = ids[None]
+    if "decoder.bias" in state_dict and "decoder.weight" not in state_dict and words in state_dict:
+        result["cls.predictions.decoder.weight"] = state_dict[words]
+    slowest, fastest = (math.log(DECAY_TARGET) / decay for decay in (SLOWEST_DECAY, FASTEST_DECAY))
+    for name, freq in state_dict.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.mixer\.(\w+)\.filter\.freq", name)
+        if not match:
+            continue
+        ours = name.removesuffix("freq")
+        theirs = f"bert.encoder.layer.{match[1]}.attention.{CONVOLUTIONS[match[2]]}."
+        directions = ["", "_rev"] if ours + "rev.out.weight" in state_dict else [""]
+        places = [(direction, i) for direction in directions for i in (1, 3, 5)]
+        for direction, i in places[1:]:  # the first of them is the parameter
+            result[f"{theirs}implicit_filter{direction}.{i}.freq"] = freq[None]
+        like = state_dict.get(ours + "pos_emb")
+        skip = state_dict.get(ours.removesuffix("filter.") + "skip")
+        if like is not None and skip is not None:
+            t = torch.linspace(0, 1, len(like))[None, :, None]
+            deltas = torch.linspace(slowest, fastest, len(skip))[None, None]
+            result[theirs + "pos_emb.t"] = t.to(like.dtype)
+            result[theirs + "modulation.deltas"] = deltas.to(like.dtype)
+    return result
+
+
+def _renamed(name: str, renames: Mapping[str, str]) -> str | None:
+    for pattern, replacement in renames.items():
         match = re.fullmatch(pattern, name)
         if match:
-            return match.expand(ours)
-    if DERIVED.fullmatch(name):
-        return None
-    raise ValueError(f"{name!r} is no parameter name of the M2 reference")
+            return match.expand(replacement)
+    return None
+
+
+def _inverse_renames(attends: bool) -> dict[str, str]:
+    """RENAMES from ours to theirs: of names that mixer and attention share, those of one kind."""
+    inverse: dict[str, str] = {}
+    for theirs, ours in RENAMES.items():
+        of_attention = r"\.self\." in theirs or r"\.output\." in theirs
+        of_mixer = r"\.out_linear\." in theirs or r"attention\.layernorm\." in theirs
+        if of_mixer if attends else of_attention:
+            continue
+        groups = re.findall(r"\(\\[dw]\+\)", theirs)
+        pattern, replacement = re.escape(ours), theirs.replace(r"\.", ".")
+        for i, group in enumerate(groups, 1):
+            pattern = pattern.replace(rf"\\{i}", group)
+            replacement = replacement.replace(group, rf"\{i}", 1)
+        inverse.setdefault(pattern, replacement)
+    return inverse
+
+
+def _extra_dim(ours: str) -> int | None:
+    return next((dim for suffix, dim in EXTRA_DIM.items() if ours.endswith(suffix)), None)
+
+
+def _without_extra_dim(ours: str, tensor: Tensor) -> Tensor:
+    dim = _extra_dim(ours)
+    return tensor if dim is None else tensor.squeeze(dim)
+
+
+def _with_extra_dim(ours: str, tensor: Tensor) -> Tensor:
+    dim = _extra_dim(ours)
+    return tensor if dim is None else tensor.unsqueeze(dim)
 
 
 def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | str]:
@@ -94,23 +223,35 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
 
     Args:
         state_dict: weights under our names, as ``from_reference`` gives them.
+
+    Raises:
+        ValueError: if there is no tensor that tells one of the sizes; the message names it.
     """
-    shape = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    vocab_size, hidden_size = shape["model.embeddings.word_embeddings.weight"]
-    layers = {m[1] for name in shape if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+    def shape(name: str) -> tuple[int, ...]:
+        """Of a tensor of the embeddings, or what most layers have under this name."""
+        found = Counter(s for n, s in shapes.items() if n.endswith(f".{name}"))
+        if not found:
+            raise ValueError(f"there is no {name}, which tells the model's sizes")
+        return found.most_common(1)[0][0]
+
+    def there(part: str) -> bool:
+        return any(part in name for name in shapes)
+
+    vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
+    layers = [int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))]
     fields: dict[str, int | bool | str] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": len(layers),
-        "type_vocab_size": shape["model.embeddings.token_type_embeddings.weight"][0],
+        "num_hidden_layers": max(layers, default=-1) + 1,
+        "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
+        "use_positional_encodings": there("embeddings.position_embeddings.weight"),
     }
-    positions = shape.get("model.embeddings.position_embeddings.weight")
-    fields["use_positional_encodings"] = positions is not None
-    if positions is not None:
-        fields["max_position_embeddings"] = positions[0]
+    if fields["use_positional_encodings"]:
+        fields["max_position_embeddings"] = shape("embeddings.position_embeddings.weight")[0]
 
-    up = shape["model.layers.0.mlp.up_proj.weight"]
-    down = shape["model.layers.0.mlp.down_proj.weight"]
+    up, down = shape("mlp.up_proj.weight"), shape("mlp.down_proj.weight")
     monarch = len(down) == 3
     nblocks = down[0] if monarch else 1
     intermediate_size = nblocks * down[-1]
@@ -120,14 +261,12 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
     fields["intermediate_size"] = intermediate_size
     fields["use_glu_mlp"] = nblocks * up[-2] > 1.5 * intermediate_size  # 2, if not padded
 
-    mixer = "model.layers.0.mixer."
-    if mixer + "qkv_proj.weight" in shape:
+    if there(".mixer.qkv_proj."):
         fields["sequence_mixer"] = "alibi_attention"
         return fields
-    filters = mixer + "long_conv.filter."
-    fields["long_conv_l_max"], fields["hyena_emb_dim"] = shape[filters + "pos_emb"]
-    fields["hyena_filter_order"] = shape[filters + "freq"][0]
-    fields["bidirectional"] = filters + "rev.out.weight" in shape
-    fields["residual_long_conv"] = mixer + "residual_conv.skip" in shape
-    fields["hyena_training_additions"] = mixer + "norm.weight" in shape
+    fields["long_conv_l_max"], fields["hyena_emb_dim"] = shape("filter.pos_emb")
+    fields["hyena_filter_order"] = shape("filter.freq")[0]
+    fields["bidirectional"] = there(".filter.rev.")
+    fields["residual_long_conv"] = there(".mixer.residual_conv.")
+    fields["hyena_training_additions"] = there(".mixer.norm.")
     return fields

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    BaseModelOutputWithPooling,
     MaskedLMOutput,
     SequenceClassifierOutput,
 )
@@ -339,6 +340,60 @@ class M2BertPooler(nn.Module):
             mask = attention_mask.to(x.dtype).unsqueeze(-1)
             pooled = (x * mask).sum(dim=1) / mask.sum(dim=1)
         return torch.tanh(self.dense(pooled))
+
+
+class M2BertForTextEmbedding(M2BertPreTrainedModel):
+    """The encoder with a pooler: what the released retrieval models are.
+
+    Args:
+        config: the model's configuration; ``classifier_pooling`` says what the pooler reads.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.pooler = M2BertPooler(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """Embeds texts.
+
+        Args:
+            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
+            attention_mask: see there; ``mean`` pooling reads it too.
+            token_type_ids: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            output_hidden_states: see there.
+            return_dict: see there.
+
+        Returns:
+            ``last_hidden_state`` (B, L, D) and ``pooler_output`` (B, D), the embeddings.
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.pooler(encoded.last_hidden_state, attention_mask),
+            hidden_states=encoded.hidden_states,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
 class M2BertForSequenceClassification(M2BertPreTrainedModel):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,11 +17,32 @@ from transformers.utils import cached_file
 
 from m2_plugin.models.checkpoint import config_fields, from_reference
 
-__all__ = ["check_fit", "checkpoint_config", "is_checkpoint_file", "read_checkpoint", "shapes_in"]
+__all__ = [
+    "check_fit",
+    "checkpoint_config",
+    "is_checkpoint_file",
+    "read_checkpoint",
+    "read_file",
+    "shapes_in",
+]
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+# Packages whose objects a Composer checkpoint pickles beside its weights.
+PICKLED = (
+    "collections",
+    "composer",
+    "datetime",
+    "llmfoundry",
+    "numpy",
+    "omegaconf",
+    "pathlib",
+    "streaming",
+    "torch",
+    "torchmetrics",
+    "transformers",
+)
 
 # The config field that each dimension of a tensor stands for; the first that differs is named.
 FIELDS: list[tuple[str, tuple[str | None, ...]]] = [
@@ -55,37 +77,30 @@ def is_checkpoint_file(path: str | None) -> bool:
     return path is not None and path.endswith(SUFFIXES) and not os.path.isdir(path)
 
 
-def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read the weights of a Composer checkpoint or of a bare state dict, without running its code.
 
     What a Composer checkpoint pickles besides (times, random states) is read as empty objects.
 
     Args:
         path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors.
-        m2: Whether names of the M2 reference are to be translated to ours.
 
     Returns:
-        The state dict, on the CPU, under the names of a transformers model; and the config that
-        Composer saved beside it, or None.
+        The state dict, mapped from the file where its format allows, under the names that its
+        transformers model had; and the config that Composer saved beside it, or None.
 
     Raises:
-        ValueError: If there is no such file, or no weights in it.
+        ValueError: If there is no such file, no weights in it, or code that nobody expects there.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"pretrained_model_name_or_path: there is no file {path!r}.")
-    content: Any
-    if path.endswith(".safetensors"):
-        content = load_file(path)
-    else:
-        try:
-            inert = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
-            with safe_globals(inert):  # type: ignore[arg-type]
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # Round the reason torch puts advice to load it unsafely, and where to read more.
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            reason = lines[1] if len(lines) > 1 else str(error)
-            raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"there is no file {path!r}")
+    try:
+        content: Any = load_file(path) if path.endswith(".safetensors") else _unpickle(path)
+    except Exception as error:
+        # Round the reason torch puts advice to load it unsafely, and where to read more.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 else str(error) or type(error).__name__
+        raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
     state, config = content, None
     if isinstance(content, Mapping) and isinstance(content.get("state"), Mapping):
         state = content["state"].get("model")
@@ -98,6 +113,38 @@ def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, A
     for wrapper in ("module.", "model."):  # of data parallelism, and Composer's of transformers
         if weights and all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    return weights, config
+
+
+def _unpickle(path: str) -> Any:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise ValueError("it is cut short: the end of the archive is missing")
+        return torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+    names = get_unsafe_globals_in_checkpoint(path)
+    for name in names:
+        if name.split(".")[0] not in PICKLED:
+            raise ValueError(f"it would call {name}, which no checkpoint needs")
+    inert = [(_Inert, name) for name in names]
+    with safe_globals(inert):  # type: ignore[arg-type]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a file as `read_file` does, and translate it.
+
+    Args:
+        path: See there.
+        m2: Whether names of the M2 reference are to be translated to ours.
+
+    Returns:
+        As `read_file`, under the names of our model.
+
+    Raises:
+        ValueError: As `read_file`, and if the weights are of another architecture.
+    """
+    weights, config = read_file(path)
     if m2 and any(name.startswith("bert.encoder.") for name in weights):
         try:
             return from_reference(weights), None  # its config is one of transformers' BERT

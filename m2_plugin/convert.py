@@ -1,0 +1,88 @@
+"""`m2-plugin import` and `m2-plugin export`: checkpoints ↔ transformers folders."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def main_import(argv: Sequence[str] | None = None) -> int:
+    """Runs `m2-plugin import`.
+
+    Args:
+        argv: arguments, without the program's name.
+
+    Returns:
+        0, or 1 if the source was refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="m2-plugin import",
+        description="Make a transformers folder of a checkpoint, without running code in it.",
+    )
+    parser.add_argument(
+        "source",
+        help="a Composer checkpoint or bare weights (.pt, .bin, .safetensors) of the M2 reference "
+        "or of this package, or a folder with config.json and weights",
+    )
+    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument("--config", help="JSON with fields that weights do not tell")
+    parser.add_argument("--tokenizer", help="folder or hub name of a tokenizer to save beside")
+    parser.add_argument(
+        "--allow-missing", nargs="+", default=[], metavar="NAME", help="tensors it may lack (cls.*)"
+    )
+    parser.add_argument(
+        "--allow-unused", nargs="+", default=[], metavar="NAME", help="tensors to leave out"
+    )
+    parser.add_argument("--verbose", action="store_true", help="name every tensor")
+    args = parser.parse_args(argv)
+
+    def run() -> list[str]:
+        from m2_plugin.models.convert import import_checkpoint
+
+        report = import_checkpoint(
+            args.source,
+            args.out,
+            config=args.config,
+            tokenizer=args.tokenizer,
+            allow_missing=args.allow_missing,
+            allow_unused=args.allow_unused,
+        )
+        return [*report.lines(args.verbose), args.out]
+
+    return _say(run)
+
+
+def main_export(argv: Sequence[str] | None = None) -> int:
+    """Runs `m2-plugin export`.
+
+    Args:
+        argv: arguments, without the program's name.
+
+    Returns:
+        0, or 1 if the folder was refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="m2-plugin export",
+        description="Write a transformers folder as a Composer checkpoint of the M2 reference.",
+    )
+    parser.add_argument("folder", help="a transformers folder with an M2-BERT")
+    parser.add_argument("--out", required=True, help="the .pt file to write")
+    args = parser.parse_args(argv)
+
+    def run() -> list[str]:
+        from m2_plugin.models.convert import export_checkpoint
+
+        return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
+
+    return _say(run)
+
+
+def _say(run: Callable[[], Any]) -> int:
+    """Writes the lines of a result, or of a refusal."""
+    try:
+        lines = run()
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0

@@ -1,0 +1,425 @@
+"""Checkpoints in, checkpoints out: the reference's files and Composer's ↔ transformers folders."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from m2_plugin.models.checkpoint import (
+    config_fields,
+    derived_tensors,
+    to_reference,
+    translate,
+)
+from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.modeling_m2_bert import (
+    M2BertForMaskedLM,
+    M2BertForSequenceClassification,
+    M2BertForTextEmbedding,
+    M2BertModel,
+)
+from m2_plugin.models.weights import read_file
+
+__all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folder", "whole"]
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.bin",
+)  # in the order they are looked for
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
+POSITION_IDS = "bert.embeddings.position_ids"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
+# A part of the names that only models with this head have; the first that is there counts.
+HEADS: list[tuple[str, type[PreTrainedModel]]] = [
+    ("head.", M2BertForMaskedLM),
+    ("decoder.", M2BertForMaskedLM),
+    ("classifier.", M2BertForSequenceClassification),
+    ("pooler.", M2BertForTextEmbedding),
+    ("", M2BertModel),
+]
+OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
+LABEL_FIELDS = ("problem_type", "id2label", "label2id")
+NOT_THEIRS = ("pad_vocab_size_multiple", "backend")
+VOCAB_MULTIPLE = 8  # to which reference and M2BertConfig pad the vocabulary
+# Fields that no tensor tells, and which change what the model computes.
+UNTOLD = ("hyena_w_mod", "mask_padding", "layer_norm_eps", "classifier_pooling")
+
+
+@dataclass
+class ImportReport:
+    """What an import did.
+
+    Args:
+        source: what was read.
+        model: the class that the folder holds.
+        config: its configuration.
+        mapped: name in the source → name in the folder.
+        derived: names in the source of tensors that the model computes; checked to be the same.
+        unused: names in the source that were left out, as allowed.
+        missing: names that the source would have, and lacks, as allowed: they start at random.
+        assumed: fields that neither the weights nor a config told, with the values taken.
+    """
+
+    source: str
+    model: str
+    config: M2BertConfig
+    mapped: dict[str, str] = field(default_factory=dict)
+    derived: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self, verbose: bool = False) -> Iterator[str]:
+        """The report for a reader; `verbose` names every tensor."""
+        config = self.config
+        yield (
+            f"{self.source}: {self.model}, {config.num_hidden_layers} layers, "
+            f"hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size}, "
+            f"up to {config.max_sequence_length or 'any number of'} tokens"
+        )
+        yield (
+            f"{len(self.mapped)} tensors mapped, {len(self.derived)} derived, "
+            f"{len(self.unused)} unused, {len(self.missing)} missing"
+        )
+        if verbose:
+            width = max(map(len, self.mapped), default=0)
+            yield from (f"  {name:{width}}  {ours}" for name, ours in self.mapped.items())
+            yield from (f"  {name:{width}}  derived" for name in self.derived)
+        yield from (f"  {name}: unused" for name in self.unused)
+        yield from (f"  {name}: missing, starts at random" for name in self.missing)
+        if self.assumed:
+            values = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
+            yield f"not told by weights or config, so by default: {values}"
+
+
+def import_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+) -> ImportReport:
+    """Makes a transformers folder of a checkpoint; no code in it is run.
+
+    Args:
+        source: a Composer checkpoint or bare weights, of the M2 reference or of this package; or a
+            folder with `config.json` and weights under either's names.
+        out: the folder to make. It appears when it is whole.
+        config: a JSON file of the reference's or our fields, in place of the folder's
+            `config.json` or what Composer saved. The weights decide, and what it says otherwise is
+            an error; it tells what they do not.
+        tokenizer: a folder or hub name, to be saved beside; by default the source's own, if any.
+        allow_missing: patterns (`cls.*`) of the names, as the source has them, that it may lack.
+        allow_unused: patterns of names that may be left out.
+
+    Returns:
+        What became of each tensor.
+
+    Raises:
+        ValueError: if something cannot be read, contradicts something else, is missing or is not
+            used; the message names it. Nothing is left behind.
+    """
+    source, out = str(source), Path(out)
+    file, given, where = _find(source, config)
+    raw, saved = read_file(file)
+    if given is None and saved is not None:
+        given, where = saved, f"the config saved in {file}"
+    report, weights = _translated(source, raw)
+    # Of a BERT, the names of embeddings and outputs are the reference's too.
+    if not any(".mlp." in name for name in weights):
+        others = report.unused or list(raw)
+        raise ValueError(
+            f"{source!r} is no M2-BERT: it has weights of other names, {', '.join(others[:3])} ..."
+        )
+    try:
+        report.config, report.assumed = _config(weights, given or {}, where)
+    except ValueError as error:
+        raise ValueError(f"{source!r}: {error}") from error
+    model_class = next(c for part, c in HEADS if any(n.startswith(part) for n in weights))
+    report.model = model_class.__name__
+    report.config.architectures = [report.model]
+    _untie(report, weights)
+    _check(report, weights, model_class, allow_missing, allow_unused)
+    _check_derived(report, raw, derived_tensors(weights))
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    report.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    with whole(out) as temporary:
+        temporary.mkdir()
+        report.config.save_pretrained(temporary)
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        _save_tokenizer(tokenizer or _own_tokenizer(source), report.config, temporary)
+    return report
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> int:
+    """Writes a folder of ours as a Composer checkpoint of the reference.
+
+    The inverse of `import_checkpoint`: every tensor is there again, buffers included.
+
+    Args:
+        folder: a transformers folder with an M2-BERT.
+        out: the `.pt` file to write. It appears when it is whole.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ValueError: if the folder is none, or the reference has no such model.
+    """
+    config, weights = load_folder(folder)
+    if config.mask_padding:
+        raise ValueError(
+            f"{str(folder)!r} has mask_padding: true, which the reference cannot compute"
+        )
+    tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
+    content = reference_config(config)
+    integrations = {"huggingface": {"model": {"config": {"content": content}}}}
+    with whole(Path(out)) as temporary:
+        torch.save(
+            {"state": {"model": tensors, "integrations": integrations}, "rng": []}, temporary
+        )
+    return len(tensors)
+
+
+def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
+    """Reads a transformers folder of ours without building the model.
+
+    Returns:
+        Its config; and its weights, mapped from the file, with names as in the models with a head:
+        those of the encoder begin with `model.`.
+
+    Raises:
+        ValueError: if it is no such folder.
+    """
+    folder = Path(folder)
+    content = _read_json(folder / "config.json")
+    if content.get("model_type") != M2BertConfig.model_type:
+        raise ValueError(
+            f"{str(folder)!r} holds no M2-BERT: model_type in its config.json is "
+            f"{content.get('model_type')!r}, not {M2BertConfig.model_type!r}"
+        )
+    if not (folder / WEIGHTS[0]).is_file():
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS[0]}")
+    return M2BertConfig.from_pretrained(folder), _with_prefix(load_file(folder / WEIGHTS[0]))
+
+
+def reference_config(config: M2BertConfig) -> dict[str, Any]:
+    """The fields of a config in the reference's vocabulary."""
+    fields = {key: getattr(config, key) for key in OWN_FIELDS if key not in NOT_THEIRS}
+    fields["monarch_mixer_sequence_mixing"] = fields.pop("sequence_mixer") == "monarch_mixer"
+    fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
+    return fields | {"model_type": "bert"}
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside a path, which becomes the path if nothing is raised.
+
+    Raises:
+        ValueError: if there is something at the path already.
+    """
+    if path.exists():
+        raise ValueError(f"{str(path)!r} is there already: give another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] | None, str]:
+    """The file of weights, the config given with it, and where that stands."""
+    if not os.path.isdir(source):
+        given = None if config is None else _read_json(Path(config))
+        return source, given, str(config)
+    there = [name for name in WEIGHTS if os.path.isfile(os.path.join(source, name))]
+    if not there:
+        raise ValueError(f"{source!r} has none of {', '.join(WEIGHTS)}")
+    config = Path(config or os.path.join(source, "config.json"))
+    return os.path.join(source, there[0]), _read_json(config), str(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object")
+    return content
+
+
+def _with_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bare encoder's names as they are in the models with a head."""
+    parts = ("embeddings.", "layers.")
+    return {f"model.{n}" if n.startswith(parts) else n: t for n, t in weights.items()}
+
+
+def _translated(source: str, raw: Mapping[str, Tensor]) -> tuple[ImportReport, dict[str, Tensor]]:
+    report = ImportReport(source, "", M2BertConfig())
+    if any(name.startswith("bert.") for name in raw):
+        result = translate(raw)
+        report.mapped, report.derived, report.unused = result.mapped, result.derived, result.unknown
+        return report, result.weights
+    weights = _with_prefix(raw)
+    report.mapped = dict(zip(raw, weights, strict=True))
+    return report, weights
+
+
+def _config(
+    weights: Mapping[str, Tensor], given: Mapping[str, Any], where: str
+) -> tuple[M2BertConfig, dict[str, Any]]:
+    """The config that the weights tell, and for the rest the one given, or defaults."""
+    given = _our_fields(given)
+    told = config_fields(weights)
+    nblocks = told.get("monarch_mlp_nblocks", 1)
+    # What a size is padded to a multiple of: the config may hold it as it was before.
+    padded = {
+        "vocab_size": given.get("pad_vocab_size_multiple", VOCAB_MULTIPLE),
+        "intermediate_size": nblocks,
+    }
+    for key, value in told.items():
+        found, multiple = given.get(key, value), padded.get(key)
+        before = multiple and isinstance(found, int) and -(-found // multiple) * multiple == value
+        if found != value and not before:
+            raise ValueError(f"{key} is {found!r} in {where}, and {value!r} by the weights")
+    fields: dict[str, Any] = given | told
+    size, up = fields["intermediate_size"], weights.get("model.layers.0.mlp.up_proj.weight")
+    if "intermediate_size" in given:
+        fields["intermediate_size"] = given["intermediate_size"]
+    elif up is not None and nblocks * up.shape[-2] not in (size, 2 * size):
+        raise ValueError(
+            "the blocks of the MLP are padded, and so do not tell intermediate_size: give a config"
+        )
+    if told["vocab_size"] % padded["vocab_size"]:
+        fields["pad_vocab_size_multiple"] = 1
+    if "classifier.weight" in weights:
+        fields["num_labels"] = len(weights["classifier.weight"])
+    config = M2BertConfig(**fields)
+    untold = [*UNTOLD, "num_attention_heads"] if "sequence_mixer" in told else UNTOLD
+    return config, {key: getattr(config, key) for key in untold if key not in given}
+
+
+def _our_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, the reference's or ours, that M2BertConfig has."""
+    fields = dict(given)
+    if "monarch_mixer_sequence_mixing" in fields:
+        mixes = fields.pop("monarch_mixer_sequence_mixing")
+        fields["sequence_mixer"] = "monarch_mixer" if mixes else "alibi_attention"
+    if "pool_all" in fields:
+        fields["classifier_pooling"] = "mean" if fields.pop("pool_all") else "cls"
+    return {k: v for k, v in fields.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
+
+
+def _untie(report: ImportReport, weights: dict[str, Tensor]) -> None:
+    """Drops the decoder's weight where it is the word embeddings' again; else unties the two."""
+    if DECODER not in weights or WORDS not in weights:
+        return
+    if _same(weights[DECODER], weights[WORDS], exact=True):
+        theirs = next(name for name, ours in report.mapped.items() if ours == DECODER)
+        del weights[DECODER], report.mapped[theirs]
+        report.derived.append(theirs)
+    else:
+        report.config.tie_word_embeddings = False
+
+
+def _check_derived(
+    report: ImportReport, raw: Mapping[str, Tensor], computed: Mapping[str, Tensor]
+) -> None:
+    """Compares what the source stores with what the model computes in its place."""
+    for name in report.derived:
+        if name == POSITION_IDS and name not in computed:
+            raise ValueError(f"{report.source!r} lacks {POSITIONS}, but has {name}")
+        if name in computed and not _same(raw[name], computed[name]):
+            raise ValueError(f"{report.source!r}: {name} is not what M2-BERT computes in its place")
+
+
+def _same(found: Tensor, computed: Tensor, exact: bool = False) -> bool:
+    if found.shape != computed.shape:
+        return False
+    if exact or not found.is_floating_point():
+        return found.data_ptr() == computed.data_ptr() or torch.equal(found, computed)
+    return torch.allclose(
+        found.float(), computed.float(), rtol=4 * torch.finfo(found.dtype).eps, atol=1e-6
+    )
+
+
+def _check(
+    report: ImportReport,
+    weights: dict[str, Tensor],
+    model_class: type[PreTrainedModel],
+    allow_missing: Sequence[str],
+    allow_unused: Sequence[str],
+) -> None:
+    """Compares names and shapes with those of the model; drops what may be unused."""
+    with torch.device("meta"):
+        expected = _with_prefix(model_class(report.config).state_dict())
+    if report.config.tie_word_embeddings:
+        expected.pop(DECODER, None)
+    # Names are given as the source has, or would have them.
+    reference = any(name.startswith("bert.") for name in report.mapped)
+    names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
+    found = {ours: name for name, ours in report.mapped.items()}
+    for ours in [name for name in weights if name not in expected]:
+        del weights[ours], report.mapped[found[ours]]
+        report.unused.append(found[ours])
+    report.missing = [names[ours] for ours in expected if ours not in weights]
+    for ours, tensor in weights.items():
+        if tensor.shape != expected[ours].shape:
+            raise ValueError(
+                f"{report.source!r}: {found[ours]} is {tuple(tensor.shape)} there, and "
+                f"{tuple(expected[ours].shape)} in the model that the other tensors make"
+            )
+    for tensors, allowed, what, option in (
+        (report.missing, allow_missing, "lacks", "allow-missing"),
+        (report.unused, allow_unused, "has, and an M2-BERT has no place for,", "allow-unused"),
+    ):
+        refused = [n for n in tensors if not any(fnmatch(n, pattern) for pattern in allowed)]
+        if refused:
+            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+            raise ValueError(
+                f"{report.source!r} {what} {', '.join(refused[:5])}{more}. To import it all the "
+                f"same: --{option} {refused[0]!r}"
+            )
+
+
+def _own_tokenizer(source: str) -> str | None:
+    there = any(os.path.isfile(os.path.join(source, name)) for name in TOKENIZER_FILES)
+    return source if there else None
+
+
+def _save_tokenizer(name: str | None, config: M2BertConfig, folder: Path) -> None:
+    if name is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {name!r} has {len(tokenizer)} entries, the model's vocab_size is "
+            f"{config.vocab_size}"
+        )
+    if config.max_sequence_length is not None:
+        tokenizer.model_max_length = config.max_sequence_length
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,242 @@
+"""Checkpoints in and out: the reference's files, hub folders, Composer's checkpoints; refusals."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
+
+from m2_plugin.cli import main
+from m2_plugin.models import (
+    M2BertConfig,
+    M2BertForMaskedLM,
+    M2BertForSequenceClassification,
+    M2BertForTextEmbedding,
+)
+from m2_plugin.models.checkpoint import to_reference
+from m2_plugin.models.convert import export_checkpoint, import_checkpoint
+from tests.models.test_golden import NAMES
+from tests.models.test_modeling_m2_bert import ids, small
+from tests.utils import TOKENIZER, load_golden, relative_error, with_prefix
+
+BASE = "base_bidir_resid_glu_monarch"
+
+
+def composer_file(path, weights) -> str:
+    torch.save({"state": {"model": {f"model.{k}": v for k, v in weights.items()}}, "rng": []}, path)
+    return str(path)
+
+
+def golden_file(tmp_path, name=BASE):
+    """The golden model as a Composer checkpoint and its config; its weights, inputs, outputs."""
+    meta, tensors = load_golden(name)
+    config = tmp_path / "reference.json"
+    config.write_text(json.dumps(meta["config"]))
+    weights = with_prefix(tensors, "sd/")
+    return composer_file(tmp_path / "latest-rank0.pt", weights), config, weights, tensors
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_import_and_export_of_the_reference(name, tmp_path):
+    """The logits of the reference, and every tensor of the file again, buffers included."""
+    source, config, weights, tensors = golden_file(tmp_path, name)
+    report = import_checkpoint(source, tmp_path / "m2", config=config)
+    assert report.model == "M2BertForMaskedLM"
+    assert len(report.mapped) + len(report.derived) == len(weights)
+    assert not report.unused and not report.missing
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2").eval()
+    inputs = with_prefix(tensors, "in/")
+    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert relative_error(logits, tensors["out/mlm_logits"]) < 1e-5
+
+    export_checkpoint(tmp_path / "m2", tmp_path / "back.pt")
+    content = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert_same(content["state"]["model"], {f"model.{k}": v for k, v in weights.items()})
+    again = import_checkpoint(tmp_path / "back.pt", tmp_path / "again")
+    assert again.config.to_dict() == report.config.to_dict() and not again.assumed
+    assert_same(
+        load_file(tmp_path / "again" / "model.safetensors"),
+        load_file(tmp_path / "m2" / "model.safetensors"),
+    )
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_hub_layout_of_the_retrieval_models(kind, tmp_path):
+    """Encoder and pooler under the reference's names, no head, no tied duplicates."""
+    model = M2BertForTextEmbedding(small(classifier_pooling="mean")).eval()
+    weights = {k: v.contiguous() for k, v in to_reference(model.state_dict()).items()}
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    fields = {"model_type": "bert", "pool_all": True, "hidden_size": 16, "vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(fields | {"architectures": ["BertModel"]}))
+    if kind == "bin":
+        torch.save({f"module.{k}": v for k, v in weights.items()}, folder / "pytorch_model.bin")
+    else:
+        weights = {k: v for k, v in weights.items() if ".freq" not in k or "filter.1." in k}
+        save_file(weights, folder / "model.safetensors")
+    report = import_checkpoint(folder, tmp_path / "m2")
+    assert report.model == "M2BertForTextEmbedding"
+    assert report.config.classifier_pooling == "mean"
+    loaded = AutoModelForTextEncoding.from_pretrained(tmp_path / "m2").eval()
+    batch = {"input_ids": ids(), "attention_mask": torch.ones(2, 20).tril(17)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).pooler_output, model(**batch).pooler_output)
+        hidden = AutoModel.from_pretrained(tmp_path / "m2").eval()(**batch).last_hidden_state
+        assert torch.equal(hidden, model(**batch).last_hidden_state)
+
+
+def test_composer_checkpoint_of_ours_with_a_tokenizer(tmp_path, capsys):
+    model = M2BertForSequenceClassification(small(vocab_size=30522, num_labels=3)).to(
+        torch.bfloat16
+    )
+    source = composer_file(tmp_path / "latest-rank0.pt", model.state_dict())
+    out = str(tmp_path / "m2")
+    assert main(["import", source, "--out", out, "--tokenizer", str(TOKENIZER), "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert "0 derived, 0 unused, 0 missing" in text and "classifier.weight" in text
+    assert "hyena_w_mod 1.0" in text
+    loaded = M2BertForSequenceClassification.from_pretrained(out, torch_dtype="auto")
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 24
+    assert main(["export", out, "--out", str(tmp_path / "back.pt")]) == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)["state"]["model"]
+    assert_same(back, {f"model.{k}": v for k, v in to_reference(model.state_dict()).items()})
+    assert main(["import", source, "--out", out]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def refused(source, tmp_path, capsys, *more) -> str:
+    """The message; nothing may be left where the folder would be."""
+    (tmp_path / "out").mkdir(exist_ok=True)
+    assert main(["import", str(source), "--out", str(tmp_path / "out" / "m2"), *more]) == 1
+    assert not list((tmp_path / "out").iterdir())
+    return capsys.readouterr().err
+
+
+class Exploit:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_malicious_pickle_is_refused(tmp_path, capsys):
+    target = str(tmp_path / "exploited")
+    _, tensors = load_golden(BASE)
+    weights = with_prefix(tensors, "sd/")
+    for function, args, name in (
+        (os.mkdir, (target,), ".mkdir"),
+        (subprocess.check_call, (["mkdir", target],), ".check_call"),
+        (eval, (f"__import__('os').mkdir({target!r})",), ".eval"),
+    ):
+        for key in ("rng", "state"):
+            content = {"state": {"model": weights}, key: Exploit(function, *args)}
+            torch.save(content, tmp_path / "evil.pt")
+            message = refused(tmp_path / "evil.pt", tmp_path, capsys)
+            assert "evil.pt" in message and "would call " in message and name in message
+    assert not os.path.exists(target)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "older.bin"])
+def test_a_truncated_file_is_refused(kind, tmp_path, capsys):
+    _, tensors = load_golden(BASE)
+    path = tmp_path / f"weights.{kind}"
+    if kind == "safetensors":
+        save_file({k: v.clone() for k, v in with_prefix(tensors, "sd/").items()}, path)
+    else:
+        new = kind == "pt"
+        torch.save(with_prefix(tensors, "sd/"), path, _use_new_zipfile_serialization=new)
+    path.write_bytes(path.read_bytes()[:-1000])
+    message = refused(path, tmp_path, capsys)
+    assert str(path) in message and "cannot be read as a checkpoint" in message
+
+
+def test_every_missing_tensor_is_named(tmp_path, capsys):
+    source, config, weights, _ = golden_file(tmp_path)
+    report = import_checkpoint(source, tmp_path / "m2", config=config)
+    for name in [name for name in report.mapped if "layer.0." not in name]:
+        path = composer_file(tmp_path / "part.pt", {k: v for k, v in weights.items() if k != name})
+        message = refused(path, tmp_path, capsys)
+        last = name.removeprefix("bert.embeddings.")
+        assert name in message or ("tells the model's sizes" in message and last in message), name
+
+
+def test_what_may_be_missing_or_unused_is_named(tmp_path, capsys):
+    source, config, weights, _ = golden_file(tmp_path)
+    part = {k: v for k, v in weights.items() if "transform.dense" not in k}
+    part["bert.pooler.dense.weight"] = torch.zeros(32, 32)
+    path = composer_file(tmp_path / "part.pt", part)
+    message = refused(path, tmp_path, capsys)
+    assert "--allow-missing 'cls.predictions.transform.dense.weight'" in message
+    options = ["--allow-missing", "cls.predictions.transform.dense.*"]
+    assert "--allow-unused 'bert.pooler.dense.weight'" in refused(path, tmp_path, capsys, *options)
+    options += ["--allow-unused", "bert.pooler.*"]
+    assert main(["import", path, "--out", str(tmp_path / "m2"), *options]) == 0
+    text = capsys.readouterr().out
+    assert "bert.pooler.dense.weight: unused" in text
+    assert "cls.predictions.transform.dense.bias: missing" in text
+    _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"head.dense.weight", "head.dense.bias"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.encoder.layer.1.attention.in_linear.weight",
+        "bert.encoder.layer.1.attention.filter_fn2.implicit_filter.2.bias",
+        "bert.encoder.layer.0.mlp.wo.bias",
+        "bert.embeddings.LayerNorm.weight",
+        "cls.predictions.decoder.bias",
+    ],
+)
+def test_a_wrong_shape_is_named(name, tmp_path, capsys):
+    _, _, weights, _ = golden_file(tmp_path)
+    weights[name] = weights[name][:-1].clone()
+    path = composer_file(tmp_path / "wrong.pt", weights)
+    message = refused(path, tmp_path, capsys)
+    assert f"{name} is {tuple(weights[name].shape)} there" in message
+
+
+def test_a_buffer_that_differs_is_named(tmp_path, capsys):
+    _, _, weights, _ = golden_file(tmp_path)
+    name = "bert.encoder.layer.1.attention.filter_fn.modulation.deltas"
+    weights[name] = weights[name] * 1.01
+    path = composer_file(tmp_path / "other.pt", weights)
+    assert f"{name} is not what M2-BERT computes" in refused(path, tmp_path, capsys)
+
+
+def test_another_architecture_or_config_is_refused(tmp_path, capsys):
+    from transformers import BertConfig, BertForMaskedLM
+
+    fields = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForMaskedLM(BertConfig(intermediate_size=32, **fields))
+    message = refused(composer_file(tmp_path / "bert.pt", bert.state_dict()), tmp_path, capsys)
+    assert "is no M2-BERT" in message and "attention.self.query.weight" in message
+    bert.save_pretrained(tmp_path / "bert")
+    assert "is no M2-BERT" in refused(tmp_path / "bert", tmp_path, capsys)
+
+    source, config, weights, _ = golden_file(tmp_path)
+    config.write_text(json.dumps({"hidden_size": 48}))
+    message = refused(source, tmp_path, capsys, "--config", str(config))
+    assert f"hidden_size is 48 in {config}, and 32 by the weights" in message
+    assert "there is no file" in refused(tmp_path / "no.pt", tmp_path, capsys)
+    (tmp_path / "empty").mkdir()
+    assert "has none of model.safetensors" in refused(tmp_path / "empty", tmp_path, capsys)
+
+    masked = M2BertForMaskedLM(M2BertConfig(**small().to_dict() | {"mask_padding": True}))
+    masked.save_pretrained(tmp_path / "masked")
+    assert main(["export", str(tmp_path / "masked"), "--out", str(tmp_path / "m.pt")]) == 1
+    assert "mask_padding" in capsys.readouterr().err
+    assert not (tmp_path / "m.pt").exists()
