@@ -63,13 +63,20 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin export",
-        description="Write a transformers folder as a Composer checkpoint of the M2 reference.",
+        description="Write a transformers folder as a Composer checkpoint of the M2 reference, or "
+        "as a folder that works where m2_plugin is not installed.",
     )
     parser.add_argument("folder", help="a transformers folder with an M2-BERT")
-    parser.add_argument("--out", required=True, help="the .pt file to write")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", help="the .pt file to write")
+    target.add_argument("--hub", help="the folder to make, for trust_remote_code=True")
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
+        if args.hub:
+            from m2_plugin.models.hub import export_hub_folder
+
+            return [f"{len(export_hub_folder(args.folder, args.hub))} files", args.hub]
         from m2_plugin.models.convert import export_checkpoint
 
         return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]

@@ -18,6 +18,7 @@ TRANSFORMERS_KEYS = {
     "model_type",
     "name_or_path",
     "num_labels",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
     "trust_remote_code",

@@ -209,16 +209,25 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
     Raises:
         ValueError: if it is no such folder.
     """
-    folder = Path(folder)
-    content = _read_json(folder / "config.json")
-    if content.get("model_type") != M2BertConfig.model_type:
+    config, file = load_config(folder), Path(folder) / WEIGHTS[0]
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS[0]}")
+    return config, _with_prefix(load_file(file))
+
+
+def load_config(folder: str | Path) -> M2BertConfig:
+    """Reads the config of a transformers folder of ours.
+
+    Raises:
+        ValueError: if it is no such folder.
+    """
+    model_type = _read_json(Path(folder) / "config.json").get("model_type")
+    if model_type != M2BertConfig.model_type:
         raise ValueError(
             f"{str(folder)!r} holds no M2-BERT: model_type in its config.json is "
-            f"{content.get('model_type')!r}, not {M2BertConfig.model_type!r}"
+            f"{model_type!r}, not {M2BertConfig.model_type!r}"
         )
-    if not (folder / WEIGHTS[0]).is_file():
-        raise ValueError(f"{str(folder)!r} has no {WEIGHTS[0]}")
-    return M2BertConfig.from_pretrained(folder), _with_prefix(load_file(folder / WEIGHTS[0]))
+    return M2BertConfig.from_pretrained(folder)
 
 
 def reference_config(config: M2BertConfig) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""A transformers folder that works where this package is not installed: its code travels along.
+
+transformers runs code of a folder (`trust_remote_code=True`) whose modules lie side by side. They
+are generated from the sources here: each becomes a file of its own, and imports between them become
+relative. The kernels stay behind: in such a folder plain PyTorch computes everything.
+"""
+
+import ast
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from m2_plugin.models.convert import load_config, whole
+
+__all__ = ["export_hub_folder", "flat_sources"]
+
+PACKAGE = "m2_plugin"
+KERNELS = "m2_plugin.ops.kernels"
+CONFIGURATION = "m2_plugin.models.configuration_m2_bert"
+MODELING = "m2_plugin.models.modeling_m2_bert"
+OWN_NAMES = {"configuration_m2_bert", "modeling_m2_bert"}  # of files; transformers asks for them
+AUTO_MAP = {
+    "AutoConfig": "configuration_m2_bert.M2BertConfig",
+    "AutoModel": "modeling_m2_bert.M2BertModel",
+    "AutoModelForMaskedLM": "modeling_m2_bert.M2BertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_m2_bert.M2BertForSequenceClassification",
+    "AutoModelForTextEncoding": "modeling_m2_bert.M2BertForTextEmbedding",
+}
+# The one function that every kernel asks, and its answer there.
+GATE = "why_no_kernel"
+ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load without remote code"
+
+
+def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
+    """Copies a transformers folder of ours, with the code that it needs.
+
+    Args:
+        folder: a transformers folder with an M2-BERT.
+        out: the folder to make. It appears when it is whole.
+
+    Returns:
+        The names of its files.
+
+    Raises:
+        ValueError: if the folder is none of ours, or `out` is there already.
+    """
+    load_config(folder)
+    with whole(Path(out)) as temporary:
+        shutil.copytree(folder, temporary)
+        path, tokenizer = temporary / "config.json", temporary / "tokenizer_config.json"
+        content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        if tokenizer.is_file():
+            # Pipelines load a tokenizer for a model type that they do not know only if it says so.
+            saved = json.loads(tokenizer.read_text(encoding="utf-8"))
+            content["tokenizer_class"] = saved.get("tokenizer_class")
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, source in flat_sources().items():
+            (temporary / name).write_text(source, encoding="utf-8")
+    return sorted(entry.name for entry in Path(out).iterdir())
+
+
+def flat_sources() -> dict[str, str]:
+    """The modules that configuration and models import, as files that lie side by side.
+
+    Returns:
+        File name → source.
+    """
+    sources: dict[str, str] = {}
+    waiting = [CONFIGURATION, MODELING]
+    while waiting:
+        module = waiting.pop()
+        if _flat(module) not in sources:
+            sources[_flat(module)], imported = _rewritten(module)
+            waiting += imported
+    # transformers 4 copies the modules that a file names, and not those that they import.
+    others = sorted(name for name in sources if name not in (_flat(CONFIGURATION), _flat(MODELING)))
+    sources[_flat(MODELING)] += (
+        "\n# Named here for transformers, which copies no others.\n"
+        + "".join(f"from .{name} import __name__ as _  # noqa: E402, F401\n" for name in others)
+    )
+    return {f"{name}.py": source for name, source in sources.items()}
+
+
+def _flat(module: str) -> str:
+    """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
+    room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
+    return name if room == "models" else f"{room}_{name}"
+
+
+def _rewritten(module: str) -> tuple[str, list[str]]:
+    """A module's source with relative imports, and the names of the modules that it imports."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    lines, imported = text.splitlines(), []
+    replaced: dict[int, tuple[int, str]] = {}  # first line → last line, new text
+    for node in ast.walk(ast.parse(text)):
+        indent = " " * getattr(node, "col_offset", 0)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            assert node.module is not None and node.end_lineno is not None
+            if node.module.startswith(KERNELS):
+                replaced[node.lineno] = node.end_lineno, f"{indent}raise ImportError({ANSWER!r})"
+            else:
+                imported.append(node.module)
+                first = lines[node.lineno - 1].replace(node.module, f".{_flat(node.module)}", 1)
+                replaced[node.lineno] = node.lineno, first
+        elif isinstance(node, ast.FunctionDef) and node.name == GATE:
+            start = node.body[1].lineno  # after its docstring
+            assert node.end_lineno is not None
+            replaced[start] = node.end_lineno, f"{indent}    return {ANSWER!r}"
+    for start in sorted(replaced, reverse=True):
+        end, new = replaced[start]
+        lines[start - 1 : end] = [new]
+    origin = module.replace(".", "/")
+    return f"# Generated from {origin}.py (Apache-2.0).\n" + "\n".join(lines) + "\n", imported
