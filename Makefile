@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# No installation: for a machine with a GPU, torch, Triton and transformers.
+gpu-bench: PYTHON = python3
+gpu-bench:
+	OUT=tests/benchmarks/results $(PYTHON) tests/benchmarks/gpu.py; ended=$$?; \
+	    PYTHONPATH=. $(PYTHON) tests/benchmarks/report.py; exit $$ended
 
 clean:
 	rm -rf $(VENV) $(OUT)
