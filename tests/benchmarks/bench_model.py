@@ -1,72 +1,140 @@
-"""M2-BERT beside transformers' BERT: encoder forward and training step, alternating in one run.
+"""M2-BERT beside transformers' BERT and ModernBERT: encoder forward and training step.
 
     python tests/benchmarks/bench_model.py --device cpu --threads 1
+    python tests/benchmarks/bench_model.py --device cuda
 
-Prints a table and writes tests/benchmarks/results/model_<device>.json. The encoder's forward pass
-is timed without gradients; a training step is forward with the masked-language-model loss (15%
-masked), backward and AdamW.
+Prints a table and writes tests/benchmarks/results/model_<device>.json after every row, so that a
+run which is cut short leaves what it has. The encoder's forward pass is timed without gradients; a
+training step is forward with the masked-language-model loss (15% masked), backward and AdamW.
+
+Models take turns within a row, each with the dropout that is its default. On a GPU the weights are
+fp32 under bf16 autocast, as Composer's ``amp_bf16`` has it, for all alike; a batch has the same
+number of tokens at every length, so that what does not mix positions costs the same and a curve
+shows the mixing; times are CUDA events round enough calls to fill the queue. All have one
+vocabulary. ``m2_bert`` decodes the masked positions only, as it is trained; the others, and
+``m2_bert_all_logits``, every position, as transformers does.
 """
 
 import argparse
+import contextlib
 import datetime
+import gc
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import BertConfig, BertForMaskedLM
+from report import RESULTS, draw_model
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
+from m2_plugin.ops.backend import failures
 
-RESULTS = Path(__file__).parent / "results"
 VOCAB = 30528
-# The model of yamls/pretrain/m2-bert-quickstart.yaml, and the published M2-BERT-base.
-SCALES = {
-    "quickstart": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2},
-    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+# Each family's published sizes: BERT-base and -large, M2-BERT's 80M and 341M, ModernBERT's; and
+# the model of yamls/pretrain/m2-bert-quickstart.yaml with the same sizes for all.
+SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+SCALES: dict[str, dict[str, dict[str, int]]] = {
+    "quickstart": {
+        "m2_bert": SMALL | {"hyena_filter_order": 64},
+        "bert": SMALL | {"num_attention_heads": 2},
+        "modernbert": SMALL | {"num_attention_heads": 2},
+    },
+    "base": {"m2_bert": BASE, "bert": BASE, "modernbert": {}},
+    "large": {
+        "m2_bert": {"hidden_size": 1792, "intermediate_size": 7168, "num_hidden_layers": 12},
+        "bert": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+        "modernbert": {
+            "hidden_size": 1024,
+            "intermediate_size": 2624,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+        },
+    },
 }
-BATCH = {128: 4, 512: 2, 1024: 4, 2048: 1}  # 4 at 128 and 1024: as the reference was timed
-FORWARD_ONLY = {1024}  # there for that comparison
-PROVIDERS = ("m2_bert", "bert_sdpa")
+BATCH = {128: 4, 512: 2, 1024: 4, 2048: 1}  # on a CPU; 4 at 128 and 1024: as the reference
+FORWARD_ONLY = {1024}  # on a CPU: there for that comparison
+# The lengths that the targets name come first, in case time runs out.
+CUDA_LENGTHS = (128, 512, 2048, 8192, 32768, 1024, 4096, 16384)
+PROVIDERS = {
+    "cpu": ("m2_bert", "bert_sdpa"),
+    "cuda": (
+        "m2_bert",
+        "bert_sdpa",
+        "modernbert_sdpa",
+        "bert_eager",
+        "m2_bert_torch",
+        "m2_bert_all_logits",
+    ),
+}
+# The plain PyTorch path is there to show what the kernels gain; all logits, what the head costs.
+ONLY = {"m2_bert_torch": "forward", "m2_bert_all_logits": "step"}
+EVENT_S = 0.02  # what is between two events on a GPU takes at least so long
 
 
 def build(provider: str, scale: str, length: int, device: str) -> torch.nn.Module:
-    sizes = SCALES[scale] | {"vocab_size": VOCAB, "max_position_embeddings": length}
-    if provider == "m2_bert":
-        order = {"quickstart": 64, "base": 128}[scale]
-        config = M2BertConfig(**sizes, long_conv_l_max=length, hyena_filter_order=order)
-        model = M2BertForMaskedLM(config)
-    else:
-        heads = sizes["hidden_size"] // 64
-        config = BertConfig(**sizes, num_attention_heads=heads, attn_implementation="sdpa")
-        model = BertForMaskedLM(config)
-    return model.to(device)
+    family = next(f for f in ("m2_bert", "modernbert", "bert") if provider.startswith(f))
+    sizes = SCALES[scale][family] | {"vocab_size": VOCAB, "max_position_embeddings": length}
+    with torch.device(device):
+        if family == "m2_bert":
+            backend = "torch" if provider == "m2_bert_torch" else "auto"
+            config = M2BertConfig(**sizes, long_conv_l_max=length, backend=backend)
+            return M2BertForMaskedLM(config)
+        attention = provider.removeprefix(family + "_")
+        if family == "bert":
+            return BertForMaskedLM(BertConfig(**sizes, attn_implementation=attention))
+        ids = dict.fromkeys(("pad", "bos", "eos", "cls", "sep"), 0)  # its own are of its vocabulary
+        config = ModernBertConfig(
+            **sizes,
+            **{f"{name}_token_id": value for name, value in ids.items()},
+            attn_implementation=attention,
+            reference_compile=False,  # compiled where all are
+        )
+        return ModernBertForMaskedLM(config)
 
 
-def setup(provider: str, scale: str, length: int, device: str) -> dict[str, Callable[[], None]]:
+def setup(
+    provider: str, scale: str, length: int, batch: int, device: str, compiled: bool
+) -> dict[str, Callable[[], None]]:
     """Returns what is timed: ``forward`` and ``step`` of one model on one batch."""
     torch.manual_seed(0)
     model = build(provider, scale, length, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(1000, 30000, (BATCH[length], length), device=device)
+    ids = torch.randint(1000, 30000, (batch, length), device=device)
     chosen = torch.rand(ids.shape, device=device) < 0.15
     labels = torch.where(chosen, ids, -100)
-    encoder = model.model if provider == "m2_bert" else model.bert
+    encoder: Any = model.base_model
+    trained: Any = model
+    if compiled:
+        encoder, trained = torch.compile(encoder), torch.compile(model)
     # Each as it is trained: only M2-BERT's head can leave out what has no loss.
-    flags = {"masked_logits_only": True} if provider == "m2_bert" else {}
+    masked_only = provider in ("m2_bert", "m2_bert_torch")
+    flags = {"masked_logits_only": True} if masked_only else {}
+    on_gpu = device == "cuda"
+
+    def autocast() -> contextlib.AbstractContextManager:
+        return torch.autocast(device, torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
     def forward() -> None:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             encoder(ids)
 
     def step() -> None:
         model.train()
-        loss = model(ids, labels=labels, **flags).loss
+        with autocast():
+            loss = trained(ids, labels=labels, **flags).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -74,80 +142,186 @@ def setup(provider: str, scale: str, length: int, device: str) -> dict[str, Call
     return {"forward": forward, "step": step}
 
 
-def seconds(fn: Callable[[], None], device: str) -> float:
+def seconds(fn: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """Seconds that a call takes, from ``calls`` in a row."""
     if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    fn()
-    if device == "cuda":
+        start.record()
+        for _ in range(calls):
+            fn()
+        end.record()
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+        return 1e-3 * start.elapsed_time(end) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    return (time.perf_counter() - begin) / calls
 
 
-def measure(scale: str, length: int, what: str, device: str, repeats: int) -> dict:
-    runs = {p: setup(p, scale, length, device)[what] for p in PROVIDERS}
-    times: dict[str, list[float]] = {p: [] for p in PROVIDERS}
-    for fn in runs.values():
-        fn()  # warm-up
-    for _ in range(repeats):
-        for provider, fn in runs.items():
-            times[provider].append(seconds(fn, device))
-    row: dict = {"scale": scale, "what": what, "length": length, "batch": BATCH[length]}
-    row["repeats"] = repeats
-    for provider, values in times.items():
-        row[provider] = {
+def memory(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def warm(
+    make: Callable[[], Callable[[], None]], device: str
+) -> tuple[Callable[[], None] | None, dict[str, Any]]:
+    """Builds one contender and runs it until all is compiled, tuned and allocated.
+
+    Returns:
+        What to time, or None if it cannot run; and its peak memory, or its error.
+    """
+    others = memory(device)
+    try:
+        fn = make()
+        fn()
+        if device != "cuda":
+            return fn, {}
+        fn()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        return fn, {"peak_bytes": torch.cuda.max_memory_allocated() - others}
+    except torch.OutOfMemoryError:
+        return None, {"error": "out of memory"}
+    except Exception as problem:  # the others go on
+        return None, {"error": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+
+
+def free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(
+    scale: str, length: int, batch: int, what: str, providers: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    device = args.device
+    row: dict[str, Any] = {"scale": scale, "what": what, "length": length, "batch": batch}
+    runs: dict[str, Callable[[], None]] = {}
+    for provider in providers:
+
+        def make(provider: str = provider) -> Callable[[], None]:
+            return setup(provider, scale, length, batch, device, args.compile)[what]
+
+        fn, row[provider] = warm(make, device)
+        if fn is None:
+            free(device)
+        else:
+            runs[provider] = fn
+    calls = dict.fromkeys(runs, 1)
+    if device == "cuda":
+        calls = {p: max(1, round(EVENT_S / seconds(fn, device))) for p, fn in runs.items()}
+    times: dict[str, list[float]] = {p: [] for p in runs}
+    deadline = time.monotonic() + args.row_seconds
+    for done in range(args.repeats):
+        if done and time.monotonic() > deadline:
+            break
+        for provider, fn in list(runs.items()):
+            try:
+                times[provider].append(seconds(fn, device, calls[provider]))
+            except torch.OutOfMemoryError:  # beside the others' weights
+                row[provider] = {"error": "out of memory"}
+                del runs[provider]
+    row["repeats"] = max((len(values) for values in times.values()), default=0)
+    for provider in runs:
+        values = times[provider]
+        row[provider] |= {
             "median_s": statistics.median(values),
             "min_s": min(values),
             "max_s": max(values),
+            "tokens_per_ms": 1e-3 * batch * length / statistics.median(values),
         }
-    ratios = [b / m for m, b in zip(times["m2_bert"], times["bert_sdpa"], strict=True)]
-    row["speedup"] = statistics.median(ratios)
+    if {"m2_bert", "bert_sdpa"} <= runs.keys():
+        pairs = zip(times["m2_bert"], times["bert_sdpa"], strict=True)
+        row["speedup"] = statistics.median(theirs / ours for ours, theirs in pairs)
     return row
+
+
+def show(row: dict[str, Any], providers: list[str]) -> None:
+    for provider in providers:
+        found = row[provider]
+        text = found.get("error", "")
+        if not text:
+            spread = f"({found['min_s']:.4f}-{found['max_s']:.4f})"
+            text = f"{found['median_s']:>9.4f} s {spread:<18}{found['tokens_per_ms']:>10.2f}/ms"
+            if "peak_bytes" in found:
+                text += f"{found['peak_bytes'] / 2**30:>9.2f} GiB"
+        name = f"{row['scale']:<12}{row['what']:<9}{row['length']:>6}{row['batch']:>5}"
+        print(f"{name}  {provider:<20}{text}", flush=True)
+    if "speedup" in row:
+        print(f"{'':34}m2_bert is {row['speedup']:.2f}x bert_sdpa", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scales", nargs="+", default=list(SCALES), choices=list(SCALES))
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(BATCH))
+    parser.add_argument("--repeats", type=int, help="at most (3 on a CPU, 10 on a GPU)")
+    parser.add_argument("--scales", nargs="+", choices=list(SCALES))
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--tokens", type=int, default=1 << 15, help="in a batch on a GPU")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS["cuda"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile all models")
+    parser.add_argument("--row-seconds", type=float, default=1e9, help="stop repeating then")
+    parser.add_argument("--limit", type=float, default=1e9, help="start no row after so many s")
+    parser.add_argument("--plot", action="store_true", help="draw the curves (always on a GPU)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    cpu = args.device == "cpu"
     torch.set_num_threads(args.threads)
+    args.repeats = args.repeats or (3 if cpu else 10)
+    scales = args.scales or (["quickstart", "base"] if cpu else ["base"])
+    lengths = args.lengths or (list(BATCH) if cpu else CUDA_LENGTHS)
+    wanted = args.providers or PROVIDERS[args.device]
+    deadline = time.monotonic() + args.limit
 
-    rows = []
-    print(f"{'scale':<12}{'what':<9}{'L':>6}{'B':>4}{'M2-BERT s':>11}{'BERT s':>9}{'ratio':>8}")
-    for scale in args.scales:
-        for length in args.lengths:
-            for what in ("forward",) if length in FORWARD_ONLY else ("forward", "step"):
-                row = measure(scale, length, what, args.device, args.repeats)
-                rows.append(row)
-                ours, theirs = (row[p]["median_s"] for p in PROVIDERS)
-                print(
-                    f"{scale:<12}{what:<9}{length:>6}{BATCH[length]:>4}{ours:>11.3f}"
-                    f"{theirs:>9.3f}{row['speedup']:>7.2f}x",
-                    flush=True,
-                )
-    name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "model",
         "date": datetime.date.today().isoformat(),
-        "device": name,
+        "device": _cpu_name() if cpu else torch.cuda.get_device_name(),
         "threads": args.threads,
-        "dtype": "float32",
+        "dtype": "float32" if cpu else "bfloat16 autocast",
+        "compiled": args.compile,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"model_{args.device}.json"
-    if path.exists():  # a part of the scales replaces its own rows only
-        old = json.loads(path.read_text())
-        same = all(old[k] == report[k] for k in ("device", "threads", "torch", "transformers"))
-        kept = [r for r in old["rows"] if r["scale"] not in args.scales] if same else []
-        report["rows"] = rows + kept
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    suffix = "_compiled" if args.compile else ""
+    path = args.out / f"model_{args.device}{suffix}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    same = all(old.get(k) == report[k] for k in ("device", "threads", "torch", "transformers"))
+    rows: list[dict[str, Any]] = old["rows"] if old and same else []
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["scale"], row["length"], row["what"]
+
+    jobs = [
+        (scale, length, what)
+        for scale in scales
+        for length in lengths
+        for what in (("forward",) if cpu and length in FORWARD_ONLY else ("forward", "step"))
+    ]
+    for scale, length, what in jobs:
+        if time.monotonic() > deadline:
+            print(f"{scale} {what} {length}: left out, no time")
+            continue
+        batch = BATCH[length] if cpu and length in BATCH else max(1, args.tokens // length)
+        providers = [p for p in wanted if ONLY.get(p, what) == what]
+        row = measure(scale, length, batch, what, providers, args)
+        free(args.device)
+        show(row, providers)
+        rows = [r for r in rows if key(r) != key(row)] + [row]  # what was not run again stays
+        rows.sort(key=lambda r: (list(SCALES).index(r["scale"]), r["length"], r["what"]))
+        report |= {"fallbacks": failures(), "rows": rows}
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(report, indent=1) + "\n")
+        whole.replace(path)
     print(f"written to {path}")
+    if args.plot or not cpu:
+        draw_model(path)
 
 
 def _cpu_name() -> str:

@@ -1,11 +1,19 @@
-"""Writes the README's tables from tests/benchmarks/results/*.json.
+"""Writes the README's tables from tests/benchmarks/results/*.json, and draws the model's curves.
 
-python tests/benchmarks/report.py
+    python tests/benchmarks/report.py
+
+Tables whose figures need a GPU have dashes until there is a file of them.
 """
 
 import json
+import logging
 import re
 from pathlib import Path
+from typing import Any
+
+import floors
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +55,188 @@ def model_cpu() -> str:
     )
     header = ["scale", "what", "L", "batch", "M2-BERT", "BERT", "BERT / M2-BERT"]
     return intro + table(header, rows)
+
+
+def load_if_any(name: str) -> dict:
+    return load(name) if (RESULTS / f"{name}.json").exists() else {}
+
+
+NONE = "–"
+NO_GPU = (
+    "No GPU could be had yet: entries that need one are left out. `make gpu-bench` on a machine "
+    "with one fills them in.\n\n"
+)
+LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+MODELS = {
+    "m2_bert": "M2-BERT",
+    "m2_bert_torch": "M2-BERT, plain PyTorch",
+    "m2_bert_all_logits": "M2-BERT, all logits",
+    "bert_sdpa": "BERT, SDPA",
+    "bert_eager": "BERT, eager",
+    "modernbert_sdpa": "ModernBERT, SDPA",
+}
+
+
+def times_faster(row: dict[str, Any], other: str) -> str:
+    """How many times the tokens per second of another model M2-BERT has."""
+    ours, theirs = row.get("m2_bert", {}), row.get(other, {})
+    if "median_s" in ours and "median_s" in theirs:
+        return f"{theirs['median_s'] / ours['median_s']:.2f}×"
+    return theirs.get("error", NONE) if "median_s" in ours else NONE
+
+
+def model_cuda() -> str:
+    report = load_if_any("model_cuda")
+    found = {(r["what"], r["length"]): r for r in report.get("rows", []) if r["scale"] == "base"}
+    rows = []
+    for length in LENGTHS:
+        line = [str(length)]
+        for what in ("forward", "step"):
+            row = found.get((what, length), {})
+            rate = row.get("m2_bert", {}).get("tokens_per_ms")
+            line.append(NONE if rate is None else f"{rate:,.0f}")
+            line += [times_faster(row, o) for o in ("bert_sdpa", "bert_eager", "modernbert_sdpa")]
+        for provider in ("m2_bert", "bert_sdpa"):
+            peak = found.get(("step", length), {}).get(provider, {}).get("peak_bytes")
+            line.append(NONE if peak is None else f"{peak / 2**30:.1f}")
+        rows.append(line)
+    intro = (
+        "M2-BERT-base on a GPU, tokens per millisecond (`bench_model.py --device cuda`), and how "
+        "many times those of transformers' BERT-base with SDPA, with eager attention, and "
+        "ModernBERT-base with SDPA; peak memory of a training step in GiB. bf16 autocast, 32,768 "
+        "tokens in a batch at every length.\n\n"
+    )
+    if report:
+        intro += (
+            f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, "
+            f"{report['date']}; medians.\n\n"
+        )
+    names = ["× BERT", "× eager", "× ModernBERT"]
+    header = ["L", "forward", *names, "training step", *names, "memory", "BERT's"]
+    picture = ""
+    if (RESULTS / "model_cuda.png").exists():
+        picture = "\n\n![Throughput by length](tests/benchmarks/results/model_cuda.png)"
+    return intro + ("" if report else NO_GPU) + table(header, rows) + picture
+
+
+def ops_cuda() -> str:
+    from m2_plugin.ops.gated_long_conv import MAX_TOEPLITZ_LENGTH
+
+    report = load_if_any("ops_cuda")
+    found = {(r["op"], r["length"]): r for r in report.get("rows", []) if r["what"] == "forward"}
+    tokens, hidden = 1 << 16, 768
+    jobs: list[tuple[str, int | None, floors.Work]] = []
+    for length in LENGTHS:
+        work = floors.gated_long_conv(tokens, hidden)
+        if length <= MAX_TOEPLITZ_LENGTH:
+            operations = floors.toeplitz_operations(tokens, hidden, length)
+            work = floors.Work(work.bytes, operations)
+        jobs.append(("gated_long_conv", length, work))
+    for op, weights in (
+        ("monarch_mlp", floors.mlp_weights(hidden)),
+        ("block_diagonal_linear", hidden * hidden // 4),
+    ):
+        jobs.append((op, None, floors.block_maps(tokens, hidden, weights)))
+    rows = []
+    for op, length, work in jobs:
+        row = next((r for (o, n), r in found.items() if o == op and length in (None, n)), {})
+        times = {n: t for n, t in row.get("times", {}).items() if "median_ms" in t}
+        kernels = [name for name in times if name.startswith("triton")]
+        best = min(kernels, key=lambda name: times[name]["median_ms"], default=None)
+        ours = times.get(best, {})
+
+        def ratio(*others: str, times: dict = times, ours: dict = ours) -> str:
+            other = next((times[o] for o in others if o in times), None)
+            if not other or not ours:
+                return NONE
+            return f"{other['median_ms'] / ours['median_ms']:.1f}×"
+
+        def entry(key: str, form: str, ours: dict = ours) -> str:
+            return form.format(ours[key]) if key in ours else NONE
+
+        operations = work.operations
+        error = entry("error_fp64", "{:.1e}")
+        if "error_fp64" in ours:
+            error += f" / {times['torch']['error_fp64']:.1e}"
+        rows.append(
+            [
+                f"`{op}`",
+                NONE if length is None else str(length),
+                f"{work.bytes / tokens:,.0f}",
+                NONE if operations is None else f"{operations / tokens / 1e6:.2f}",
+                NONE if operations is None else f"{operations / work.bytes:,.0f}",
+                entry("median_ms", "{:.3f}"),
+                entry("gb_per_s", "{:,.0f}"),
+                entry("tflop_per_s", "{:,.0f}"),
+                entry("of_floor", "**{:.0%}**"),
+                ratio("torch"),
+                ratio("rfft", "dense GELU MLP", "nn.Linear"),
+                error,
+            ]
+        )
+    intro = (
+        "The ops' forward passes in bf16, D = 768, 65,536 tokens (`bench_ops.py`). By arithmetic: "
+        "bytes that a token must move and operations of its matrix products, in millions (the "
+        "mixer's up to the length where it turns to an FFT, which memory bounds); measured: the "
+        "share of the floor, which is the larger of the times that memory and products need at "
+        "the device's own rates, and the speed over plain PyTorch and over what the op replaces "
+        "(`torch.fft.rfft` padded to 2·L; dense layers).\n\n"
+    )
+    if report:
+        intro += (
+            f"{report['device']}, {report['bytes_per_second'] / 1e9:,.0f} GB/s and "
+            f"{report['operations_per_second'] / 1e12:,.0f} TFLOP/s measured, torch "
+            f"{report['torch']}, {report['date']}; medians; the faster of the two algorithms where "
+            "both were timed.\n\n"
+        )
+    header = ["op", "L", "bytes", "Mop", "op / byte", "ms", "GB/s", "TFLOP/s", "of floor"]
+    header += ["× PyTorch", "× replaced", "error: ours / PyTorch"]
+    return intro + ("" if report else NO_GPU) + table(header, rows)
+
+
+def draw_model(path: Path) -> None:
+    """Draws tokens per millisecond against length from a file of ``bench_model.py``."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
+    except ImportError:
+        log.warning("matplotlib is not installed: %s is not drawn", path.with_suffix(".png"))
+        return
+    report = json.loads(path.read_text())
+    scales = list(dict.fromkeys(row["scale"] for row in report["rows"]))
+    figure = Figure(figsize=(9, 3.8 * len(scales)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(scales), 2, squeeze=False)
+    for scale, pair in zip(scales, grid, strict=True):
+        for (what, title), axes in zip(
+            {"forward": "encoder forward", "step": "training step"}.items(), pair, strict=True
+        ):
+            rows = [r for r in report["rows"] if (r["scale"], r["what"]) == (scale, what)]
+            rows.sort(key=lambda row: row["length"])
+            for colour, (provider, name) in enumerate(MODELS.items()):
+                done = [r for r in rows if "median_s" in r.get(provider, {})]
+                if done:
+                    rates = [
+                        1e-3 * r["batch"] * r["length"] / r[provider]["median_s"] for r in done
+                    ]
+                    lengths = [r["length"] for r in done]
+                    axes.plot(lengths, rates, marker="o", label=name, color=f"C{colour}")
+            ticks = [row["length"] for row in rows]
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(ticks, [str(n) if n < 1024 else f"{n // 1024}k" for n in ticks])
+            axes.set_xlabel("sequence length")
+            axes.set_ylabel("tokens per ms")
+            axes.set_title(f"{title}, {scale} size")
+            axes.grid(alpha=0.3, which="both")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{report['device']}, {report['dtype']}, torch {report['torch']}")
+    figure.savefig(path.with_suffix(".png"), facecolor="white")
 
 
 def conversion() -> str:
@@ -130,9 +320,11 @@ def glue_quickstart() -> str:
 
 
 def main() -> None:
+    if (RESULTS / "model_cuda.json").exists():
+        draw_model(RESULTS / "model_cuda.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for section in (quickstart, glue_quickstart, model_cpu, conversion):
+    for section in (quickstart, glue_quickstart, model_cpu, model_cuda, ops_cuda, conversion):
         name = section.__name__
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         body = section()
