@@ -1,4 +1,4 @@
-"""`m2-plugin import` and `m2-plugin export`: checkpoints ↔ transformers folders."""
+"""`m2-plugin import`, `export` and `extend`: checkpoints ↔ transformers folders."""
 
 import argparse
 import sys
@@ -80,6 +80,40 @@ def main_export(argv: Sequence[str] | None = None) -> int:
         from m2_plugin.models.convert import export_checkpoint
 
         return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
+
+    return _say(run)
+
+
+def main_extend(argv: Sequence[str] | None = None) -> int:
+    """Runs `m2-plugin extend`.
+
+    Args:
+        argv: arguments, without the program's name.
+
+    Returns:
+        0, or 1 if the folder was refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="m2-plugin extend",
+        description="Make a model take longer sequences, ready for continued pretraining.",
+    )
+    parser.add_argument("folder", help="a transformers folder with an M2-BERT")
+    parser.add_argument("--max-seq-len", type=int, required=True, help="e.g. 2048, 8192 or 32768")
+    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument(
+        "--method",
+        default="continue",
+        choices=("continue", "tile"),
+        help="how the filters are extended: their taps stay as they are, and small ones follow "
+        "(continue, the default); or as in the reference, which changes all taps (tile)",
+    )
+    args = parser.parse_args(argv)
+
+    def run() -> list[str]:
+        from m2_plugin.models.extend import extend_folder
+
+        config = extend_folder(args.folder, args.out, args.max_seq_len, args.method)
+        return [f"takes up to {config.max_sequence_length} tokens", args.out]
 
     return _say(run)
 

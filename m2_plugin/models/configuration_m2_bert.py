@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from itertools import pairwise
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -55,6 +56,8 @@ class M2BertConfig(PretrainedConfig):
         hyena_emb_dim: positional features of the filters; odd.
         hyena_w: initial frequency of the filters' sines.
         hyena_w_mod: constant factor on that frequency.
+        hyena_extended_from: ascending values that ``long_conv_l_max`` had before the model was
+            extended (``m2-plugin extend``), or None. Taps that it had then keep their decay.
         mask_padding: keep padding out of the long convolutions, so that an output does not depend
             on how much padding follows. The released checkpoints were trained without.
         use_glu_mlp: gate the MLP's activation.
@@ -100,6 +103,7 @@ class M2BertConfig(PretrainedConfig):
         hyena_emb_dim: int = 5,
         hyena_w: float = 10.0,
         hyena_w_mod: float = 1.0,
+        hyena_extended_from: list[int] | None = None,
         mask_padding: bool = False,
         use_glu_mlp: bool = True,
         use_monarch_mlp: bool = True,
@@ -133,6 +137,7 @@ class M2BertConfig(PretrainedConfig):
         self.hyena_emb_dim = hyena_emb_dim
         self.hyena_w = hyena_w
         self.hyena_w_mod = hyena_w_mod
+        self.hyena_extended_from = hyena_extended_from
         self.mask_padding = mask_padding
         self.use_glu_mlp = use_glu_mlp
         self.use_monarch_mlp = use_monarch_mlp
@@ -178,6 +183,13 @@ class M2BertConfig(PretrainedConfig):
             "hyena_emb_dim",
             self.hyena_emb_dim,
             "odd and at least 3: time, and a cosine and a sine for each frequency",
+        )
+        lengths = [*(self.hyena_extended_from or []), self.long_conv_l_max]
+        _require(
+            lengths[0] > 1 and all(a < b for a, b in pairwise(lengths)) or len(lengths) == 1,
+            "hyena_extended_from",
+            self.hyena_extended_from,
+            f"ascending lengths from 2 to below long_conv_l_max = {self.long_conv_l_max}",
         )
         _require(
             self.sequence_mixer in SEQUENCE_MIXERS,

@@ -55,7 +55,7 @@ HEADS: list[tuple[str, type[PreTrainedModel]]] = [
 ]
 OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
 LABEL_FIELDS = ("problem_type", "id2label", "label2id")
-NOT_THEIRS = ("pad_vocab_size_multiple", "backend")
+NOT_THEIRS = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
 VOCAB_MULTIPLE = 8  # to which reference and M2BertConfig pad the vocabulary
 # Fields that no tensor tells, and which change what the model computes.
 UNTOLD = ("hyena_w_mod", "mask_padding", "layer_norm_eps", "classifier_pooling")
@@ -188,6 +188,11 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
     if config.mask_padding:
         raise ValueError(
             f"{str(folder)!r} has mask_padding: true, which the reference cannot compute"
+        )
+    if config.hyena_extended_from:
+        raise ValueError(
+            f"{str(folder)!r} was extended by the method 'continue': the reference's filters decay "
+            f"otherwise (hyena_extended_from: {config.hyena_extended_from})"
         )
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)

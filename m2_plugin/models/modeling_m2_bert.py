@@ -3,8 +3,10 @@
 Dimension key: B batch, L sequence, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +22,13 @@ from transformers.modeling_outputs import (
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
-from m2_plugin.layers.long_conv import HyenaFilter, LongConv
+from m2_plugin.layers.long_conv import (
+    DECAY_TARGET,
+    FASTEST_DECAY,
+    SLOWEST_DECAY,
+    HyenaFilter,
+    LongConv,
+)
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
@@ -67,6 +75,38 @@ class M2BertEmbeddings(nn.Module):
         return self.dropout(self.norm(x))
 
 
+class ExtendedFilter(HyenaFilter):
+    """A filter that reaches further than it did when it was trained.
+
+    Its window ``exp(−s(t)·|δ|)`` is that of the first length up to there, s = t / (length − 1), and
+    then decays slowly, by half a unit of s for each extension: the taps beyond begin small, and
+    training can use them. (Going on at the first rate would leave nothing: e^{−48} at 2,048 in a
+    model of 128.)
+
+    Args:
+        channels: D, one filter each.
+        max_length: H, the longest sequence.
+        extended_from: the maxima that it had before, ascending.
+        **kwargs: as ``HyenaFilter``.
+    """
+
+    def __init__(self, channels: int, max_length: int, extended_from: Sequence[int], **kwargs: Any):
+        self.extended_from = list(extended_from)
+        super().__init__(channels, max_length, **kwargs)
+
+    def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the window, (L, D)."""
+        t = torch.arange(length, dtype=dtype, device=device)[:, None]
+        s = t / (self.extended_from[0] - 1)
+        for i, (before, after) in enumerate(pairwise([*self.extended_from, self.max_length])):
+            beyond = 1 + i / 2 + (t - (before - 1)) / (2 * (after - before))
+            s = torch.where(t < before, s, beyond)
+        slowest = abs(math.log(DECAY_TARGET)) / SLOWEST_DECAY
+        fastest = abs(math.log(DECAY_TARGET)) / FASTEST_DECAY
+        delta = torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
+        return torch.exp(-s * delta)
+
+
 class M2BertLayer(nn.Module):
     """One layer: mlp(mixer(x)). Neither residual nor norm stands round a Monarch mixer."""
 
@@ -74,7 +114,7 @@ class M2BertLayer(nn.Module):
         super().__init__()
         self.mixer: MonarchMixer | AlibiAttention
         if config.sequence_mixer == "monarch_mixer":
-            self.mixer = MonarchMixer(
+            self.mixer = mixer = MonarchMixer(
                 config.hidden_size,
                 max_length=config.long_conv_l_max,
                 bidirectional=config.bidirectional,
@@ -87,6 +127,8 @@ class M2BertLayer(nn.Module):
                 filter_w_mod=config.hyena_w_mod,
                 backend=config.backend,
             )
+            if config.hyena_extended_from:
+                _extend_filters(mixer, config)
         else:
             self.mixer = AlibiAttention(
                 config.hidden_size,
@@ -111,6 +153,21 @@ class M2BertLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens, 0 at padding."""
         return self.mlp(self.mixer(x, mask))
+
+
+def _extend_filters(mixer: MonarchMixer, config: M2BertConfig) -> None:
+    for conv in (mixer.long_conv, mixer.residual_conv):
+        if conv is not None:
+            conv.filter = ExtendedFilter(
+                config.hidden_size,
+                config.long_conv_l_max,
+                config.hyena_extended_from or [],
+                emb_dim=config.hyena_emb_dim,
+                order=config.hyena_filter_order,
+                w=config.hyena_w,
+                w_mod=config.hyena_w_mod,
+                bidirectional=config.bidirectional,
+            )
 
 
 class M2BertPreTrainedModel(PreTrainedModel):

@@ -1,0 +1,138 @@
+"""Longer contexts for a trained model: more positions, and filters that reach further.
+
+Dimension key: L old length, H new length, D hidden, E positional features of the filters.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.convert import WEIGHTS, load_folder, whole
+
+__all__ = ["METHODS", "extend", "extend_folder"]
+
+POSITIONS = "model.embeddings.position_embeddings.weight"
+
+
+def continued_features(z: Tensor, period: int, length: int) -> Tensor:
+    """Appends the features of further positions, on the scale of the length they began with.
+
+    Args:
+        z: (L, E), the first positions, as trained.
+        period: the length that the model was made with: t is 1 at its last position.
+        length: H.
+
+    Returns:
+        (H, E): z, then `[t, Re e^{-ifw}, Im e^{-ifw}]` as in `positional_features`.
+    """
+    t = torch.arange(len(z), length)[:, None]
+    bands = (z.shape[1] - 1) // 2
+    phase = 2 * math.pi * t / period * torch.linspace(1e-4, bands - 1, bands)[None]
+    new = torch.cat([t / (period - 1), torch.cos(phase), -torch.sin(phase)], dim=1)
+    return torch.cat([z, new.to(z.dtype)])
+
+
+def tiled(rows: Tensor, length: int) -> Tensor:
+    """Repeats (L, ·) from its start, to (H, ·)."""
+    return rows.repeat(-(-length // len(rows)), 1)[:length]
+
+
+def _by_tiling(
+    config: M2BertConfig, length: int
+) -> tuple[M2BertConfig, Callable[[Tensor], Tensor]]:
+    config.long_conv_l_max = length
+    return config, lambda z: tiled(z, length)
+
+
+def _by_continuing(
+    config: M2BertConfig, length: int
+) -> tuple[M2BertConfig, Callable[[Tensor], Tensor]]:
+    lengths = [*(config.hyena_extended_from or []), config.long_conv_l_max]
+    config.hyena_extended_from = lengths
+    config.long_conv_l_max = length
+    return config, lambda z: continued_features(z, lengths[0], length)
+
+
+METHODS = {"continue": _by_continuing, "tile": _by_tiling}
+
+
+def extend(
+    config: M2BertConfig, weights: dict[str, Tensor], length: int, method: str = "continue"
+) -> tuple[M2BertConfig, dict[str, Tensor]]:
+    """Makes a model take longer sequences. Position embeddings repeat from the start.
+
+    `continue` leaves every tap of the filters as it is and appends taps for the lags beyond, small
+    ones that training can use: sequences of the old length have the same outputs as before.
+    `tile` repeats the filters' positional features, as the reference does; the decay of the filters
+    is stretched with it, so that all taps change. (The reference also leaves the first L features
+    zero; here they are kept.)
+
+    Args:
+        config: of the model; not changed.
+        weights: under our names, those of the encoder beginning with `model.`.
+        length: H, the new maximum.
+        method: one of `METHODS`.
+
+    Returns:
+        The new config and weights.
+
+    Raises:
+        ValueError: if the model takes such lengths already, or the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    limit = config.max_sequence_length
+    if limit is None or length <= limit:
+        raise ValueError(
+            f"max_seq_len must be more than what the model takes now, {limit or 'any number'}, "
+            f"not {length}"
+        )
+    new, config = dict(weights), deepcopy(config)
+    if POSITIONS in new and config.max_position_embeddings < length:
+        new[POSITIONS] = tiled(new[POSITIONS], length)
+        config.max_position_embeddings = length
+    if config.sequence_mixer == "monarch_mixer" and config.long_conv_l_max < length:
+        config, longer = METHODS[method](config, length)
+        for name in new:
+            if re.fullmatch(r"model\.layers\.\d+\.mixer\.\w+\.filter\.pos_emb", name):
+                new[name] = longer(new[name])
+    return M2BertConfig.from_dict(config.to_dict()), new
+
+
+def extend_folder(
+    folder: str | Path, out: str | Path, length: int, method: str = "continue"
+) -> M2BertConfig:
+    """Makes a transformers folder with a longer context of another.
+
+    Args:
+        folder: a transformers folder with an M2-BERT.
+        out: the folder to make. It appears when it is whole.
+        length: the new maximum.
+        method: one of `METHODS`.
+
+    Returns:
+        The new config.
+
+    Raises:
+        ValueError: as `extend`, and if the folder is none of ours or `out` is there already.
+    """
+    config, weights = extend(*load_folder(folder), length, method)
+    with whole(Path(out)) as temporary:
+        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("config.json", WEIGHTS[0]))
+        config.save_pretrained(temporary)
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        path = temporary / "tokenizer_config.json"
+        if path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}
+            path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    return config
