@@ -18,6 +18,8 @@ PUBLISHED = {
     "m2-bert-large-341m",
     "bert-base",
 }
+# The same model, on longer texts: continued from a folder that `m2-plugin extend` makes.
+LONGER = {"m2-bert-base-2k": 2048, "m2-bert-base-8k": 8192, "m2-bert-base-32k": 32768}
 # Settings of the reference's optimizer, written to the model's config there; its flags for
 # attention, which M2-BERT has none of; and a misspelt field that transformers ignored.
 ELSEWHERE = {
@@ -34,6 +36,8 @@ ELSEWHERE = {
 def load(path: Path) -> dict:
     config = OmegaConf.load(path)
     config.variables.tokenizer = str(TOKENIZER)
+    if "start" in config.variables:
+        config.variables.start = None  # from random weights
     OmegaConf.resolve(config)
     return OmegaConf.to_container(config)
 
@@ -133,7 +137,26 @@ def test_is_the_published_recipe(name):
 
 
 def test_every_published_recipe_has_its_yaml():
-    assert {p.stem for p in PRETRAIN} == PUBLISHED | {"m2-bert-quickstart"}
+    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, "m2-bert-quickstart"}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_long_context_keeps_the_published_mixture(name):
+    config = load(ROOT / "yamls" / "pretrain" / f"{name}.yaml")
+    recipe = RECIPES["m2-bert-large-341m-2k"]
+    for key in ("scheduler", "optimizer", "algorithms", "seed", "precision"):
+        assert config[key] == recipe[key], key
+    tokens = config["global_train_batch_size"] * config["max_seq_len"]
+    assert tokens == recipe["global_train_batch_size"] * recipe["max_seq_len"]
+    train, evaluation = (config[f"{which}_loader"]["dataset"] for which in ("train", "eval"))
+    assert train["mlm_probability"] == recipe["mlm_probability"]
+    assert evaluation["mlm_probability"] == recipe["eval_mlm_probability"]
+    assert [stream["proportion"] for stream in train["streams"].values()] == [0.5, 0.5]
+    assert all(stream["split"] == "val" for stream in evaluation["streams"].values())
+    overrides = config["model"]["config_overrides"]
+    length = LONGER[name]
+    assert overrides["long_conv_l_max"] == overrides["max_position_embeddings"] == length
+    assert config["tokenizer"]["kwargs"]["model_max_length"] == length
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)

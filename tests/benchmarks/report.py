@@ -319,12 +319,78 @@ def glue_quickstart() -> str:
     return f"{intro}{table(header, rows)}\n\n{picture}"
 
 
+def import_cost() -> str:
+    report = load("import_cost")
+    intro = (
+        f"`m2-plugin import` of Composer checkpoints with random weights under the reference's "
+        f"names, one process each, {report['date']} (`bench_import.py`). Memory is the peak of the "
+        f"process less the {report['libraries_mb']:.0f} MB of interpreter, torch and transformers; "
+        f"seconds include starting them.\n\n"
+    )
+    rows = [
+        [
+            row["layout"],
+            f"{row['file_mb']:.0f}",
+            f"{row['peak_mb'] - report['libraries_mb']:.0f}",
+            f"{(row['peak_mb'] - report['libraries_mb']) / row['file_mb']:.2f}×",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in report["rows"]
+    ]
+    lines = table(["layout", "file, MB", "memory, MB", "memory / file", "seconds"], rows)
+    return intro + lines.replace("| --- | --- |", "| --- | ---: |")
+
+
+EXTENSIONS = {  # by the benchmark's names
+    "continue": "`continue`",
+    "continue, positions interpolated": "`continue`, positions interpolated instead of repeated",
+    "continue at the first rate": "`continue`, taps decaying on at the first rate",
+    "tile": "`tile`",
+    "tile, as the reference": "`tile` as in the reference, its first features zero",
+    "stretch": "features interpolated",
+}
+
+
+def extension() -> str:
+    report = load("extension")
+    found = {row["method"]: row["losses"] for row in report["rows"]}
+    steps = list(found["continue"])
+    rows = []
+    for name, title in EXTENSIONS.items():
+        losses = found[name]
+        cells = [losses.get(n, {}).get(length) for length in ("512", "2048") for n in steps]
+        rows.append(
+            [title, f"{losses['0']['128']:.2f}"] + [f"{c:.2f}" if c else NONE for c in cells]
+        )
+    start, last = found["continue"]["0"], steps[-1]
+    bend = found["continue"][last]["2048"] - found["continue at the first rate"][last]["2048"]
+    intro = (
+        f"The quickstart's model, extended from 128 to {report['length']:,} tokens: nats per "
+        f"masked token on four novels that it has not seen ({report['held_out_tokens']:,} tokens, "
+        f"cut to 128, 512 or 2,048, each with masks of its own), after no, {steps[1]} and {last} "
+        f"steps on other novels ({report['tokens_per_step']:,} tokens each, one seed, "
+        f"{report['date']}, `bench_extension.py`). At 128 the model itself has "
+        f"{report['before']['128']:.2f}; `continue` has {start['128']:.2f}, and "
+        f"{start['2048']:.2f} at 2,048 without any training, `tile` "
+        f"{found['tile']['0']['2048']:.2f}: hence the default. Its window decays more slowly "
+        f"beyond the old length, for at the first rate nothing of it would be left to train at "
+        f"2,048; that differs by {bend:+.2f} after {last} steps at 2,048, and so short a training "
+        f"cannot show what far lags are worth.\n\n"
+    )
+    header = ["method", "128"] + [
+        f"{length}, {n} steps" if n != "0" else length for length in ("512", "2,048") for n in steps
+    ]
+    lines = table(header, rows)
+    return intro + lines.replace("| --- | --- |", "| --- | ---: |")
+
+
 def main() -> None:
     if (RESULTS / "model_cuda.json").exists():
         draw_model(RESULTS / "model_cuda.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for section in (quickstart, glue_quickstart, model_cpu, model_cuda, ops_cuda, conversion):
+    sections = (quickstart, glue_quickstart, import_cost, extension, model_cpu)
+    for section in (*sections, model_cuda, ops_cuda, conversion):
         name = section.__name__
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         body = section()

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -240,3 +241,24 @@ def test_another_architecture_or_config_is_refused(tmp_path, capsys):
     assert main(["export", str(tmp_path / "masked"), "--out", str(tmp_path / "m.pt")]) == 1
     assert "mask_padding" in capsys.readouterr().err
     assert not (tmp_path / "m.pt").exists()
+
+
+MEASURE = """
+import resource, sys, time
+from m2_plugin.models.convert import import_checkpoint
+
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+import_checkpoint(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)
+"""
+
+
+def test_time_and_memory_of_the_published_80m(tmp_path):
+    """At most twice the file on top of the libraries, whose peak the kernel counts in KiB."""
+    weights = to_reference(M2BertForMaskedLM(M2BertConfig()).state_dict())
+    source = composer_file(tmp_path / "80M.pt", weights)
+    command = [sys.executable, "-c", MEASURE, source, str(tmp_path / "m2")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    memory, seconds = map(float, run.stdout.split())
+    assert memory * 1024 < 2 * os.path.getsize(source)
+    assert seconds < 60
