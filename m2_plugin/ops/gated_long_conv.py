@@ -11,7 +11,8 @@ from m2_plugin.ops.backend import autocast_dtype, use_kernel
 from m2_plugin.ops.fft_conv import fft_conv
 from m2_plugin.ops.short_conv import short_conv
 
-# Operations for a token grow with the length in the kernel, with its logarithm in an FFT.
+# Operations for a token grow with the length in a Toeplitz product, hardly in an FFT. Both do as many
+# at 768; the product has less to read, write and wait for.
 MAX_TOEPLITZ_LENGTH = 1024
 
 
@@ -60,10 +61,12 @@ def gated_long_conv_of_taps(
 def takes_kernel(backend: str, x: Tensor) -> bool:
     """Decides between kernel and PyTorch for an input (B, L, ...), as ``use_kernel`` does.
 
-    ``auto`` leaves sequences beyond ``MAX_TOEPLITZ_LENGTH`` to the FFT.
+    ``auto`` leaves fp32 sequences beyond ``MAX_TOEPLITZ_LENGTH`` to torch.fft: the kernels' FFTs
+    are made for the tensor cores, which multiply no fp32.
     """
-    short = backend == "triton" or x.shape[1] <= MAX_TOEPLITZ_LENGTH
-    return short and use_kernel(backend, "gated_long_conv", x)
+    if backend == "auto" and x.shape[1] > MAX_TOEPLITZ_LENGTH:
+        return autocast_dtype(x) != torch.float32 and use_kernel(backend, "gated_long_conv", x)
+    return use_kernel(backend, "gated_long_conv", x)
 
 
 def gated_long_conv(
@@ -90,7 +93,7 @@ def gated_long_conv(
         res_taps: (D, 2L − 1), its filter, given if u is.
         mask: (B, L), 1 at tokens and 0 at padding.
         causal: the taps at negative lags are zero, which halves the kernel's work.
-        backend: ``auto`` (a Triton kernel on CUDA up to its longest sequence, else PyTorch),
+        backend: ``auto`` (Triton kernels on CUDA but for long fp32 sequences, else PyTorch),
             ``torch`` or ``triton``.
 
     Returns:

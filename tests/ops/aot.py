@@ -8,6 +8,7 @@ it tunes. It needs a process of its own, because Triton's interpreter, which the
 the compiler when Triton is imported.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,9 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from m2_plugin.ops.block_diagonal_linear import block_shape
 from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
-from m2_plugin.ops.kernels import gated_long_conv as conv_kernels
+from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
-from m2_plugin.ops.kernels import tuning
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Hidden size, blocks, GLU, dropout: the published sizes, and other numbers of blocks.
@@ -40,6 +41,15 @@ MLPS = [
     (768, 8, True, 0.1),
     (768, 2, True, 0.1),
     (128, 4, True, 0.1),
+]
+# Each configuration of the FFTs, for lengths that 16 divides and for others.
+LONG_CONVS = [
+    (toeplitz_conv, 128),
+    (toeplitz_conv, 500),
+    (monarch_conv, 1500),
+    (monarch_conv, 2048),
+    (monarch_conv, 4096),
+    (monarch_conv, 16384),
 ]
 N = 4096
 
@@ -60,6 +70,7 @@ class NamedTarget:
         return 0
 
 
+@functools.cache  # a kernel is launched many times
 def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -115,9 +126,9 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         found.append((f"linear D768 K4 {name}", lambda d=dtype: linear(768, 4, d)))
         found.append((f"linear D960 K4 {name}", lambda d=dtype: linear(960, 4, d)))
         found.append((f"linear D768 K1 {name}", lambda d=dtype: linear(768, 1, d)))
-        for length in (128, 500):
-            text = f"gated_long_conv L{length} {name}"
-            found.append((text, lambda n=length, d=dtype: gated_long_conv(n, d)))
+        for kernels, length in LONG_CONVS:
+            text = f"{kernels.__name__.split('.')[-1]} L{length} {name}"
+            found.append((text, lambda k=kernels, n=length, d=dtype: gated_long_conv(k, n, d)))
         for hidden, nblocks, glu, dropout in MLPS:
             if hidden // nblocks <= mlp_kernels.max_block_width(torch.device("meta"), dtype):
                 text = f"mlp {'glu' if glu else 'plain'} D{hidden} K{nblocks} p{dropout} {name}"
@@ -147,8 +158,8 @@ def mlp(hidden: int, nblocks: int, glu: bool, dropout: float, dtype: torch.dtype
     mlp_kernels._backward(x, x, up, down, glu, dropout, seed)
 
 
-def gated_long_conv(length: int, dtype: torch.dtype) -> None:
-    batch, channels = 64, 768
+def gated_long_conv(kernels: ModuleType, length: int, dtype: torch.dtype) -> None:
+    batch, channels = 64, 32
     p = meta(3 * channels, batch, length, dtype=dtype).permute(1, 2, 0)
     u = meta(batch, length, channels, dtype=dtype)
     weight, bias = (
@@ -158,8 +169,8 @@ def gated_long_conv(length: int, dtype: torch.dtype) -> None:
     taps = meta(channels, 2 * length - 1, dtype=torch.float32)
     mask = meta(batch, length, dtype=dtype)
     for args in ((p, u, weight, bias, taps, taps, mask), (p, None, weight, bias, taps, None, None)):
-        conv_kernels._forward(*args, causal=mask is None)
-        conv_kernels._backward(u, *args)
+        kernels.forward(*args, causal=args[-1] is None)
+        kernels.backward(u, *args)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,95 @@ def test_kernel(shape, residual, masked, causal, dtype):
         assert_close(name, actual, exact, plain)
 
 
+@pytest.fixture
+def small_fft(monkeypatch):
+    """FFTs of 256 points for every length, so that short sequences take several of them."""
+    from m2_plugin.ops import gated_long_conv as op
+    from m2_plugin.ops.kernels import monarch_conv
+
+    config = monarch_conv.Config(n1=16, n2=16, num_warps=4)
+    monkeypatch.setattr(op, "MAX_TOEPLITZ_LENGTH", 0)
+    monkeypatch.setattr(
+        monarch_conv, "CONFIGS", dict.fromkeys(monarch_conv.CONFIGS, ((None, config),))
+    )
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "residual", "masked", "causal"),
+    [
+        ((3, 20, 2), True, False, False),
+        ((4, 150, 2), True, True, False),
+        ((1, 256, 1), False, False, True),
+        ((3, 300, 2), True, True, False),
+        ((2, 701, 1), False, True, False),
+        ((1, 1, 2), True, False, True),
+    ],
+    ids=["padded", "two_passes", "causal", "folded", "folded_no_residual", "one_position"],
+)
+def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
+    batch, length, channels = shape
+    tensors = inputs(*shape, residual, causal)
+    tensors = [None if t is None else t.to(dtype).float() for t in tensors]
+    dy = torch.randn(batch, length, channels).to(dtype)
+    mask = (torch.rand(batch, length) > 0.3).float() if masked else None
+    for name, actual, exact, plain in zip(
+        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
+        run(tensors, dy, "triton", dtype, mask, causal),
+        run(tensors, dy, "torch", torch.float64, mask, causal),
+        run(tensors, dy, "torch", dtype, mask, causal),
+        strict=False,
+    ):
+        assert actual.dtype == (dtype if name in ("y", "dp", "du") else torch.float32)
+        # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which
+        # nothing rounds afterwards, show it.
+        half = dtype != torch.float32
+        assert_close(name, actual, exact, plain, atol=1e-3 if half else 1e-5)
+
+
+def test_fft_kernel_with_its_own_configurations():
+    batch, length, channels = 1, 2100, 1
+    tensors = [t.half().float() for t in inputs(batch, length, channels)]
+    dy = torch.randn(batch, length, channels).half()
+    for name, actual, exact in zip(
+        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
+        run(tensors, dy, "triton", torch.float16),
+        run(tensors, dy, "torch", torch.float64),
+        strict=True,
+    ):
+        assert relative_error(actual, exact) < 2e-3, name
+
+
+def test_fft_kernel_takes_spectra_that_half_precision_cannot_hold(small_fft):
+    p, weight, bias, _, u, _ = inputs(2, 200, 1)
+    taps = torch.full((1, 399), 1 / 400)
+    args = [p, weight, bias, taps, u + 1000, taps]  # its sum is 200,000
+    y = run(args, torch.ones(2, 200, 1), "triton", torch.float16)[0]
+    assert relative_error(y, run(args, torch.ones(2, 200, 1), "torch", torch.float64)[0]) < 2e-3
+
+
+def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft, monkeypatch):
+    from m2_plugin.ops.kernels import monarch_conv
+
+    tensors, dy = inputs(2, 300, 3), torch.randn(2, 300, 3)
+    together = run(tensors, dy, "triton", torch.float32)
+    monkeypatch.setattr(monarch_conv, "WORKSPACE_BYTES", 1)
+    for actual, expected in zip(run(tensors, dy, "triton", torch.float32), together, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
+    from m2_plugin.ops import gated_long_conv as op
+
+    monkeypatch.setattr(op, "use_kernel", lambda backend, name, x: True)
+    assert not op.takes_kernel("auto", torch.empty(1, 1025, 3))
+    assert op.takes_kernel("auto", torch.empty(1, 1025, 3, dtype=torch.bfloat16))
+    assert op.takes_kernel("auto", torch.empty(1, 1024, 3))
+    assert op.takes_kernel("triton", torch.empty(1, 1025, 3))
+
+
 def test_kernel_with_several_batch_tiles_and_scratch_shared_by_channels(monkeypatch):
-    from m2_plugin.ops.kernels import gated_long_conv as kernels
+    from m2_plugin.ops.kernels import toeplitz_conv as kernels
 
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(kernels, "BATCH_PER_PROGRAM", 32)

@@ -33,3 +33,7 @@ def test_kernels_compile_without_spills(capability, tmp_path):
         ]
         fused = [r for r in fused if "bfloat16" in r["case"]]
         assert fused and all(row["wgmma"] for row in fused)
+        ffts = [r for r in rows if r["kernel"].startswith(("cyclic", "monarch"))]
+        ffts = [r for r in ffts if "bfloat16" in r["case"]]
+        assert {r["kernel"] for r in ffts} >= {"cyclic_conv_kernel", "monarch_conv_kernel"}
+        assert all(row["wgmma"] for row in ffts)

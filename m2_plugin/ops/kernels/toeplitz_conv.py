@@ -1,0 +1,458 @@
+"""Triton kernels of the mixer's core for short sequences: long convolutions as Toeplitz products.
+
+Dimension key: B batch, L sequence, D channels, T = 2L − 1 taps of a two-sided filter.
+
+A convolution of one channel is a product with a Toeplitz matrix, and the batch is what makes it a
+matrix product for the tensor cores: (B × L) · (L × L). A program takes one channel, builds tiles of
+its matrices from the taps, and keeps everything between reading p and u and writing y in registers.
+The sequence is last in memory here, as the input projection can write it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2_plugin.ops.kernels.block_diagonal_linear import dot_precision, tile
+from m2_plugin.ops.kernels.gates import (
+    empty_sequence_last,
+    gated,
+    sequence_last,
+    short_conv,
+    short_conv_grad,
+    unmasked,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of one launch."""
+
+    batch: int
+    positions: int
+    num_warps: int
+    num_stages: int
+
+
+# By bytes in an element, for lengths that 16 divides and for others, whose addresses take more
+# registers: the largest tiles that spill none (`tests/ops/aot.py`).
+CONFIGS = {
+    (2, True): Config(batch=32, positions=64, num_warps=8, num_stages=1),
+    (2, False): Config(batch=32, positions=32, num_warps=8, num_stages=1),
+    (4, True): Config(batch=16, positions=32, num_warps=4, num_stages=1),
+    (4, False): Config(batch=16, positions=16, num_warps=4, num_stages=1),
+}
+# Batch rows that one program of the forward pass walks over with the same Toeplitz tiles.
+BATCH_PER_PROGRAM = 256
+# Memory in which the gradient of the taps turns tiles by 45 degrees; channels share it in turn.
+SCRATCH_BYTES = 64 << 20
+
+
+@triton.jit
+def _toeplitz(taps_ptr, lags, length, mask):
+    """The taps at a tile of lags, from −(L − 1) to L − 1."""
+    inside = mask & (lags < length) & (lags > -length)
+    return tl.load(taps_ptr + length - 1 + lags, mask=inside, other=0.0)
+
+
+@triton.jit
+def toeplitz_forward_kernel(
+    p_ptr,
+    u_ptr,
+    weight_ptr,
+    bias_ptr,
+    taps_ptr,
+    res_taps_ptr,
+    mask_ptr,
+    y_ptr,
+    batch_size,
+    length,
+    channels,
+    stride_pb,
+    stride_pc,
+    stride_ub,
+    stride_uc,
+    stride_yb,
+    stride_yc,
+    RESIDUAL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    BATCH_TILES: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """y[t] = x2[t] · Σ_s taps[t − s] · w[s] + Σ_s res_taps[t − s] · u[s] for a tile of t."""
+    d = tl.program_id(0).to(tl.int64)
+    first_t = tl.program_id(1) * POSITIONS
+    t = first_t + tl.arange(0, POSITIONS)[None, :]
+    offsets = tl.arange(0, POSITIONS)
+    dtype = p_ptr.dtype.element_ty
+    taps = taps_ptr + d * (2 * length - 1)
+    res_taps = res_taps_ptr + d * (2 * length - 1)
+    end = length
+    if CAUSAL:
+        end = tl.minimum(length, first_t + POSITIONS)
+    for i in range(BATCH_TILES):
+        first = (tl.program_id(2) * BATCH_TILES + i) * BATCH
+        batch = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+        in_batch = batch < batch_size
+        acc = tl.zeros((BATCH, POSITIONS), tl.float32)
+        res = tl.zeros((BATCH, POSITIONS), tl.float32)
+        for start in range(0, end, POSITIONS):
+            s = start + offsets
+            cols = s[None, :]
+            mask = in_batch & (cols < length)
+            w = gated(
+                p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
+                batch * stride_pb, batch, cols, length, mask, HAS_MASK,
+            )  # fmt: skip
+            lags = t - s[:, None]
+            inside = (s[:, None] < length) & (t < length)
+            matrix = _toeplitz(taps, lags, length, inside)
+            acc = tl.dot(w.to(dtype), matrix, acc, input_precision=PRECISION)
+            if RESIDUAL:
+                u = unmasked(
+                    u_ptr + d * stride_uc, mask_ptr, batch * stride_ub, batch, cols, length, mask,
+                    HAS_MASK,
+                )  # fmt: skip
+                matrix = _toeplitz(res_taps, lags, length, inside)
+                res = tl.dot(u, matrix, res, input_precision=PRECISION)
+        mask = in_batch & (t < length)
+        x2 = channels + d
+        acc *= short_conv(
+            p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, batch * stride_pb, t, length, mask
+        )
+        tl.store(y_ptr + d * stride_yc + batch * stride_yb + t, (acc + res).to(dtype), mask=mask)
+
+
+@triton.jit
+def toeplitz_backward_kernel(
+    grad_ptr,
+    p_ptr,
+    weight_ptr,
+    bias_ptr,
+    taps_ptr,
+    res_taps_ptr,
+    mask_ptr,
+    grad_short_ptr,
+    grad_u_ptr,
+    batch_size,
+    length,
+    channels,
+    stride_gb,
+    stride_gc,
+    stride_pb,
+    stride_pc,
+    stride_ub,
+    stride_uc,
+    RESIDUAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Gradients of u and of what the short convolution gave, x1, x2 and v, for a tile of r.
+
+    With g = grad · x2: dx2 = grad · (taps ∗ w), dw[r] = Σ_t taps[t − r] · g[t], and likewise du of
+    grad itself; dx1 = dw · v and dv = dw · x1.
+    """
+    d = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
+    offsets = tl.arange(0, POSITIONS)
+    batch = (tl.program_id(2) * BATCH + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+    in_batch = batch < batch_size
+    dtype = p_ptr.dtype.element_ty
+    taps = taps_ptr + d * (2 * length - 1)
+    res_taps = res_taps_ptr + d * (2 * length - 1)
+    p_rows = batch * stride_pb
+    x2 = channels + d
+    v = 2 * channels + d
+    conv = tl.zeros((BATCH, POSITIONS), tl.float32)
+    grad_w = tl.zeros((BATCH, POSITIONS), tl.float32)
+    grad_u = tl.zeros((BATCH, POSITIONS), tl.float32)
+    for start in range(0, length, POSITIONS):
+        q = start + offsets
+        cols = q[None, :]
+        mask = in_batch & (cols < length)
+        inside = (q[:, None] < length) & (r < length)
+        lags = r - q[:, None]
+        w = gated(
+            p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
+            p_rows, batch, cols, length, mask, HAS_MASK,
+        )  # fmt: skip
+        matrix = _toeplitz(taps, lags, length, inside)
+        conv = tl.dot(w.to(dtype), matrix, conv, input_precision=PRECISION)
+        grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + cols, mask=mask, other=0.0)
+        g = grad * short_conv(
+            p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, p_rows, cols, length, mask
+        )
+        matrix = _toeplitz(taps, -lags, length, inside)
+        grad_w = tl.dot(g.to(dtype), matrix, grad_w, input_precision=PRECISION)
+        if RESIDUAL:
+            matrix = _toeplitz(res_taps, -lags, length, inside)
+            grad_u = tl.dot(grad, matrix, grad_u, input_precision=PRECISION)
+    mask = in_batch & (r < length)
+    if HAS_MASK:
+        kept = tl.load(mask_ptr + batch * length + r, mask=mask, other=0.0).to(tl.float32)
+        grad_w *= kept
+        grad_u *= kept
+    grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + r, mask=mask, other=0.0)
+    # The gradient of the short convolution's output is (3D, B, L).
+    out = grad_short_ptr + batch * length + r
+    size = batch_size.to(tl.int64) * length
+    x1 = short_conv(p_ptr + d * stride_pc, weight_ptr, bias_ptr, d, p_rows, r, length, mask)
+    tl.store(out + v * size, (grad_w * x1).to(dtype), mask=mask)
+    gate = short_conv(p_ptr + v * stride_pc, weight_ptr, bias_ptr, v, p_rows, r, length, mask)
+    tl.store(out + d * size, (grad_w * gate).to(dtype), mask=mask)
+    tl.store(out + x2 * size, (grad * conv).to(dtype), mask=mask)
+    if RESIDUAL:
+        to = grad_u_ptr + d * stride_uc + batch * stride_ub + r
+        tl.store(to, grad_u.to(dtype), mask=mask)
+
+
+@triton.jit
+def taps_grad_kernel(
+    grad_ptr,
+    p_ptr,
+    u_ptr,
+    weight_ptr,
+    bias_ptr,
+    mask_ptr,
+    scratch_ptr,
+    out_ptr,
+    first_channel,
+    batch_size,
+    length,
+    channels,
+    stride_gb,
+    stride_gc,
+    stride_pb,
+    stride_pc,
+    stride_ub,
+    stride_uc,
+    GATED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Σ_b Σ_s g[b, s + lag] · w[b, s] for the lags between two diagonals of tiles.
+
+    Tiles of t and of s that are equally far apart share their lags, so that one sum of outer
+    products serves them all. It is written to scratch memory and read back along its diagonals.
+    Output row j of a channel holds lags (j − tiles) · P + 1 … (j − tiles + 2) · P, as far as this
+    program knows them.
+    """
+    d = first_channel + tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(length, POSITIONS)
+    apart = tl.program_id(1) - (tiles - 1)  # tile of t minus tile of s
+    offsets = tl.arange(0, POSITIONS)
+    dtype = p_ptr.dtype.element_ty
+    x2 = channels + d
+    acc = tl.zeros((POSITIONS, POSITIONS), tl.float32)
+    for i in range(tl.maximum(0, -apart), tl.minimum(tiles, tiles - apart)):
+        s = (i * POSITIONS + offsets)[None, :]
+        t = ((i + apart) * POSITIONS + offsets)[None, :]
+        for first in range(0, batch_size, BATCH):
+            batch = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+            in_batch = batch < batch_size
+            mask_s = in_batch & (s < length)
+            mask_t = in_batch & (t < length)
+            grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + t, mask=mask_t, other=0.0)
+            if GATED:
+                grad *= short_conv(
+                    p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, batch * stride_pb, t, length,
+                    mask_t,
+                )  # fmt: skip
+                w = gated(
+                    p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
+                    batch * stride_pb, batch, s, length, mask_s, HAS_MASK,
+                )  # fmt: skip
+            else:
+                w = unmasked(
+                    u_ptr + d * stride_uc, mask_ptr, batch * stride_ub, batch, s, length, mask_s,
+                    HAS_MASK,
+                )  # fmt: skip
+            acc = tl.dot(tl.trans(grad.to(dtype)), w.to(dtype), acc, input_precision=PRECISION)
+    program = tl.program_id(0).to(tl.int64) * (2 * tiles - 1) + tl.program_id(1)
+    scratch = scratch_ptr + program * POSITIONS * POSITIONS
+    out_ptr += (d * (2 * tiles - 1) + tl.program_id(1)) * 2 * POSITIONS
+    tl.store(scratch + offsets[:, None] * POSITIONS + offsets[None, :], acc)
+    tl.debug_barrier()  # other threads of this program wrote what is read now
+    for half in range(2):
+        lag = half * POSITIONS + offsets - (POSITIONS - 1)
+        row = offsets[None, :] + lag[:, None]
+        inside = (row >= 0) & (row < POSITIONS)
+        diagonal = tl.load(scratch + row * POSITIONS + offsets[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + half * POSITIONS + offsets, tl.sum(diagonal, 1))
+
+
+def forward(
+    p: Tensor,
+    u: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    taps: Tensor,
+    res_taps: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Computes what ``gated_long_conv_op`` does."""
+    p = sequence_last(p)
+    batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
+    y = empty_sequence_last(p, channels)
+    u = p if u is None else sequence_last(u)
+    taps = taps.to(p.dtype)  # as the tensor cores multiply them
+    res_taps = None if res_taps is None else res_taps.to(p.dtype)
+    config = CONFIGS[p.element_size(), length % 16 == 0]
+    batch = tile(batch_size, config.batch)
+    batch_tiles = min(triton.cdiv(batch_size, batch), max(1, BATCH_PER_PROGRAM // batch))
+    positions = tile(length, config.positions)
+    grid = (
+        channels,
+        triton.cdiv(length, positions),
+        triton.cdiv(batch_size, batch * batch_tiles),
+    )
+    toeplitz_forward_kernel[grid](
+        p,
+        u,
+        weight,
+        bias,
+        taps,
+        taps if res_taps is None else res_taps,
+        p if mask is None else mask,
+        y,
+        batch_size,
+        length,
+        channels,
+        p.stride(0),
+        p.stride(2),
+        u.stride(0),
+        u.stride(2),
+        y.stride(0),
+        y.stride(2),
+        RESIDUAL=res_taps is not None,
+        CAUSAL=causal,
+        HAS_MASK=mask is not None,
+        PRECISION=dot_precision(p.dtype),
+        BATCH=batch,
+        BATCH_TILES=batch_tiles,
+        POSITIONS=positions,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def _taps_grad(
+    grad: Tensor,
+    p: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    is_gated: bool,
+) -> Tensor:
+    """Returns the gradient (D, 2L − 1) of one filter's taps, fp32, the same from run to run."""
+    batch_size, length, channels = grad.shape
+    config = CONFIGS[p.element_size(), length % 16 == 0]
+    positions = tile(length, config.positions)
+    tiles = triton.cdiv(length, positions)
+    together = SCRATCH_BYTES // (4 * (2 * tiles - 1) * positions**2)
+    together = min(max(together, 1), channels)
+    scratch = p.new_empty(together, 2 * tiles - 1, positions, positions, dtype=torch.float32)
+    out = p.new_empty(channels, 2 * tiles - 1, 2, positions, dtype=torch.float32)
+    for first_channel in range(0, channels, together):
+        taps_grad_kernel[min(together, channels - first_channel), 2 * tiles - 1](
+            grad,
+            p,
+            u,
+            weight,
+            bias,
+            p if mask is None else mask,
+            scratch,
+            out,
+            first_channel,
+            batch_size,
+            length,
+            channels,
+            grad.stride(0),
+            grad.stride(2),
+            p.stride(0),
+            p.stride(2),
+            u.stride(0),
+            u.stride(2),
+            GATED=is_gated,
+            HAS_MASK=mask is not None,
+            PRECISION=dot_precision(p.dtype),
+            BATCH=tile(batch_size, config.batch),
+            POSITIONS=positions,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    # The upper half of a program's lags is the lower half of the next one's.
+    lags = torch.zeros(channels, 2 * tiles, positions, dtype=torch.float32, device=p.device)
+    lags[:, :-1] += out[:, :, 0]
+    lags[:, 1:] += out[:, :, 1]
+    first = tiles * positions - 1 - (length - 1)  # the lags begin at −(tiles · positions − 1)
+    return lags.flatten(1)[:, first : first + 2 * length - 1]
+
+
+def backward(
+    grad: Tensor,
+    p: Tensor,
+    u: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    taps: Tensor,
+    res_taps: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Computes what ``backward_op`` does; the same from run to run."""
+    grad, p = sequence_last(grad), sequence_last(p)
+    batch_size, length, channels = grad.shape
+    residual = res_taps is not None
+    u = p if u is None else sequence_last(u)
+    taps = taps.to(p.dtype)
+    res_taps = None if res_taps is None else res_taps.to(p.dtype)
+    grad_u = empty_sequence_last(p, channels) if residual else p.new_empty(0, 0, 0)  # unused
+    grad_short = p.new_empty(3 * channels, batch_size, length)
+    config = CONFIGS[p.element_size(), length % 16 == 0]
+    batch, positions = tile(batch_size, config.batch), tile(length, config.positions)
+    grid = (channels, triton.cdiv(length, positions), triton.cdiv(batch_size, batch))
+    toeplitz_backward_kernel[grid](
+        grad,
+        p,
+        weight,
+        bias,
+        taps,
+        taps if res_taps is None else res_taps,
+        p if mask is None else mask,
+        grad_short,
+        grad_u,
+        batch_size,
+        length,
+        channels,
+        grad.stride(0),
+        grad.stride(2),
+        p.stride(0),
+        p.stride(2),
+        grad_u.stride(0),
+        grad_u.stride(2),
+        RESIDUAL=residual,
+        HAS_MASK=mask is not None,
+        PRECISION=dot_precision(p.dtype),
+        BATCH=batch,
+        POSITIONS=positions,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    grad_p, grad_weight, grad_bias = short_conv_grad(grad_short, p, weight)
+    grad_taps = _taps_grad(grad, p, u, weight, bias, mask, is_gated=True)
+    grad_res_taps = grad_taps.new_empty(0)
+    if residual:
+        grad_res_taps = _taps_grad(grad, p, u, weight, bias, mask, is_gated=False)
+    return grad_p, grad_u, grad_weight, grad_bias, grad_taps, grad_res_taps
