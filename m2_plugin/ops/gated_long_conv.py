@@ -11,8 +11,8 @@ from m2_plugin.ops.backend import autocast_dtype, use_kernel
 from m2_plugin.ops.fft_conv import fft_conv
 from m2_plugin.ops.short_conv import short_conv
 
-# Operations for a token grow with the length in a Toeplitz product, hardly in an FFT. At 768 both do
-# as many; the product has less to read, write and wait for.
+# Operations for a token grow with the length in a Toeplitz product, hardly in an FFT. At 768 both
+# do as many; the product has less to read, write and wait for.
 MAX_TOEPLITZ_LENGTH = 1024
 
 

@@ -168,6 +168,28 @@ def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
     assert op.takes_kernel("triton", torch.empty(1, 1025, 3))
 
 
+def test_algorithm_is_measured_where_it_is_close(monkeypatch):
+    from m2_plugin.ops.kernels import gated_long_conv as kernels
+
+    asked = {}
+
+    def last(op, key, candidates, run, device):
+        asked[op, key[0]] = candidates
+        return candidates[-1]
+
+    monkeypatch.setattr(kernels.tuning, "best", last)
+    for length, dtype, chosen in (
+        (256, torch.bfloat16, "toeplitz"),
+        (512, torch.bfloat16, "fft"),
+        (2048, torch.bfloat16, "toeplitz"),
+        (8192, torch.bfloat16, "fft"),
+        (512, torch.float32, "toeplitz"),
+    ):
+        x = torch.empty(2, length, 3, dtype=dtype)
+        assert kernels.algorithm("forward", x, lambda kernels: None) is kernels.ALGORITHMS[chosen]
+    assert asked["gated_long_conv forward", "fft"] == ("fft",)  # the last to ask had 8192
+
+
 def test_kernel_with_several_batch_tiles_and_scratch_shared_by_channels(monkeypatch):
     from m2_plugin.ops.kernels import toeplitz_conv as kernels
 

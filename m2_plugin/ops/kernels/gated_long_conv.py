@@ -1,31 +1,65 @@
 """The mixer's core as torch.library ops: which kernels run, and PyTorch where they cannot."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from m2_plugin.ops import gated_long_conv as public
 from m2_plugin.ops.backend import run_kernel
-from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv
+from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels.gates import empty_sequence_last
 
 OP = "gated_long_conv"
 
 
-def _algorithm(p: Tensor) -> ModuleType:
-    return toeplitz_conv if p.shape[1] <= public.MAX_TOEPLITZ_LENGTH else monarch_conv
+ALGORITHMS: dict[str, ModuleType] = {"toeplitz": toeplitz_conv, "fft": monarch_conv}
+# Lengths at which either may be faster on a machine; outside them the count of operations decides.
+CROSSOVER = range(257, 4097)
+
+
+def algorithm(direction: str, x: Tensor, run: Callable[[ModuleType], object]) -> ModuleType:
+    """Chooses the kernels for sequences x (B, L, D): by length, from measurement where it is close.
+
+    Args:
+        direction: forward or backward.
+        x: the sequences.
+        run: runs one of the two, always with the same outcome.
+    """
+    batch_size, length, channels = x.shape
+    usual, other = "toeplitz", "fft"
+    if length > public.MAX_TOEPLITZ_LENGTH:
+        usual, other = other, usual
+    close = length in CROSSOVER and x.dtype != torch.float32
+    rows = tuning.row_class(batch_size * length)
+    key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype)
+    name = tuning.best(
+        f"gated_long_conv {direction}",
+        key,
+        (usual, other) if close else (usual,),
+        lambda name: run(ALGORITHMS[name]),
+        x.device,
+    )
+    return ALGORITHMS[name]
 
 
 def _forward(p: Tensor, *args: Any) -> Tensor:
-    y: Tensor = _algorithm(p).forward(p, *args)
-    return y
+    def run(kernels: ModuleType) -> Tensor:
+        y: Tensor = kernels.forward(p, *args)
+        return y
+
+    return run(algorithm("forward", p, run))
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = _algorithm(grad).backward(grad, *args)
-    return grads
+    def run(kernels: ModuleType) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = kernels.backward(grad, *args)
+        return grads
+
+    return run(algorithm("backward", grad, run))
 
 
 def _torch_forward(
