@@ -38,6 +38,24 @@ def run(tensors, dy, backend, dtype, mask=None, causal=False):
     return y, *grads
 
 
+def check_kernels(shape, residual, masked, causal, dtype, atol=1e-5):
+    """Compares output and gradients with fp64 and with plain PyTorch's errors."""
+    batch, length, channels = shape
+    tensors = inputs(*shape, residual, causal)
+    tensors = [None if t is None else t.to(dtype).float() for t in tensors]
+    dy = torch.randn(batch, length, channels).to(dtype)
+    mask = (torch.rand(batch, length) > 0.3).float() if masked else None
+    for name, actual, exact, plain in zip(
+        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
+        run(tensors, dy, "triton", dtype, mask, causal),
+        run(tensors, dy, "torch", torch.float64, mask, causal),
+        run(tensors, dy, "torch", dtype, mask, causal),
+        strict=False,
+    ):
+        assert actual.dtype == (dtype if name in ("y", "dp", "du") else torch.float32)
+        assert_close(name, actual, exact, plain, atol=atol)
+
+
 def test_pytorch_path_is_the_definition():
     p, weight, bias, _, u, _ = (t.double() for t in inputs(2, 9, 3))
     k = torch.randn(4, 9, 3, dtype=torch.float64)
@@ -65,20 +83,7 @@ def test_pytorch_path_is_the_definition():
     ids=["residual", "masked", "causal", "no_residual", "one_position"],
 )
 def test_kernel(shape, residual, masked, causal, dtype):
-    batch, length, channels = shape
-    tensors = inputs(*shape, residual, causal)
-    tensors = [None if t is None else t.to(dtype).float() for t in tensors]
-    dy = torch.randn(batch, length, channels).to(dtype)
-    mask = (torch.rand(batch, length) > 0.3).float() if masked else None
-    for name, actual, exact, plain in zip(
-        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
-        run(tensors, dy, "triton", dtype, mask, causal),
-        run(tensors, dy, "torch", torch.float64, mask, causal),
-        run(tensors, dy, "torch", dtype, mask, causal),
-        strict=False,
-    ):
-        assert actual.dtype == (dtype if name in ("y", "dp", "du") else torch.float32)
-        assert_close(name, actual, exact, plain)
+    check_kernels(shape, residual, masked, causal, dtype)
 
 
 @pytest.fixture
@@ -108,23 +113,10 @@ def small_fft(monkeypatch):
     ids=["padded", "two_passes", "causal", "folded", "folded_no_residual", "one_position"],
 )
 def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
-    batch, length, channels = shape
-    tensors = inputs(*shape, residual, causal)
-    tensors = [None if t is None else t.to(dtype).float() for t in tensors]
-    dy = torch.randn(batch, length, channels).to(dtype)
-    mask = (torch.rand(batch, length) > 0.3).float() if masked else None
-    for name, actual, exact, plain in zip(
-        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
-        run(tensors, dy, "triton", dtype, mask, causal),
-        run(tensors, dy, "torch", torch.float64, mask, causal),
-        run(tensors, dy, "torch", dtype, mask, causal),
-        strict=False,
-    ):
-        assert actual.dtype == (dtype if name in ("y", "dp", "du") else torch.float32)
-        # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which
-        # nothing rounds afterwards, show it.
-        half = dtype != torch.float32
-        assert_close(name, actual, exact, plain, atol=1e-3 if half else 1e-5)
+    # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which
+    # nothing rounds afterwards, show it.
+    atol = 1e-5 if dtype == torch.float32 else 1e-3
+    check_kernels(shape, residual, masked, causal, dtype, atol)
 
 
 def test_fft_kernel_with_its_own_configurations():
