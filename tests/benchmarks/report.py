@@ -177,9 +177,9 @@ def ops_cuda() -> str:
     intro = (
         "The ops' forward passes in bf16, D = 768, 65,536 tokens (`bench_ops.py`). By arithmetic: "
         "bytes that a token must move and operations of its matrix products, in millions (the "
-        "mixer's up to the length where it turns to an FFT; beyond, memory alone is its floor); measured: "
-        "the share of the floor, which is the larger of the times that memory and products need at "
-        "the device's own rates, and the speed over plain PyTorch and over what the op replaces "
+        "mixer's up to the length where it turns to an FFT; beyond, memory alone is its floor); "
+        "measured: the share of the floor, which is the larger of the times that memory and "
+        "products need at the device's own rates, and the speed over plain PyTorch and over what the op replaces "
         "(`torch.fft.rfft` padded to 2·L; dense layers).\n\n"
     )
     if report:
