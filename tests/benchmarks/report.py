@@ -179,7 +179,8 @@ def ops_cuda() -> str:
         "bytes that a token must move and operations of its matrix products, in millions (the "
         "mixer's up to the length where it turns to an FFT; beyond, memory alone is its floor); "
         "measured: the share of the floor, which is the larger of the times that memory and "
-        "products need at the device's own rates, and the speed over plain PyTorch and over what the op replaces "
+        "products need at the device's own rates, and the speed over plain PyTorch and over what "
+        "the op replaces "
         "(`torch.fft.rfft` padded to 2·L; dense layers).\n\n"
     )
     if report:

@@ -140,6 +140,13 @@ def test_fft_kernel_takes_spectra_that_half_precision_cannot_hold(small_fft):
     assert relative_error(y, run(args, torch.ones(2, 200, 1), "torch", torch.float64)[0]) < 2e-3
 
 
+def test_fft_kernel_takes_numbers_whose_reciprocal_is_infinite(small_fft):
+    tensors = inputs(2, 20, 1)
+    tensors[3] = torch.full_like(tensors[3], 1e-40)
+    for result in run(tensors, torch.randn(2, 20, 1), "triton", torch.float16):
+        assert torch.isfinite(result).all()
+
+
 def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft, monkeypatch):
     from m2_plugin.ops.kernels import monarch_conv
 

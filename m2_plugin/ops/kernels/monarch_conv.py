@@ -79,6 +79,8 @@ CONFIGS = {
 }
 # Spectra and sequences in residue classes, of so many channels at a time as this holds.
 WORKSPACE_BYTES = 256 << 20
+# Sequences below this are zeros: the reciprocal of the smallest fp32 numbers is infinite.
+SMALLEST_SCALE = tl.constexpr(1e-30)
 # Positions of a residue class that one program folds or unfolds.
 FOLD_BLOCK = 256
 
@@ -112,7 +114,7 @@ def _normalised(re, im, HALF: tl.constexpr):
     scale = 1.0
     if HALF:
         scale = tl.maximum(tl.max(tl.abs(re)), tl.max(tl.abs(im)))
-        scale = tl.where(scale > 0, scale, 1.0)
+        scale = tl.where(scale > SMALLEST_SCALE, scale, 1.0)
         re, im = re * (1.0 / scale), im * (1.0 / scale)
     return _operand(re, HALF), _operand(im, HALF), scale
 
@@ -487,7 +489,6 @@ class Plan:
     f2: Tensor  # (6, N2, N2)
     twiddle: Tensor  # (R, 4, N1, N2), fp32: the twiddles and their conjugates
     phases: Tensor  # (R, S, 2), fp32
-
     dtype: torch.dtype
 
     @property
@@ -514,17 +515,21 @@ def config_for(direction: str, x: Tensor) -> Config:
     return next(c for longest, c in configs if longest is None or x.shape[1] <= longest)
 
 
-@lru_cache(maxsize=16)
-def plan_of(config: Config, length: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Returns the plan for a length and a dtype of the sequences.
+def plan_for(direction: str, x: Tensor) -> Plan:
+    """Returns the plan for sequences x (B, L, D)."""
+    config, length = config_for(direction, x), x.shape[1]
+    residues = triton.cdiv(2 * length - 1, config.points)
+    return _plan(config, residues, triton.cdiv(length, config.points), x.dtype, x.device)
 
-    The tensor cores multiply half precision where sequences are not fp32: bfloat16 is too coarse to
-    go through four products.
-    """
+
+@lru_cache(maxsize=16)  # of few residues each, whatever lengths come
+def _plan(
+    config: Config, residues: int, segments: int, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    # The tensor cores multiply half precision where sequences are not fp32: bfloat16 is too coarse
+    # to go through four products.
     operand = torch.float32 if dtype == torch.float32 else torch.float16
     n1, n2 = config.n1, config.n2
-    residues = triton.cdiv(2 * length - 1, config.points)
-    segments = triton.cdiv(length, config.points)
 
     def ramp(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.float64)
@@ -655,7 +660,7 @@ def _unfold(z: Tensor, y: Tensor, chunk: slice, plan: Plan, how: str) -> None:
 
 
 def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
-    """Sets y to taps ∗ x, or multiplies by it, or adds it, in place.
+    """Multiplies y by taps ∗ x, or adds it, in place.
 
     Args:
         x: (B, L, D), sequence last.
@@ -664,7 +669,7 @@ def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
         how: ``multiply`` or ``add``.
     """
     batch_size, length, channels = x.shape
-    plan = plan_of(config_for("forward", x), length, x.dtype, x.device)
+    plan = plan_for("forward", x)
     pairs, points = triton.cdiv(batch_size, 2), plan.config.points
     whole = plan.segments == 1
     between = (2 * points * (plan.residues > 1)) if whole else 2 * plan.points
@@ -712,7 +717,7 @@ def _correlate(grad: Tensor, x: Tensor, taps: Tensor, conv: Tensor | None) -> tu
     All (B, L, D), sequence last, but taps (D, 2L − 1), fp32.
     """
     batch_size, length, channels = x.shape
-    plan = plan_of(config_for("backward", x), length, x.dtype, x.device)
+    plan = plan_for("backward", x)
     pairs = triton.cdiv(batch_size, 2)
     grad_x, grad_taps = empty_sequence_last(x, channels), torch.empty_like(taps)
     for chunk in _chunks(channels, 16 * pairs * plan.points + 32 * plan.points):
