@@ -65,9 +65,12 @@ class M2BertConfig(PretrainedConfig):
         monarch_mlp_nblocks: number of their blocks. Sizes that do not fill whole blocks are padded.
         num_attention_heads: heads of ``alibi_attention``; must divide ``hidden_size`` there.
         attention_probs_dropout_prob: dropout of attention weights in ``alibi_attention``.
-        classifier_pooling: what the sequence classifier reads: ``cls``, the first token, or
-            ``mean``, the mean of the tokens that are not padding (the reference's ``pool_all``).
+        classifier_pooling: what the pooler reads, for classifiers and embeddings: ``cls``, the
+            first token, or ``mean``, the mean of the tokens that are not padding (the reference's
+            ``pool_all``). Its dense layer and tanh follow either.
         classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
+        normalize_embeddings: scale text embeddings to length 1 (the reference's
+            ``use_normalized_embeddings``).
         backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch
             elsewhere and where one cannot be built), ``torch``, or ``triton`` (or an error).
         **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
@@ -112,6 +115,7 @@ class M2BertConfig(PretrainedConfig):
         attention_probs_dropout_prob: float = 0.0,
         classifier_pooling: str = "cls",
         classifier_dropout: float | None = None,
+        normalize_embeddings: bool = False,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -146,6 +150,7 @@ class M2BertConfig(PretrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.classifier_pooling = classifier_pooling
         self.classifier_dropout = classifier_dropout
+        self.normalize_embeddings = normalize_embeddings
         self.backend = backend
         # Set again by newer transformers versions only where their base class declares it.
         self.pad_token_id = pad_token_id
@@ -202,6 +207,12 @@ class M2BertConfig(PretrainedConfig):
             "classifier_pooling",
             self.classifier_pooling,
             f"one of {', '.join(POOLINGS)}",
+        )
+        _require(
+            isinstance(self.normalize_embeddings, bool),
+            "normalize_embeddings",
+            self.normalize_embeddings,
+            "true or false",
         )
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(

@@ -30,6 +30,7 @@ from m2_plugin.models.modeling_m2_bert import (
     M2BertForTextEmbedding,
     M2BertModel,
 )
+from m2_plugin.models.sentence_folder import write_modules
 from m2_plugin.models.weights import read_file
 
 __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folder", "whole"]
@@ -58,7 +59,13 @@ LABEL_FIELDS = ("problem_type", "id2label", "label2id")
 NOT_THEIRS = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
 VOCAB_MULTIPLE = 8  # to which reference and M2BertConfig pad the vocabulary
 # Fields that no tensor tells, and which change what the model computes.
-UNTOLD = ("hyena_w_mod", "mask_padding", "layer_norm_eps", "classifier_pooling")
+UNTOLD = (
+    "hyena_w_mod",
+    "mask_padding",
+    "layer_norm_eps",
+    "classifier_pooling",
+    "normalize_embeddings",
+)
 
 
 @dataclass
@@ -165,6 +172,8 @@ def import_checkpoint(
         report.config.save_pretrained(temporary)
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        if model_class is M2BertForTextEmbedding:
+            write_modules(temporary, report.config, tensors)
         _save_tokenizer(tokenizer or _own_tokenizer(source), report.config, temporary)
     return report
 
@@ -240,6 +249,7 @@ def reference_config(config: M2BertConfig) -> dict[str, Any]:
     fields = {key: getattr(config, key) for key in OWN_FIELDS if key not in NOT_THEIRS}
     fields["monarch_mixer_sequence_mixing"] = fields.pop("sequence_mixer") == "monarch_mixer"
     fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
+    fields["use_normalized_embeddings"] = fields.pop("normalize_embeddings")
     return fields | {"model_type": "bert"}
 
 
@@ -345,6 +355,8 @@ def _our_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["sequence_mixer"] = "monarch_mixer" if mixes else "alibi_attention"
     if "pool_all" in fields:
         fields["classifier_pooling"] = "mean" if fields.pop("pool_all") else "cls"
+    if "use_normalized_embeddings" in fields:
+        fields["normalize_embeddings"] = fields.pop("use_normalized_embeddings")
     return {k: v for k, v in fields.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
 
 

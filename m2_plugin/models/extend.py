@@ -17,6 +17,7 @@ from torch import Tensor
 
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.convert import WEIGHTS, load_folder, whole
+from m2_plugin.models.sentence_folder import write_modules
 
 __all__ = ["METHODS", "extend", "extend_folder"]
 
@@ -131,6 +132,8 @@ def extend_folder(
         config.save_pretrained(temporary)
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        if (Path(folder) / "modules.json").is_file():
+            write_modules(temporary, config, tensors)
         path = temporary / "tokenizer_config.json"
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}

@@ -5,8 +5,10 @@ Dimension key: B batch, L sequence, D hidden, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from m2_plugin.layers.long_conv import (
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.sentence_folder import write_modules
 
 IGNORE_INDEX = -100  # label of a position without loss, as in torch's cross_entropy
 
@@ -399,11 +402,24 @@ class M2BertPooler(nn.Module):
         return torch.tanh(self.dense(pooled))
 
 
+@dataclass
+class M2BertEmbeddingOutput(BaseModelOutputWithPooling):
+    """Output of ``M2BertForTextEmbedding``.
+
+    Args:
+        sentence_embedding: (B, D), the embeddings: ``pooler_output``, of length 1 where the config
+            says ``normalize_embeddings``.
+    """
+
+    sentence_embedding: Tensor | None = None
+
+
 class M2BertForTextEmbedding(M2BertPreTrainedModel):
     """The encoder with a pooler: what the released retrieval models are.
 
     Args:
-        config: the model's configuration; ``classifier_pooling`` says what the pooler reads.
+        config: the model's configuration; ``classifier_pooling`` says what the pooler reads,
+            ``normalize_embeddings`` whether all embeddings have length 1.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -421,7 +437,7 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+    ) -> M2BertEmbeddingOutput | tuple[Tensor, ...]:
         """Embeds texts.
 
         Args:
@@ -434,7 +450,8 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
             return_dict: see there.
 
         Returns:
-            ``last_hidden_state`` (B, L, D) and ``pooler_output`` (B, D), the embeddings.
+            ``sentence_embedding`` (B, D), ``pooler_output`` (B, D), which is the same before any
+            normalisation, and ``last_hidden_state`` (B, L, D).
         """
         encoded = self.model(
             input_ids,
@@ -445,12 +462,37 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        output = BaseModelOutputWithPooling(
+        pooled = self.pooler(encoded.last_hidden_state, attention_mask)
+        output = M2BertEmbeddingOutput(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=self.pooler(encoded.last_hidden_state, attention_mask),
+            pooler_output=pooled,
             hidden_states=encoded.hidden_states,
+            sentence_embedding=(
+                F.normalize(pooled, dim=-1) if self.config.normalize_embeddings else pooled
+            ),
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as every model does, and beside it what sentence-transformers reads.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: as in ``PreTrainedModel.save_pretrained``; others write nothing.
+            state_dict: see there.
+            *args: see there.
+            **kwargs: see there.
+        """
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:
+            write_modules(save_directory, self.config, state_dict or self.state_dict())
 
 
 class M2BertForSequenceClassification(M2BertPreTrainedModel):
