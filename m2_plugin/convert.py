@@ -64,12 +64,13 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="m2-plugin export",
         description="Write a transformers folder as a Composer checkpoint of the M2 reference, or "
-        "as a folder that works where m2_plugin is not installed.",
+        "as a folder that works where m2_plugin is not installed, or as an ONNX file.",
     )
     parser.add_argument("folder", help="a transformers folder with an M2-BERT")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", help="the .pt file to write")
     target.add_argument("--hub", help="the folder to make, for trust_remote_code=True")
+    target.add_argument("--onnx", help="the .onnx file to write, for ONNX Runtime")
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
@@ -77,6 +78,10 @@ def main_export(argv: Sequence[str] | None = None) -> int:
             from m2_plugin.models.hub import export_hub_folder
 
             return [f"{len(export_hub_folder(args.folder, args.hub))} files", args.hub]
+        if args.onnx:
+            from m2_plugin.models.onnx import export_onnx
+
+            return [f"outputs: {', '.join(export_onnx(args.folder, args.onnx))}", args.onnx]
         from m2_plugin.models.convert import export_checkpoint
 
         return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
