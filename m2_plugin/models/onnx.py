@@ -173,7 +173,7 @@ def _without_fft(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, MonarchMixer):
             # Not a plain Linear any more, so not computed transposed, in sizes the tracer freezes.
-            module.in_proj = nn.Sequential(module.in_proj)
+            module.in_proj = nn.Sequential(module.in_proj)  # type: ignore[assignment]
         for name, child in module.named_children():
             if isinstance(child, LongConv):
                 setattr(module, name, ToeplitzConv(child))

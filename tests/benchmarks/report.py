@@ -385,12 +385,34 @@ def extension() -> str:
     return intro + lines.replace("| --- | --- |", "| --- | ---: |")
 
 
+def serving() -> str:
+    report = load("serving_cpu")
+    names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
+    intro = (
+        f"Masked language models with random weights, logits of all positions: ms, median (range; "
+        f"at least 3 repeats, alternating), {report['threads']} thread of {report['device']} with "
+        f"other work on the machine, torch {report['torch']}, ONNX Runtime "
+        f"{report['onnxruntime']}, {report['date']} (`bench_serving.py`). int8 quantises the dense "
+        f"layers dynamically.\n\n"
+    )
+    rows = [
+        [f"{row['scale']}, L = {row['length']}", str(row["batch"])]
+        + [
+            f"{found['median_ms']:.0f} ({found['min_ms']:.0f}–{found['max_ms']:.0f})"
+            for found in (row[name] for name in names)
+        ]
+        for row in report["rows"]
+    ]
+    header = ["model", "batch", "fp32", "bf16 autocast", "bf16 weights", "int8", "ONNX fp32"]
+    return intro + table(header, rows)
+
+
 def main() -> None:
     if (RESULTS / "model_cuda.json").exists():
         draw_model(RESULTS / "model_cuda.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    sections = (quickstart, glue_quickstart, import_cost, extension, model_cpu)
+    sections = (quickstart, glue_quickstart, import_cost, extension, serving, model_cpu)
     for section in (*sections, model_cuda, ops_cuda, conversion):
         name = section.__name__
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
