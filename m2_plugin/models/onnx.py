@@ -42,8 +42,7 @@ class ToeplitzProduct(torch.autograd.Function):
 class ToeplitzConv(nn.Module):
     """``LongConv`` for export: taps in place of their MLP, products in place of the FFT.
 
-    ONNX's DFT has no inverse of a one-sided spectrum, and in ONNX Runtime it takes longer than the
-    whole convolution does here. The taps are the image and the batch holds the kernels, not the
+    Exact at any length, at a cost that grows with its square. The taps are the image and the batch holds the kernels, not the
     other way round: the runtime then unfolds the taps once for all of a batch, into the L × L
     Toeplitz matrix, without padding.
 
