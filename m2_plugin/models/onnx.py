@@ -42,9 +42,9 @@ class ToeplitzProduct(torch.autograd.Function):
 class ToeplitzConv(nn.Module):
     """``LongConv`` for export: taps in place of their MLP, products in place of the FFT.
 
-    Exact at any length, at a cost that grows with its square. The taps are the image and the batch holds the kernels, not the
-    other way round: the runtime then unfolds the taps once for all of a batch, into the L × L
-    Toeplitz matrix, without padding.
+    Exact at any length, at a cost that grows with its square. The taps are the image and the batch
+    holds the kernels, not the other way round: the runtime then unfolds the taps once for all of a
+    batch, into the L × L Toeplitz matrix, without padding.
 
     Args:
         conv: the layer to replace.
