@@ -39,8 +39,8 @@ MODELS = {
     ),
     "embedding": (
         M2BertForTextEmbedding,
-        {"mask_padding": True, "classifier_pooling": "mean"},
-        ["last_hidden_state", "pooler_output"],
+        {"mask_padding": True, "classifier_pooling": "mean", "normalize_embeddings": True},
+        ["last_hidden_state", "pooler_output", "sentence_embedding"],
     ),
 }
 
