@@ -64,7 +64,6 @@ def main() -> None:
         "threads": 1,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "note": "other processes ran on the machine's two cores meanwhile; contenders alternate",
         "rows": rows,
     }
     for scale in args.scales:

@@ -390,8 +390,8 @@ def serving() -> str:
     names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
     intro = (
         f"Masked language models with random weights, logits of all positions: ms, median (range; "
-        f"at least 3 repeats, alternating), {report['threads']} thread of {report['device']} with "
-        f"other work on the machine, torch {report['torch']}, ONNX Runtime "
+        f"at least 3 repeats, alternating), {report['threads']} thread of {report['device']}, "
+        f"torch {report['torch']}, ONNX Runtime "
         f"{report['onnxruntime']}, {report['date']} (`bench_serving.py`). int8 quantises the dense "
         f"layers dynamically.\n\n"
     )
