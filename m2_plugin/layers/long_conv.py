@@ -145,10 +145,13 @@ class HyenaFilter(nn.Module):
         It is computed anew, not a buffer, which would have no values after meta-device init.
         """
         t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)[:length, None]
+        return torch.exp(-t * self.decay_rates(dtype, device))
+
+    def decay_rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns ``|δ|``, (D,)."""
         slowest = abs(math.log(DECAY_TARGET)) / SLOWEST_DECAY
         fastest = abs(math.log(DECAY_TARGET)) / FASTEST_DECAY
-        delta = torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
-        return torch.exp(-t * delta)
+        return torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Returns the taps at lags 0 … L−1 and −1 … −L (or None), each (L, D)."""

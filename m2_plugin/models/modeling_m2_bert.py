@@ -3,7 +3,6 @@
 Dimension key: B batch, L sequence, D hidden, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,7 @@ from transformers.modeling_outputs import (
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
-from m2_plugin.layers.long_conv import (
-    DECAY_TARGET,
-    FASTEST_DECAY,
-    SLOWEST_DECAY,
-    HyenaFilter,
-    LongConv,
-)
+from m2_plugin.layers.long_conv import HyenaFilter, LongConv
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
@@ -104,10 +97,7 @@ class ExtendedFilter(HyenaFilter):
         for i, (before, after) in enumerate(pairwise([*self.extended_from, self.max_length])):
             beyond = 1 + i / 2 + (t - (before - 1)) / (2 * (after - before))
             s = torch.where(t < before, s, beyond)
-        slowest = abs(math.log(DECAY_TARGET)) / SLOWEST_DECAY
-        fastest = abs(math.log(DECAY_TARGET)) / FASTEST_DECAY
-        delta = torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
-        return torch.exp(-s * delta)
+        return torch.exp(-s * self.decay_rates(dtype, device))
 
 
 class M2BertLayer(nn.Module):
