@@ -10,7 +10,7 @@ import m2_plugin
 PACKAGE = Path(m2_plugin.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ["ops", "layers", "models", "foundry"]  # each may import those before it
-LIGHT = [PACKAGE / "cli.py", *sorted((PACKAGE / "glue").glob("*.py"))]
+LIGHT = [PACKAGE / "cli.py", PACKAGE / "files.py", *sorted((PACKAGE / "glue").glob("*.py"))]
 HOST = {"llmfoundry", "composer", "streaming"}
 
 

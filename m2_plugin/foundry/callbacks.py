@@ -6,8 +6,7 @@ import logging
 import math
 import os
 import random
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from numpy.typing import NDArray
+
+from m2_plugin.files import write_atomically
 
 __all__ = ["LossCurve", "SeedEachBatch"]
 
@@ -150,12 +151,12 @@ class LossCurve(Callback):
             return
         folder = format_name_with_dist(self.folder or _save_folder(state), state.run_name)
         os.makedirs(folder, exist_ok=True)
-        table = _to_csv(self._baseline_rows() + sorted(self.points)).encode()
-        _write_atomically(os.path.join(folder, "loss_curve.csv"), lambda f: f.write(table))
+        table = _to_csv(self._baseline_rows() + sorted(self.points))
+        write_atomically(os.path.join(folder, "loss_curve.csv"), table)
+        picture = io.BytesIO()
         figure = draw_loss_curve(self.points, self.baseline, state.run_name, self.smoothing)
-        _write_atomically(
-            os.path.join(folder, "loss_curve.png"), lambda f: figure.savefig(f, format="png")
-        )
+        figure.savefig(picture, format="png")
+        write_atomically(os.path.join(folder, "loss_curve.png"), picture.getvalue())
 
 
 def _save_folder(state: State) -> str:
@@ -178,19 +179,6 @@ def _from_csv(text: str) -> list[Point]:
     rows = csv.reader(io.StringIO(text))
     next(rows)
     return [(int(batch), curve, float(loss)) for batch, curve, loss in rows]
-
-
-def _write_atomically(path: str, write: Callable[[Any], Any]) -> None:
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def unigram_baseline(train: Any, evals: Iterable[Any], max_samples: int) -> dict[str, float]:

@@ -16,8 +16,8 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from llmfoundry.data.dataloader import build_dataloader
 
+from m2_plugin.files import write_atomically, write_json
 from m2_plugin.foundry.models import CLASSIFICATION_METRICS
-from m2_plugin.glue.files import write_atomically, write_json
 
 __all__ = ["EvalResults"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2_plugin.files import read_json, write_atomically
 from m2_plugin.glue import tasks as glue_tasks
-from m2_plugin.glue.files import read_json, write_atomically
 from m2_plugin.glue.sweep import BLOCKED, FAILED, FINISHED, job_name
 
 __all__ = ["Report", "TaskReport", "load_report", "write_report"]

@@ -32,8 +32,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from m2_plugin.files import read_json, write_atomically, write_json
 from m2_plugin.glue import tasks as glue_tasks
-from m2_plugin.glue.files import read_json, write_atomically, write_json
 from m2_plugin.glue.recipes import (
     MNLI,
     MODEL_FOLDER,

@@ -3,9 +3,7 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from inspect import signature
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from m2_plugin.files import whole
 from m2_plugin.models.checkpoint import (
     config_fields,
     derived_tensors,
@@ -33,7 +32,7 @@ from m2_plugin.models.modeling_m2_bert import (
 from m2_plugin.models.sentence_folder import write_modules
 from m2_plugin.models.weights import read_file
 
-__all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folder", "whole"]
+__all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -251,27 +250,6 @@ def reference_config(config: M2BertConfig) -> dict[str, Any]:
     fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
     fields["use_normalized_embeddings"] = fields.pop("normalize_embeddings")
     return fields | {"model_type": "bert"}
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside a path, which becomes the path if nothing is raised.
-
-    Raises:
-        ValueError: if there is something at the path already.
-    """
-    if path.exists():
-        raise ValueError(f"{str(path)!r} is there already: give another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] | None, str]:

@@ -11,7 +11,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from m2_plugin.models.convert import load_config, whole
+from m2_plugin.files import whole
+from m2_plugin.models.convert import load_config
 
 __all__ = ["export_hub_folder", "flat_sources"]
 

@@ -19,7 +19,6 @@ from m2_plugin.foundry.callbacks import (
     SeedEachBatch,
     _from_csv,
     _to_csv,
-    _write_atomically,
     draw_loss_curve,
     unigram_baseline,
 )
@@ -212,20 +211,6 @@ def test_figure_survives_odd_points():
     assert len(heights) == 3
     assert min(np.diff(heights)) > 0  # equal values, texts apart
     draw_loss_curve([], {}, "empty")
-
-
-def test_write_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "points.csv"
-    _write_atomically(str(path), lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        _write_atomically(str(path), fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from m2_plugin.files import write_json
 from m2_plugin.foundry.conversion.errors import ConversionError
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,6 @@ INDEX = "index.json"
 LOCK_WAIT_S = 120
 
 Key = tuple[int, int]  # (lane, block)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, sort_keys=True, ensure_ascii=False))
-    os.replace(temporary, path)
 
 
 def content_digest(shards: list[dict[str, Any]]) -> str:
@@ -109,7 +103,7 @@ class PartialFolder:
     def _check_settings(self) -> None:
         path = self.path / "settings.json"
         if not path.exists():
-            write_json(path, self.settings)
+            write_json(path, self.settings, indent=None)
             return
         found = json.loads(path.read_text())
         if found != self.settings:
@@ -148,7 +142,7 @@ class PartialFolder:
 
     def set_lane_blocks(self, lane: int, blocks: int) -> None:
         """Note that a lane has been read to its end."""
-        write_json(self.lanes_path / f"{lane:05}.json", blocks)
+        write_json(self.lanes_path / f"{lane:05}.json", blocks, indent=None)
 
     # --- finishing ---
 
@@ -164,8 +158,9 @@ class PartialFolder:
             name: {"samples": shard["samples"], "digest": shard["digest"]}
             for name, shard in zip(names, shards, strict=True)
         }
-        write_json(self.path / MANIFEST, manifest)
-        write_json(self.path / INDEX, {"version": 2, "shards": [s["entry"] for s in shards]})
+        write_json(self.path / MANIFEST, manifest, indent=None)
+        index = {"version": 2, "shards": [shard["entry"] for shard in shards]}
+        write_json(self.path / INDEX, index, indent=None)
         self.publish()
 
     def publish(self) -> None:
@@ -184,6 +179,9 @@ class PartialFolder:
         if self.records_path.exists():
             os.replace(self.records_path, self.used_records_path)
         (self.path / "settings.json").unlink(missing_ok=True)
+        for name in (MANIFEST, INDEX, "settings.json"):
+            for unfinished in self.path.glob(f".{name}.*"):  # writes that a kill has cut off
+                unfinished.unlink()
         os.replace(self.path, self.final)
         self.clean()
 

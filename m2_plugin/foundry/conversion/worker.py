@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from m2_plugin.files import write_json
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError, is_disk_full
-from m2_plugin.foundry.conversion.folder import Key, write_json
+from m2_plugin.foundry.conversion.folder import Key
 from m2_plugin.foundry.conversion.mds import mds
 from m2_plugin.foundry.conversion.samples import (
     Counts,
@@ -121,7 +122,7 @@ def write_part(
             "stored": stored,
             "shards": shards,
         }
-        write_json(output.partial / "records" / f"{name}.json", record)
+        write_json(output.partial / "records" / f"{name}.json", record, indent=None)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return record
