@@ -323,6 +323,56 @@ def prepare_for_fsdp(model: Any) -> None:
         model.param_init_fn = _meta_initializer(model)
 
 
+def prepare_for_host(model: Any) -> None:
+    """Let the host check what it loads into a finished model, and shard it."""
+    model.register_load_state_dict_pre_hook(_check_loading)
+    prepare_for_fsdp(model)
+
+
+def build_from_keys(
+    auto_class: Any,
+    model_type: str | None,
+    default_model_type: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | None,
+    pretrained: bool | None,
+    config_overrides: Mapping[str, Any] | None,
+    init_device: str,
+) -> PreTrainedModel:
+    """Build a transformers model from the keys that all models of this package take in a YAML.
+
+    Args:
+        auto_class: The Auto class whose model it is.
+        model_type: As in `BertComposerModel`, which documents the keys.
+        default_model_type: What is built where neither `model_type` nor `path` is given.
+        tokenizer: The run's, which the vocabulary must hold; None skips the check.
+        path: `pretrained_model_name_or_path`.
+        pretrained: See there.
+        config_overrides: See there.
+        init_device: See there.
+
+    Raises:
+        ValueError: As `BertComposerModel`.
+    """
+    if pretrained is None:
+        pretrained = path is not None
+    if pretrained and path is None:
+        raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
+    if path is not None and model_type is not None:
+        raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
+    source: str | Weights | None = path
+    if path is not None and is_checkpoint_file(path):
+        source = read_weights(path, default_model_type)
+    config = build_config(source, model_type or default_model_type, config_overrides or {})
+    if not pretrained:
+        config.vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    _check_vocabulary(config, tokenizer)
+    # A rank that FSDP will send the weights to needs none of its own.
+    load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
+    return build_inner_model(auto_class, config, source, load, init_device)
+
+
 class BertComposerModel(HuggingFaceModel):
     """A transformers encoder with a head, built from YAML keys.
 
@@ -366,30 +416,22 @@ class BertComposerModel(HuggingFaceModel):
         use_train_metrics: bool = False,
         allow_embedding_resizing: bool = False,
     ):
-        path = pretrained_model_name_or_path
-        if pretrained is None:
-            pretrained = path is not None
-        if pretrained and path is None:
-            raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
-        if path is not None and model_type is not None:
-            raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
-        model_type = model_type or self.default_model_type
-        source: str | Weights | None = path
-        if path is not None and is_checkpoint_file(path):
-            source = read_weights(path, self.default_model_type)
-        config = build_config(source, model_type, config_overrides or {})
-        if not pretrained:
-            config.vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        if not allow_embedding_resizing:
-            _check_vocabulary(config, tokenizer)
-
-        # A rank that FSDP will send the weights to needs none of its own.
-        load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
+        inner = build_from_keys(
+            self.auto_class,
+            model_type,
+            self.default_model_type,
+            tokenizer=None if allow_embedding_resizing else tokenizer,
+            path=pretrained_model_name_or_path,
+            pretrained=pretrained,
+            config_overrides=config_overrides,
+            init_device=init_device,
+        )
+        config = inner.config
         names = list(metrics if metrics is not None else self.default_metrics(config))
         train_names = [*names, *(additional_train_metrics or ())] if use_train_metrics else []
         eval_names = [*names, *(additional_eval_metrics or ())]
         super().__init__(
-            model=build_inner_model(self.auto_class, config, source, load, init_device),
+            model=inner,
             tokenizer=tokenizer,
             use_logits=True,
             metrics=[self.build_metric(name, config) for name in train_names],
@@ -397,8 +439,7 @@ class BertComposerModel(HuggingFaceModel):
             shift_labels=False,
             allow_embedding_resizing=allow_embedding_resizing,
         )
-        self.model.register_load_state_dict_pre_hook(_check_loading)
-        prepare_for_fsdp(self.model)  # after a possible resizing, which replaces modules
+        prepare_for_host(self.model)  # after a possible resizing, which replaces modules
 
     @staticmethod
     def default_metrics(config: PretrainedConfig) -> Sequence[str]:
