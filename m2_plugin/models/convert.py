@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -36,11 +36,13 @@ __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folde
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = (
+WEIGHTS = (  # in the order they are looked for
     "model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "model.bin",
-)  # in the order they are looked for
+)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
 POSITION_IDS = "bert.embeddings.position_ids"
@@ -222,10 +224,10 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
     Raises:
         ValueError: if it is no such folder.
     """
-    config, file = load_config(folder), Path(folder) / WEIGHTS[0]
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} has no {WEIGHTS[0]}")
-    return config, _with_prefix(load_file(file))
+    config, weights = load_config(folder), read_file(_weights_in(str(folder)))[0]
+    if config.tie_word_embeddings:
+        weights.pop(DECODER, None)  # .bin files have it twice
+    return config, _with_prefix(weights)
 
 
 def load_config(folder: str | Path) -> M2BertConfig:
@@ -257,11 +259,15 @@ def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] |
     if not os.path.isdir(source):
         given = None if config is None else _read_json(Path(config))
         return source, given, str(config)
-    there = [name for name in WEIGHTS if os.path.isfile(os.path.join(source, name))]
-    if not there:
-        raise ValueError(f"{source!r} has none of {', '.join(WEIGHTS)}")
     config = Path(config or os.path.join(source, "config.json"))
-    return os.path.join(source, there[0]), _read_json(config), str(config)
+    return _weights_in(source), _read_json(config), str(config)
+
+
+def _weights_in(folder: str) -> str:
+    there = [path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))]
+    if not there:
+        raise ValueError(f"{folder!r} has none of {', '.join(WEIGHTS)}")
+    return there[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def extend_folder(
     """
     config, weights = extend(*load_folder(folder), length, method)
     with whole(Path(out)) as temporary:
-        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("config.json", WEIGHTS[0]))
+        rewritten = shutil.ignore_patterns("config.json", "*.safetensors", "*.bin", "*.index.json")
+        shutil.copytree(folder, temporary, ignore=rewritten)
         config.save_pretrained(temporary)
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})

@@ -1,10 +1,12 @@
 """Weights to start from: reading a checkpoint file, and saying why one does not fit."""
 
+import json
 import logging
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Packages whose objects a Composer checkpoint pickles beside its weights.
 PICKLED = (
@@ -83,7 +86,8 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     What a Composer checkpoint pickles besides (times, random states) is read as empty objects.
 
     Args:
-        path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors.
+        path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors; or the
+            index of weights in several files.
 
     Returns:
         The state dict, mapped from the file where its format allows, under the names that its
@@ -92,15 +96,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Raises:
         ValueError: If there is no such file, no weights in it, or code that nobody expects there.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path!r}")
-    try:
-        content: Any = load_file(path) if path.endswith(".safetensors") else _unpickle(path)
-    except Exception as error:
-        # Round the reason torch puts advice to load it unsafely, and where to read more.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[1] if len(lines) > 1 else str(error) or type(error).__name__
-        raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
+    content: Any = _read_shards(path) if path.endswith(SHARD_INDEX) else _load(path)
     state, config = content, None
     if isinstance(content, Mapping) and isinstance(content.get("state"), Mapping):
         state = content["state"].get("model")
@@ -114,6 +110,31 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if weights and all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
     return weights, config
+
+
+def _load(path: str) -> Any:
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path!r}")
+    try:
+        return load_file(path) if path.endswith(".safetensors") else _unpickle(path)
+    except Exception as error:
+        # Round the reason torch puts advice to load it unsafely, and where to read more.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 else str(error) or type(error).__name__
+        raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
+
+
+def _read_shards(index: str) -> dict[str, Tensor]:
+    try:
+        files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{index!r} is no index of weights: it needs a weight_map") from error
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        weights |= _load(os.path.join(os.path.dirname(index), name))
+    if lost := sorted(files.keys() - weights.keys()):
+        raise ValueError(f"{index!r} names {lost[0]!r}, which is not in {files[lost[0]]!r}")
+    return weights
 
 
 def _unpickle(path: str) -> Any:

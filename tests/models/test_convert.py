@@ -97,6 +97,26 @@ def test_hub_layout_of_the_retrieval_models(kind, tmp_path):
         assert torch.equal(hidden, model(**batch).last_hidden_state)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_several_files(safe, tmp_path):
+    model = M2BertForMaskedLM(small())
+    folder = tmp_path / "shards"
+    model.save_pretrained(folder, max_shard_size="8KB", safe_serialization=safe)
+    shards = sorted(folder.glob("*-of-*"))
+    assert len(shards) > 2
+    main(["import", str(folder), "--out", str(tmp_path / "whole")])
+    main(["extend", str(folder), "--out", str(tmp_path / "long"), "--max-seq-len", "128"])
+    assert_same(
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "whole").state_dict(), model.state_dict()
+    )
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "long").config.max_sequence_length == 128
+    assert not list((tmp_path / "long").glob("*-of-*"))
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"there is no file .*{shards[1].name}"):
+        import_checkpoint(folder, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
 def test_composer_checkpoint_of_ours_with_a_tokenizer(tmp_path, capsys):
     model = M2BertForSequenceClassification(small(vocab_size=30522, num_labels=3)).to(
         torch.bfloat16
