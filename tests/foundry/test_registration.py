@@ -7,7 +7,13 @@ import torch
 from llmfoundry import registry
 
 NAMES = {
-    "models": ["m2_bert_mlm", "m2_bert_classification", "hf_bert_mlm", "hf_bert_classification"],
+    "models": [
+        "m2_bert_mlm",
+        "m2_bert_classification",
+        "m2_bert_contrastive",
+        "hf_bert_mlm",
+        "hf_bert_classification",
+    ],
     "dataloaders": ["mlm_text", "glue", "text_classification"],
     "callbacks": ["seed_each_batch", "loss_curve", "eval_results"],
 }
