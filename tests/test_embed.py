@@ -1,0 +1,173 @@
+"""`m2-plugin embed`: every text's vector, whatever it is batched with, killed or not."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from m2_plugin.cli import main
+from m2_plugin.embed import batches
+from m2_plugin.models import M2BertForMaskedLM
+from tests.models.test_modeling_m2_bert import small
+from tests.models.test_text_embedding import TEXTS, embedder
+from tests.utils import TOKENIZER
+
+LINES = [*TEXTS, "", "None", "a very long text " * 20, "Ünïcode, 海"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save(path, mask_padding=True, normalize_embeddings=True)
+    return path
+
+
+def save(path, **fields):
+    embedder(**fields).save_pretrained(path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+
+
+def alone(folder, texts):
+    """The vectors of texts that are in no batch with others."""
+    model = type(embedder()).from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cut = {"truncation": True, "max_length": model.config.max_sequence_length}
+    with torch.no_grad():
+        rows = [model(**tokenizer(t, return_tensors="pt", **cut)).sentence_embedding for t in texts]
+    return torch.cat(rows).numpy()
+
+
+def run(folder, file, out, *flags):
+    return main(["embed", str(file), "--model", str(folder), "--out", str(out), *map(str, flags)])
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_each_kind_of_file(ending, folder, tmp_path, capsys):
+    file, data = tmp_path / f"texts.{ending}", Dataset.from_dict({"body": LINES, "id": [1] * 8})
+    if ending == "txt":
+        file.write_text("".join(f"{line}\n" for line in LINES))
+    elif ending == "csv":
+        data.to_csv(file)
+    elif ending == "parquet":
+        data.to_parquet(file)
+    else:
+        data.to_json(file, compression="gzip" if ending.endswith("gz") else None)
+    out = tmp_path / "deep" / "vectors.npy"
+    assert run(folder, file, out, "--text-column", "body", "--batch-tokens", 40) == 0
+    vectors = np.load(out)
+    assert vectors.dtype == np.float32 and list(out.parent.iterdir()) == [out]
+    np.testing.assert_allclose(vectors, alone(folder, LINES), rtol=0, atol=1e-5)
+    assert f"{len(LINES)} vectors of 16 numbers" in capsys.readouterr().out
+
+
+def test_as_sentence_transformers_does(folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    assert run(folder, file, out) == 0
+    expected = SentenceTransformer(str(folder), device="cpu").encode(LINES)
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-5)
+
+
+def test_without_mask_padding_no_text_is_padded(tmp_path):
+    """Padding would change the vectors: a batch of all differs from each text alone."""
+    save(tmp_path / "model", mask_padding=False)
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES * 3))
+    assert run(tmp_path / "model", file, out) == 0
+    expected = alone(tmp_path / "model", LINES * 3)
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-5)
+
+
+def test_batches():
+    lengths = [3, 9, 3, 30, 1, 5]
+    assert list(batches(lengths, 10, equal=False)) == [[4, 0, 2], [5], [1], [3]]
+    assert list(batches(lengths, 10, equal=True)) == [[4], [0, 2], [5], [1], [3]]
+
+
+def test_killed_and_run_again(folder, tmp_path, caplog):
+    """Killed after its first note, a run goes on there, and its file is the unbroken one's."""
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"Chapter {i}. {LINES[1]}\n" for i in range(6000)))
+    assert run(folder, file, tmp_path / "unbroken.npy") == 0
+    out, notes = tmp_path / "vectors.npy", tmp_path / ".vectors.npy.json"
+    command = [
+        sys.executable,
+        "-m",
+        "m2_plugin.cli",
+        "embed",
+        file,
+        "--model",
+        folder,
+        "--out",
+        out,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not notes.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    done = json.loads(notes.read_text())["rows"]
+    assert 0 < done < 6000
+    caplog.set_level("INFO")
+    assert run(folder, file, out) == 0
+    assert f"going on after {done} texts" in caplog.text
+    assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_file_starts_anew(folder, tmp_path, caplog):
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(TEXTS))
+    notes = tmp_path / ".vectors.npy.json"
+    notes.write_text(json.dumps({"job": {"file": "another"}, "rows": 3}))
+    (tmp_path / ".vectors.npy.partial").write_bytes(b"half")
+    assert run(folder, file, out) == 0
+    assert "was begun with another file" in caplog.text
+    np.testing.assert_allclose(np.load(out), alone(folder, TEXTS), rtol=0, atol=1e-5)
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    good, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    good.write_text("One.\nTwo.")
+    (tmp_path / "texts.doc").write_text("One.")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "One."}\n{"text": ')
+    (tmp_path / "null.jsonl").write_text('{"text": "One."}\n{"text": null}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "other.jsonl").write_text('{"body": "One."}\n')
+    M2BertForMaskedLM(small(vocab_size=30522)).save_pretrained(tmp_path / "masked")
+    embedder().save_pretrained(tmp_path / "bare")
+    for file, model, message in [
+        ("none.txt", folder, "there is no file .*none.txt"),
+        ("texts.doc", folder, "ends in none of .txt, .json"),
+        ("empty.jsonl", folder, "empty.jsonl"),
+        ("bad.jsonl", folder, "bad.jsonl' cannot be read as json"),
+        ("null.jsonl", folder, "row 1 of .*null.jsonl' has no 'text'"),
+        ("numbers.jsonl", folder, "column 'text' of .*numbers.jsonl' holds no texts, but .*int64"),
+        ("other.jsonl", folder, "no column 'text': give --text-column, one of body"),
+        ("texts.txt", tmp_path / "masked", "lacks pooler.dense.bias, .*retrieval"),
+        ("texts.txt", tmp_path / "bare", "bare' has no tokenizer"),
+        ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),
+    ]:
+        assert run(model, tmp_path / file, out) == 1
+        assert re.search(message, capsys.readouterr().err), message
+    assert run(folder, good, tmp_path / "vectors.txt") == 1
+    assert "must end in .npy" in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    out.write_bytes(b"mine")
+    assert run(folder, good, out) == 1 and out.read_bytes() == b"mine"
+    assert "is there already: give another name, or --overwrite" in capsys.readouterr().err
+    assert run(folder, good, out, "--overwrite") == 0 and np.load(out).shape == (2, 16)
