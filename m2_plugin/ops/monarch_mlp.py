@@ -29,7 +29,7 @@ def monarch_mlp_reference(
         h = F.gelu(gate) * up
     else:
         h = F.gelu(h)
-    h = F.dropout(h, dropout_p)
+    h = F.dropout(h, dropout_p) if dropout_p else h
     return block_diagonal_linear(h, down_weight, down_bias, x.shape[-1], backend)
 
 
@@ -98,7 +98,9 @@ def monarch_mlp(
         h = [F.gelu(gate) * up for gate, up in zip(gates, ups, strict=True)]
     else:
         h = [F.gelu(block) for block in h]
-    h = [b for block in h for b in F.dropout(block, dropout_p).split(down_in, -1)]
+    if dropout_p:
+        h = [F.dropout(block, dropout_p) for block in h]
+    h = [part for block in h for part in block.split(down_in, -1)]
     blocks = [F.linear(b, w) for b, w in zip(h, down_weight.unbind(), strict=True)]
     y = torch.cat(blocks, dim=-1)
     return y if down_bias is None else y + down_bias
