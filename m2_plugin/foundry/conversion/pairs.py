@@ -1,0 +1,159 @@
+"""Pairs of query and passage to MDS, in the columns of the host's `contrastive_pairs` dataloader.
+
+One process does: pairs are few beside a pretraining corpus, and are not tokenised here.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from m2_plugin.files import whole
+from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
+from m2_plugin.foundry.conversion.mds import mds
+from m2_plugin.foundry.conversion.sources import input_files, is_corrupt_stream, open_stream
+
+log = logging.getLogger(__name__)
+
+# As the host's own converter, from Delta tables, writes them; the negatives are a JSON list.
+COLUMNS = {"query_text": "str", "positive_passage": "str", "negative_passages": "str"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the keys are called in the input; `negatives` is a list, and need not be there."""
+
+    query: str = "query"
+    passage: str = "passage"
+    negatives: str = "negatives"
+
+    def sample(self, row: Any) -> dict[str, Any]:
+        """Return a row's query, passage and list of negatives, or say why it is no pair."""
+        if not isinstance(row, dict):
+            raise ValueError("not a JSON object (one per line is wanted, not an array)")
+        for option, key in (("--query_column", self.query), ("--passage_column", self.passage)):
+            if key not in row:
+                raise ValueError(f"no key {key!r} ({option}); it has {sorted(row)}")
+        negatives = row.get(self.negatives) or []
+        if not isinstance(negatives, list):
+            raise ValueError(f"{self.negatives!r} is {type(negatives).__name__}, not a list")
+        for text in (row[self.query], row[self.passage], *negatives):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{text!r} where a text is wanted")
+        return {"query": row[self.query], "passage": row[self.passage], "negatives": negatives}
+
+
+def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
+    """Yield the samples of a file of JSON lines.
+
+    Raises:
+        BadDocumentError: At a line that is no pair, or has another number of negatives than the
+            first: the host makes one tensor of a batch.
+    """
+    first = None
+    number = 1
+    try:
+        with open_stream(path) as file:
+            for number, line in enumerate(file, 1):  # noqa: B007  (the error below names it)
+                if not line.strip():
+                    continue
+                sample = keys.sample(json.loads(line))
+                count = len(sample["negatives"])
+                first = count if first is None else first
+                if count != first:
+                    raise ValueError(f"{count} negatives, the lines before have {first}")
+                texts = (sample["query"], sample["passage"], json.dumps(sample["negatives"]))
+                yield dict(zip(COLUMNS, texts, strict=True))
+    except Exception as error:
+        if not isinstance(error, ValueError) and not is_corrupt_stream(error):
+            raise
+        raise BadDocumentError(f"{path}:{number}: {error}") from error
+
+
+def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | None) -> int:
+    """Write one split; it has its name when it is whole. Returns the number of pairs."""
+    counts = set()
+    pairs = 0
+    with whole(out) as folder:
+        writer = mds().MDSWriter(
+            columns=COLUMNS, out=str(folder), compression=compression, hashes=["xxh64"]
+        )
+        for path in paths:
+            for sample in tqdm(read_pairs(path, keys), desc=path, unit=" pairs"):
+                writer.write(sample)
+                pairs += 1
+                counts.add(len(json.loads(sample["negative_passages"])))
+        if not pairs:
+            raise ConversionError(f"no pairs for {str(out)!r} in {', '.join(paths)}")
+        if len(counts) > 1:
+            raise ConversionError(
+                f"{', '.join(paths)} have {sorted(counts)} negatives: make it one"
+            )
+        writer.finish()
+    return pairs
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = Keys()
+    parser = argparse.ArgumentParser(
+        description="Convert pairs of query and passage to MDS, for fine-tuning for retrieval."
+    )
+    parser.add_argument("--out_root", "--out-root", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--local_files", "--local-files", nargs="+", required=True, metavar="SPLIT=PATH",
+        help="files, folders or globs of .jsonl, one object per line, also as .gz .xz .bz2 .zst; "
+        "SPLIT is train, val or any name, and may stand more than once",
+    )  # fmt: skip
+    parser.add_argument("--query_column", "--query-column", default=names.query, metavar="KEY")
+    parser.add_argument(
+        "--passage_column", "--passage-column", default=names.passage, metavar="KEY",
+        help="the text that answers the query",
+    )  # fmt: skip
+    parser.add_argument(
+        "--negatives_column", "--negatives-column", default=names.negatives, metavar="KEY",
+        help="a list of texts that do not, as many in every line; the key need not be there",
+    )  # fmt: skip
+    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, e.g. zstd")
+    return parser
+
+
+def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for item in arguments.local_files:
+        name, found, path = item.partition("=")
+        if not found or not name:
+            raise ConversionError(f"--local_files {item!r}: which split? Give train={item}")
+        files = input_files([path])
+        for file in files:
+            if file.layout != "json":
+                raise ConversionError(f"{file.path}: pairs are read from .jsonl")
+        splits.setdefault(name, []).extend(file.path for file in files)
+    for name in splits:
+        if (arguments.out_root / name).exists():
+            raise ConversionError(f"{arguments.out_root / name} is there already: remove it first")
+    return splits
+
+
+def main_pairs(argv: list[str] | None = None) -> int:
+    """Run convert_pairs.py."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    keys = Keys(arguments.query_column, arguments.passage_column, arguments.negatives_column)
+    try:
+        mds(alone=argv is None)
+        for name, paths in _splits(arguments).items():
+            out = arguments.out_root / name
+            log.info("%s: %d pairs", out, write_split(out, paths, keys, arguments.compression))
+    except (ConversionError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; nothing of the split that was being written is left")
+        return 130
+    return 0
