@@ -120,7 +120,9 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
     with whole(Path(out)) as temporary, torch.no_grad():
         model = getattr(m2_plugin.models, name).from_pretrained(folder, backend="torch")
         positional = Positional(_without_fft(model.float().eval()))
-        tensors = [*positional.parameters(), *positional.buffers()]
+        # The file holds the decoder's tied weight again, transposed.
+        parameters = positional.named_parameters(remove_duplicate=False)
+        tensors = [*(tensor for _, tensor in parameters), *positional.buffers()]
         size = sum(tensor.nbytes for tensor in tensors)
         if size > MAX_BYTES:
             raise ValueError(
