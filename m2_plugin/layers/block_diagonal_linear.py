@@ -21,6 +21,7 @@ class BlockDiagonalLinear(nn.Module):
         nblocks: number K of blocks.
         bias: add a bias of shape (out_features,).
         backend: ``auto``, ``torch`` or ``triton``, as in ``block_diagonal_linear``.
+        device: where to make the parameters.
 
     Raises:
         ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes, or ``backend``
@@ -34,6 +35,7 @@ class BlockDiagonalLinear(nn.Module):
         nblocks: int = 4,
         bias: bool = True,
         backend: str = "auto",
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         check_backend(backend)
@@ -46,8 +48,9 @@ class BlockDiagonalLinear(nn.Module):
         self.out_features = out_features
         self.nblocks = nblocks
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(block_shape(in_features, out_features, nblocks)))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        shape = block_shape(in_features, out_features, nblocks)
+        self.weight = nn.Parameter(torch.empty(shape, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

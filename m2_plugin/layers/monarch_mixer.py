@@ -112,8 +112,9 @@ class MonarchMixer(nn.Module):
         if type(self.in_proj) is not nn.Linear:
             return self.in_proj(u)
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        p = torch.addmm(bias[:, None], weight, u.flatten(0, 1).t())  # (3D, B·L)
-        return p.unflatten(1, u.shape[:2]).permute(1, 2, 0)
+        columns = u.flatten(0, 1).t()
+        p = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return p.unflatten(1, u.shape[:2]).permute(1, 2, 0)  # from (3D, B·L)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (B, L, D) to (B, L, D).
@@ -127,10 +128,11 @@ class MonarchMixer(nn.Module):
         if self._use_kernel(u):
             length = u.shape[1]
             residual = self.residual_conv
+            weight, bias = self.short_conv.weight, self.short_conv.bias
             y = gated_long_conv(
                 self.project(u),
-                self.short_conv.weight,
-                self.short_conv.bias,
+                weight,
+                weight.new_zeros(len(weight)) if bias is None else bias,
                 self.long_conv.taps(length),
                 None if residual is None else u,
                 None if residual is None else residual.taps(length),

@@ -39,7 +39,7 @@ class ShortConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolves x (B, L, C) with weight (C, W)."""
         ctx.save_for_backward(x, weight)
         return _depthwise(x, weight, bias)[:, : x.shape[1]]
@@ -65,15 +65,16 @@ class ShortConvFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes ``y[t] = bias + Σ_j weight[:, j] · x[t − (W − 1) + j]``, with zeros before t = 0.
 
     Args:
         x: (B, L, C), any floating dtype.
         weight: (C, W); the last tap meets the present position.
-        bias: (C,).
+        bias: (C,) or None.
 
     Returns:
         (B, L, C) in the dtype of ``x``.
     """
-    return ShortConvFunction.apply(x, weight.to(x.dtype), bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    return ShortConvFunction.apply(x, weight.to(x.dtype), bias)
