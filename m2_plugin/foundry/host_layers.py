@@ -1,0 +1,329 @@
+"""Monarch layers under names of the host's layer registries, for its own models such as MPT.
+
+Dimension key: B batch, L sequence, D hidden, F intermediate, K blocks.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
+from llmfoundry.models.layers.layer_builders import build_fc
+from llmfoundry.models.utils.config_defaults import attn_config_defaults, fc_type_defaults
+from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
+from torch import Tensor, nn
+
+from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
+from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
+from m2_plugin.layers.monarch_linear import MonarchLinear
+from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
+from m2_plugin.ops.monarch_mlp import monarch_mlp
+
+__all__ = ["CausalMonarchMixer", "MonarchFFN", "MonarchGLU", "init_monarch_module"]
+
+FILTER_STD = 0.02  # of the filters' MLPs, as in M2-BERT
+GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the one that the op has
+
+# What the host may hand to an attention layer, and why there is nothing to do with it here.
+NOT_HERE = {
+    "past_key_value": "it keeps no keys and values: call generate(..., use_cache=False), or set "
+    "use_cache: false in the model's config",
+    "rotary_emb_w_meta_info": "it has no queries and keys to rotate: set attn_config.rope to false",
+    "alibi_slopes": "it has no scores to bias: set attn_config.alibi to false",
+    "prev_layer_key_value": "it keeps no keys and values that a layer could take over",
+    "x_prev": "it keeps no keys and values that a layer could take over",
+    "key_value_states": "it attends to no other sequence",
+}
+
+
+class CausalMonarchMixer(nn.Module):
+    """Gated long convolutions where MPT has attention: no position sees what follows it.
+
+    ``x1, x2, v = short_conv(W_in · x)``; ``y = W_out · (x2 ⊙ conv(v ⊙ x1))`` (arXiv 2310.12109,
+    section 4.1), all convolutions causal. Both projections are the host's `fc_type`. The input
+    projection has no bias, for the short convolution adds one to the same features; so padding on
+    the left leaves no trace, and generation in batches gives what each prompt would give alone.
+
+    Called with the arguments of the host's attention. What a convolution cannot do is refused.
+
+    Args:
+        d_model: D.
+        n_heads: Any number: the host asks for it, the mixer has no heads.
+        head_dim: None.
+        fc_type: The host's choice of fully connected layer, with its arguments.
+        device: Where to make the parameters.
+        bias: Add a bias after the output projection.
+        attention_bias: Add a bias in the short convolution.
+        attn_pdrop: Probability of dropout after the first gate and before the output projection.
+        max_seq_len: The longest sequence. MPT does not tell its layers: set
+            `attn_config.max_seq_len` to the same number. The default is MPT's own.
+        residual_long_conv: Add the second convolution, of the input itself. M2-BERT has it because
+            its mixer has no residual connection round it; here the host's block adds one.
+        filter_order: Width of the filters' MLPs.
+        filter_emb_dim: Positional features of the filters, odd.
+        filter_w: Initial frequency of the filters' sines.
+        filter_w_mod: Constant factor on these frequencies.
+        backend: `auto`, `torch` or `triton`.
+        **attention_only: The host's other keys of `attn_config`, which must be at their defaults;
+            `attn_impl` may be any.
+
+    Raises:
+        ValueError: If a key is set that has no meaning for a convolution.
+    """
+
+    reuse_kv_layer_idx = None  # MPT reads these two of each attention layer
+    reuse_kv_x_layer_idx = None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        head_dim: int | None = None,
+        fc_type: dict[str, Any] | None = None,
+        device: str | None = None,
+        bias: bool = True,
+        attention_bias: bool = True,
+        attn_pdrop: float = 0.0,
+        max_seq_len: int = 2048,
+        residual_long_conv: bool = False,
+        filter_order: int = 128,
+        filter_emb_dim: int = 5,
+        filter_w: float = 10.0,
+        filter_w_mod: float = 1.0,
+        backend: str = "auto",
+        **attention_only: Any,
+    ):
+        super().__init__()
+        del n_heads
+        attention_only.pop("attn_impl", None)
+        for key, value in {"head_dim": head_dim, **attention_only}.items():
+            if value != attn_config_defaults.get(key):
+                raise ValueError(
+                    f"attn_config.{key}: {value!r} has no meaning for attn_type monarch_mixer, "
+                    "which has no heads, queries and keys: remove it."
+                )
+        with torch.device(device) if device else nullcontext():
+            self.mixer = MonarchMixer(
+                d_model,
+                max_seq_len,
+                bidirectional=False,
+                residual_long_conv=residual_long_conv,
+                dropout=attn_pdrop,
+                filter_order=filter_order,
+                filter_emb_dim=filter_emb_dim,
+                filter_w=filter_w,
+                filter_w_mod=filter_w_mod,
+                backend=backend,
+            )
+        kwargs = {**(fc_type or fc_type_defaults), "device": device}
+        name = kwargs["name"]
+        self.mixer.in_proj = build_fc(name, d_model, 3 * d_model, {**kwargs, "bias": False})
+        self.mixer.out_proj = build_fc(name, d_model, d_model, {**kwargs, "bias": bias})
+        self.mixer.out_proj._is_residual = True
+        if not attention_bias:
+            self.mixer.short_conv.register_parameter("bias", None)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_bias: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        is_causal: bool = True,
+        needs_weights: bool = False,
+        flash_attn_padding_info: dict[str, Tensor] | None = None,
+        pos_id_within_seq: Tensor | None = None,
+        **attention_only: Any,
+    ) -> tuple[Tensor, None, None]:
+        """Maps (B, L, D) to (B, L, D), no attention weights and no cache.
+
+        Args:
+            x: (B, L, D).
+            attn_bias: What MPT adds to its scores, (B or 1, 1, 1, L) for padding.
+            attention_mask: (B, L), true at tokens, or None: padding is kept out.
+            is_causal: True.
+            needs_weights: False.
+            flash_attn_padding_info: Where documents begin, under `attn_impl: flash`.
+            pos_id_within_seq: Positions, which a convolution knows.
+            **attention_only: See `NOT_HERE`; each must be None.
+
+        Raises:
+            ValueError: If asked for what a convolution has not, or if the sequence is longer than
+                `max_seq_len`.
+        """
+        del pos_id_within_seq
+        for name, value in attention_only.items():
+            if value is not None:
+                raise _refusal(NOT_HERE.get(name, f"it does not know the argument {name}"))
+        if not is_causal:
+            raise _refusal("it is causal")
+        if needs_weights:
+            raise _refusal("it has no attention weights: set output_attentions to false")
+        if attn_bias is not None and attn_bias.shape[1] > 1:
+            raise _refusal(NOT_HERE["alibi_slopes"])
+        starts = (flash_attn_padding_info or {}).get("cu_seqlens_q")
+        if (attn_bias is not None and attn_bias.shape[2] > 1) or (
+            starts is not None and len(starts) > len(x) + 1
+        ):
+            raise _refusal(
+                "a convolution cannot keep documents in one sequence apart: set "
+                "attn_config.attn_uses_sequence_id to false"
+            )
+        if x.shape[1] > (longest := self.mixer.long_conv.filter.max_length):
+            raise ValueError(
+                f"The sequence has {x.shape[1]} positions, but the filters of monarch_mixer reach "
+                f"only attn_config.max_seq_len = {longest}: set it to the model's max_seq_len."
+            )
+        if attention_mask is None:
+            return self.mixer(x), None, None
+        mask = attention_mask[..., None].to(x.dtype)
+        return self.mixer(x * mask, mask), None, None
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"attn_type monarch_mixer cannot do this: {reason}.")
+
+
+class MonarchFFN(nn.Module):
+    """``W_down · GELU(W_up · x) + b``, both maps block-diagonal (arXiv 2310.12109, section 4.1).
+
+    Args:
+        d_model: D.
+        expansion_ratio: F / D.
+        nblocks: K, the number of blocks of each map.
+        fc_type: The host's choice for the other layers; the maps here are block-diagonal always.
+        ffn_hidden_size: F, in place of `expansion_ratio`.
+        ffn_act_fn: None or `name: gelu`.
+        dropout: Probability of dropping an activation.
+        device: Where to make the parameters.
+        bias: Add a bias at the end.
+        backend: `auto`, `torch` or `triton`.
+
+    Raises:
+        ValueError: If `ffn_act_fn` is another, or sizes do not fit.
+    """
+
+    glu = False
+
+    def __init__(
+        self,
+        d_model: int,
+        expansion_ratio: int | float,
+        nblocks: int = 4,
+        fc_type: dict[str, Any] | None = None,
+        ffn_hidden_size: int | None = None,
+        ffn_act_fn: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        device: str | None = None,
+        bias: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        del fc_type
+        if ffn_act_fn is not None and ffn_act_fn not in GELU:
+            raise ValueError(
+                f"ffn_config.ffn_act_fn must be {{name: gelu}} for the Monarch FFNs, whose kernel "
+                f"has no other, not {ffn_act_fn}."
+            )
+        self.intermediate_size = resolve_ffn_hidden_size(d_model, expansion_ratio, ffn_hidden_size)
+        self.dropout = dropout
+        self.backend = backend
+        up_size = self.intermediate_size * (2 if self.glu else 1)
+        self.up_proj = BlockDiagonalLinear(
+            d_model, up_size, nblocks, bias=False, backend=backend, device=device
+        )
+        self.down_proj = BlockDiagonalLinear(
+            self.intermediate_size, d_model, nblocks, bias=bias, backend=backend, device=device
+        )
+        self.down_proj._is_residual = True  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to (..., D)."""
+        return monarch_mlp(
+            x,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            self.down_proj.bias,
+            self.intermediate_size,
+            glu=self.glu,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+
+class MonarchGLU(MonarchFFN):
+    """``W_down · (GELU(gate) ⊙ up) + b``, (gate, up) the halves of W_up · x; see `MonarchFFN`.
+
+    The gate comes from the first half of the blocks of x, the other branch from the second.
+    """
+
+    glu = True
+
+
+@summon_dtensor
+def _init_blocks(
+    module: nn.Module,
+    init_fn_: Callable[[Tensor], Any],
+    init_div_is_residual: int | float | str | bool,
+    div_is_residual: float,
+) -> None:
+    """Draws each block as the host draws a fully connected layer of its size."""
+    if isinstance(module, MonarchLinear):
+        nn.init.normal_(module.right, std=module.right.shape[2] ** -0.5)  # keeps the variance
+        weight = module.left
+    else:
+        assert isinstance(module, BlockDiagonalLinear)
+        weight = module.weight
+    stacked_param_init_helper(weight, init_fn_, stack_dim=0)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if init_div_is_residual is not False and getattr(module, "_is_residual", False):
+        with torch.no_grad():
+            weight.div_(div_is_residual)
+
+
+@summon_dtensor
+def _init_filter_linear(module: FilterLinear) -> None:
+    nn.init.normal_(module.weight, std=FILTER_STD)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+@summon_dtensor
+def _reset(module: HyenaFilter | LongConv | ShortConv) -> None:
+    module.reset_parameters()
+
+
+def init_monarch_module(
+    module: nn.Module,
+    init_fn_: Callable[[Tensor], Any],
+    init_div_is_residual: int | float | str | bool,
+    div_is_residual: float,
+    **kwargs: Any,
+) -> bool:
+    """Initialises what is ours of a model, for the host's `module_init_fns`.
+
+    Block-diagonal weights follow the model's `init_config`, block by block; of the two factors of a
+    Monarch matrix the inner one keeps the variance and the outer one follows it. Biases are zero.
+    The filters and the short convolution have M2-BERT's own initialisation in any case.
+
+    Args:
+        module: Any module of the model; its children come on their own.
+        init_fn_: Draws a weight, by the model's `init_config`.
+        init_div_is_residual: Whether to scale down what writes to the residual stream.
+        div_is_residual: By how much.
+        **kwargs: What the host has for other modules.
+
+    Returns:
+        Whether the module is ours.
+    """
+    del kwargs
+    if isinstance(module, (BlockDiagonalLinear, MonarchLinear)):
+        _init_blocks(module, init_fn_, init_div_is_residual, div_is_residual)
+    elif isinstance(module, FilterLinear):
+        _init_filter_linear(module)
+    elif isinstance(module, (HyenaFilter, LongConv, ShortConv)):
+        _reset(module)
+    else:
+        return False
+    return True
