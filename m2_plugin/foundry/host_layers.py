@@ -120,7 +120,7 @@ class CausalMonarchMixer(nn.Module):
         name = kwargs["name"]
         self.mixer.in_proj = build_fc(name, d_model, 3 * d_model, {**kwargs, "bias": False})
         self.mixer.out_proj = build_fc(name, d_model, d_model, {**kwargs, "bias": bias})
-        self.mixer.out_proj._is_residual = True
+        self.mixer.out_proj._is_residual = True  # type: ignore[assignment]
         if not attention_bias:
             self.mixer.short_conv.register_parameter("bias", None)
 

@@ -32,7 +32,8 @@ class ShortConv(nn.Module):
         """Draws weight and bias from U(±1/√width), Conv1d's default for depthwise kernels."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:  # the host can take it away
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, L, C) to (B, L, C)."""

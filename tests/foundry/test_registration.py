@@ -16,8 +16,14 @@ NAMES = {
     ],
     "dataloaders": ["mlm_text", "glue", "text_classification"],
     "callbacks": ["seed_each_batch", "loss_curve", "eval_results"],
+    "ffns": ["monarch_mlp", "monarch_glu"],
+    "attention_classes": ["monarch_mixer"],
+    "module_init_fns": ["monarch"],
 }
-OTHERS = {"optimizers": ["torch_adamw"]}  # registered as they are
+OTHERS = {  # registered as they are
+    "optimizers": ["torch_adamw"],
+    "fcs": ["block_diagonal", "monarch"],
+}
 
 
 @pytest.mark.parametrize("group", list(NAMES))
@@ -29,6 +35,13 @@ def test_host_finds_our_names(group):
 
 def test_host_finds_torchs_adamw():
     assert registry.optimizers.get("torch_adamw") is torch.optim.AdamW
+
+
+def test_host_finds_our_fully_connected_layers():
+    for name in OTHERS["fcs"]:
+        layer = registry.fcs.get(name)
+        assert layer.__module__.startswith("m2_plugin.layers")
+        assert isinstance(layer, type)  # the host's initialisation asks for instances of each
 
 
 def test_no_name_is_one_of_the_hosts():
