@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from tests.utils import GOLDEN, ROOT, TOKENIZER
 
 PRETRAIN = sorted((ROOT / "yamls" / "pretrain").glob("*.yaml"))
+RETRIEVAL = sorted((ROOT / "yamls" / "finetune" / "retrieval").glob("*.yaml"))
 RECIPES = json.loads((GOLDEN / "recipes.json").read_text())["pretrain"]
 PUBLISHED = {
     "m2-bert-base",
@@ -20,6 +21,7 @@ PUBLISHED = {
 }
 # The same model, on longer texts: continued from a folder that `m2-plugin extend` makes.
 LONGER = {"m2-bert-base-2k": 2048, "m2-bert-base-8k": 8192, "m2-bert-base-32k": 32768}
+OF_OUR_OWN = {"m2-bert-quickstart", "m2-gpt-small"}
 # Settings of the reference's optimizer, written to the model's config there; its flags for
 # attention, which M2-BERT has none of; and a misspelt field that transformers ignored.
 ELSEWHERE = {
@@ -70,7 +72,8 @@ def test_builds_a_model_and_its_optimizer_groups(path):
     config = load(path)
     tokenizer = build_tokenizer(config["tokenizer"]["name"], config["tokenizer"]["kwargs"])
     model_config = config["model"]
-    model_config["config_overrides"]["num_hidden_layers"] = 2
+    if "config_overrides" in model_config:
+        model_config["config_overrides"]["num_hidden_layers"] = 2
     model = build_composer_model(model_config.pop("name"), model_config, tokenizer)
     assert model.config.vocab_size == 30528
     optimizer = build_optimizer(model, config["optimizer"].pop("name"), config["optimizer"])
@@ -137,7 +140,7 @@ def test_is_the_published_recipe(name):
 
 
 def test_every_published_recipe_has_its_yaml():
-    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, "m2-bert-quickstart"}
+    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, *OF_OUR_OWN}
 
 
 @pytest.mark.parametrize("name", LONGER)
@@ -166,11 +169,50 @@ def test_readme_states_the_parameter_count(path):
     import m2_plugin.models  # noqa: F401  (registers the model type)
 
     model = load(path)["model"]
-    fields = {"vocab_size": 30528} | model["config_overrides"]
-    with torch.device("meta"):
-        config = AutoConfig.for_model(model.get("model_type", "m2_bert"), **fields)
-        built = AutoModelForMaskedLM.from_config(config)
-    built.tie_weights()
+    if model["name"] == "mpt_causal_lm":
+        from llmfoundry.utils.builders import build_composer_model
+
+        name = model.pop("name")
+        built = build_composer_model(name, model | {"init_device": "meta"}, None)
+    else:
+        fields = {"vocab_size": 30528} | model["config_overrides"]
+        with torch.device("meta"):
+            config = AutoConfig.for_model(model.get("model_type", "m2_bert"), **fields)
+            built = AutoModelForMaskedLM.from_config(config)
+        built.tie_weights()
     count = sum(p.numel() for p in built.parameters())
     row = next(r for r in (ROOT / "README.md").read_text().splitlines() if f"`{path.name}` |" in r)
     assert row.endswith(f"| {count:,} |")
+
+
+@pytest.mark.parametrize("path", RETRIEVAL, ids=lambda p: p.stem)
+def test_retrieval_trains_the_embedding_that_is_saved(path):
+    from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
+    from llmfoundry.utils.builders import build_composer_model, build_optimizer, build_tokenizer
+    from llmfoundry.utils.config_utils import make_dataclass_and_log_config
+
+    raw = load(path)
+    config = OmegaConf.create(raw)
+    _, train_config = make_dataclass_and_log_config(
+        config, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all"
+    )
+    validate_config(train_config)
+    tokenizer = build_tokenizer(raw["tokenizer"]["name"], raw["tokenizer"]["kwargs"])
+    model_config = raw["model"]
+    overrides = model_config["config_overrides"]
+    if "base" in path.stem:
+        length = LONGER[path.stem.removesuffix("-retrieval")]
+        assert overrides["long_conv_l_max"] == overrides["max_position_embeddings"] == length
+        assert model_config["loss"] == "orthogonal_projection"
+    overrides |= {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+    model = build_composer_model(model_config.pop("name"), model_config, tokenizer)
+    assert model.model.config.normalize_embeddings and model.model.config.mask_padding
+    build_optimizer(model, raw["optimizer"].pop("name"), raw["optimizer"])
+    for which in ("train_loader", "eval_loader"):
+        assert raw[which]["name"] == "contrastive_pairs"
+        assert raw[which]["dataset"]["max_seq_len"] <= model.model.config.max_sequence_length
+
+
+def test_retrieval_has_a_recipe_for_each_length():
+    names = {f"{name}-retrieval" for name in LONGER}
+    assert {p.stem for p in RETRIEVAL} == names | {"m2-bert-quickstart"}

@@ -1,0 +1,104 @@
+"""convert_pairs.py, and the pairs that the quickstart makes of its novels."""
+
+import gzip
+import json
+import runpy
+
+import pytest
+from streaming import LocalDataset
+
+from m2_plugin.foundry.conversion.pairs import main_pairs
+from tests.utils import write_rows
+
+from .conftest import QUICKSTART
+
+ROWS = [
+    {"query": f"Is it {i}?", "passage": f"It is {i}, naïve.", "negatives": [f"No {i}", "Nö"]}
+    for i in range(5)
+]
+
+
+def convert(out, *files, flags=()):
+    return main_pairs(["--out_root", str(out), *flags, "--local_files", *map(str, files)])
+
+
+def test_writes_what_the_hosts_dataloader_reads(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ROWS[:3])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row)}\n\n" for row in ROWS[3:])
+    plain = [{"text_a": row["query"], "text_b": row["passage"]} for row in ROWS]
+    write_rows(tmp_path / "plain.jsonl", plain)
+    both = [f"train={tmp_path / name}" for name in ("a.jsonl", "b.jsonl.gz")]
+    assert convert(tmp_path / "mds", *both) == 0
+    found = list(LocalDataset(str(tmp_path / "mds" / "train")))
+    assert [row["query_text"] for row in found] == [row["query"] for row in ROWS]
+    assert [row["positive_passage"] for row in found] == [row["passage"] for row in ROWS]
+    assert [json.loads(row["negative_passages"]) for row in found] == [
+        row["negatives"] for row in ROWS
+    ]
+
+    flags = ["--query_column", "text_a", "--passage_column", "text_b", "--compression", "zstd"]
+    assert convert(tmp_path / "mds", f"val={tmp_path / 'plain.jsonl'}", flags=flags) == 0
+    index = json.loads((tmp_path / "mds" / "val" / "index.json").read_text())
+    assert index["shards"][0]["compression"] == "zstd"
+    assert index["shards"][0]["samples"] == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROWS[0], {"query": "q"}], "bad.jsonl:2: no key 'passage' (--passage_column)"),
+        ([ROWS[0], ROWS[1] | {"passage": 3}], "bad.jsonl:2: 3 where a text is wanted"),
+        ([ROWS[0], ROWS[1] | {"query": " "}], "bad.jsonl:2: ' ' where a text is wanted"),
+        ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, the lines before"),
+        ([ROWS[0], ROWS[1] | {"negatives": "n"}], "bad.jsonl:2: 'negatives' is str, not a list"),
+        ([ROWS[0], ["q", "p"]], "bad.jsonl:2: not a JSON object"),
+        ([], "no pairs for"),
+    ],
+)
+def test_names_a_bad_line_and_leaves_nothing(tmp_path, caplog, rows, message):
+    write_rows(tmp_path / "bad.jsonl", rows)
+    out = tmp_path / "mds"
+    assert convert(out, f"train={tmp_path / 'bad.jsonl'}") == 1
+    assert message in caplog.text
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_refuses_before_writing(tmp_path, caplog):
+    good = write_rows(tmp_path / "good.jsonl", ROWS)
+    write_rows(tmp_path / "other.jsonl", [{"query": "q", "passage": "p"}])
+    out = tmp_path / "mds"
+    assert convert(out, good) == 1
+    assert "which split?" in caplog.text
+    assert convert(out, f"train={good}", f"train={tmp_path / 'other.jsonl'}") == 1
+    assert "[0, 2] negatives" in caplog.text
+    assert not out.exists() or not list(out.iterdir())
+    assert convert(out, f"val={good}") == 0
+    before = (out / "val" / "index.json").read_bytes()
+    assert convert(out, f"train={good}", f"val={good}") == 1
+    assert "val is there already" in caplog.text
+    assert not (out / "train").exists() and (out / "val" / "index.json").read_bytes() == before
+
+
+def test_a_truncated_file_is_named(tmp_path, caplog):
+    whole = gzip.compress("".join(f"{json.dumps(row)}\n" for row in ROWS * 50).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert convert(tmp_path / "mds", f"train={tmp_path / 'cut.jsonl.gz'}") == 1
+    assert "cut.jsonl.gz" in caplog.text
+
+
+def test_pairs_of_novels_are_neighbours_and_splits_share_no_novel():
+    splits = runpy.run_path(str(QUICKSTART / "pairs.py"))["pairs"]()
+    with gzip.open(QUICKSTART / "novels.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    sources = {split: {row["source"] for row in rows} for split, rows in splits.items()}
+    assert {split: len(found) for split, found in sources.items()} == {
+        "train": 6, "val": 1, "test": 2,
+    }  # fmt: skip
+    assert len(set.union(*sources.values())) == len({row["source"] for row in rows}) == 9
+    for split, pairs in splits.items():
+        text = " ".join(" ".join(r["text"] for r in rows if r["source"] in sources[split]).split())
+        for pair in pairs[:50]:
+            assert " ".join(f"{pair['query']} {pair['passage']}".split()) in text
+        if split != "train":  # what is looked for is no query
+            assert not {pair["query"] for pair in pairs} & {pair["passage"] for pair in pairs}
