@@ -385,6 +385,23 @@ def extension() -> str:
     return intro + lines.replace("| --- | --- |", "| --- | ---: |")
 
 
+def gpt() -> str:
+    report = load("gpt")
+    last = {name: found["eval"][-1][1] for name, found in report["models"].items()}
+    sizes = ", ".join(f"{n} {found['parameters']:,}" for n, found in report["models"].items())
+    losses = ", ".join(f"{name} **{loss:.2f}**" for name, loss in last.items())
+    return (
+        f"`m2-gpt-small.yaml` beside the unmodified MPT at equal parameters ({sizes}), same data, "
+        f"order, seed and optimizer (its learning rate tuned for neither), "
+        f"{report['batches']} batches of {report['tokens_per_batch']:,} tokens of the "
+        f"quickstart's novels, one run each, {report['date']} (`bench_gpt.py`): at the end "
+        f"held-out text has {losses} nats per token; word frequencies alone give "
+        f"{report['unigram_cross_entropy']:.2f}. So short a training "
+        f"shows that the layers learn in the host's model, not which of the two ends up better.\n\n"
+        f"![Loss of M2-GPT and MPT](tests/benchmarks/results/gpt.png)"
+    )
+
+
 def serving() -> str:
     report = load("serving_cpu")
     names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
@@ -412,7 +429,7 @@ def main() -> None:
         draw_model(RESULTS / "model_cuda.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    sections = (quickstart, glue_quickstart, import_cost, extension, serving, model_cpu)
+    sections = (quickstart, glue_quickstart, gpt, import_cost, extension, serving, model_cpu)
     for section in (*sections, model_cuda, ops_cuda, conversion):
         name = section.__name__
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
