@@ -5,6 +5,7 @@ does, with draws that are a pure function of (seed, epoch, tokens of the sample)
 neighbours in the batch do not matter, and a resumed run sees the masks of an unbroken one.
 """
 
+import copy
 import difflib
 import inspect
 import json
@@ -452,6 +453,9 @@ def build_mlm_text_dataloader(
     """
     if tokenizer is None:
         raise ValueError("mlm_text needs a tokenizer.")
+    # Calls leave their truncation and padding in a tokenizer. The run's own one goes into its
+    # checkpoints, and a sharded one loads only if the tokenizer has the same keys as it had there.
+    tokenizer = copy.deepcopy(tokenizer)
     dataset = dict(dataset)
     _check_dataset_cfg(dataset)
     for folder in _local_folders(dataset):

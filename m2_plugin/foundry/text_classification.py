@@ -7,6 +7,7 @@ and the batches of an epoch are a function of the data, the seed and the epoch.
 """
 
 import contextlib
+import copy
 import csv
 import json
 import logging
@@ -612,7 +613,7 @@ def _check(
     for key in required:
         if dataset.get(key) is None:
             raise ValueError(f"{name} needs the key {key!r} in dataset.")
-    return tokenizer
+    return copy.deepcopy(tokenizer)  # as in mlm_text: the run's own one goes into checkpoints
 
 
 def build_glue_dataloader(

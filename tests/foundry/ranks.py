@@ -1,0 +1,65 @@
+"""Runs jobs of the host's `train` in ranks forked from one process, which imports the host once.
+
+    python ranks.py jobs.json
+
+Each job has a `world_size` and the `config` of a training run; jobs of one size that follow each
+other share their ranks. The launcher itself is tested elsewhere: it costs an import in each rank.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from itertools import groupby
+from typing import Any
+
+
+def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) -> None:
+    from llmfoundry.command_utils import train
+    from omegaconf import OmegaConf
+
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
+    numbers |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({key: str(number) for key, number in numbers.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for job in jobs:
+        train(OmegaConf.create(job["config"]))
+
+
+def fork_rank(*args: Any) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        run_rank(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(file: str) -> int:
+    import llmfoundry.command_utils  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    with open(file) as jobs:
+        groups = groupby(json.load(jobs), key=lambda job: job["world_size"])
+        for world_size, group in groups:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            batch = list(group)
+            ranks = [fork_rank(rank, world_size, port, batch) for rank in range(world_size)]
+            if any(os.waitpid(rank, 0)[1] for rank in ranks):
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

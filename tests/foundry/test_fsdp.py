@@ -1,0 +1,150 @@
+"""One training run on 1, 2 and 4 processes, sharded and not: the same losses, each other's files.
+
+FSDP2, which the host runs on CPU ranks; FSDP1 needs CUDA there. On one process the host ignores
+fsdp_config, so that a sharded checkpoint comes there by way of two ranks that save a full one.
+"""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint import FileSystemReader
+
+from tests.utils import ROOT, TOKENIZER
+
+pytestmark = pytest.mark.slow
+
+YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
+BATCHES, SAVED = 4, 2
+FULL, SHARDED = {"state_dict_type": "full"}, {"state_dict_type": "sharded"}
+# Name: processes, fsdp_config, and what else differs.
+RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
+    "one": (1, None, {}),
+    "ddp2": (2, None, {}),
+    "sharded2": (2, SHARDED, {}),
+    "full2": (2, FULL, {"model.init_device": "mixed"}),
+    "sharded4": (
+        4,
+        SHARDED | {"activation_checkpointing": True},
+        {"device_train_microbatch_size": 2},
+    ),
+}
+# Name: whose checkpoint it starts from, processes, fsdp_config.
+LOADED: dict[str, tuple[str, int, dict[str, Any] | None]] = {
+    "full2_in_one": ("full2", 1, None),
+    "sharded4_in_two": ("sharded4", 2, SHARDED),
+    "one_in_ddp2": ("one", 2, None),
+    "one_in_four": ("one", 4, FULL),
+    "sharded2_in_four": ("sharded2", 4, SHARDED),
+}
+
+
+def config(out: Path, mds: Path, fsdp: dict[str, Any] | None, keys: dict[str, Any]) -> Any:
+    cfg = OmegaConf.load(YAML)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "hyena_filter_order": 8}
+    sizes |= {"max_position_embeddings": 32, "long_conv_l_max": 32}
+    values = {
+        "variables": {"run_name": out.name, "out": str(out), "tokenizer": str(TOKENIZER)},
+        "variables.max_seq_len": 32,
+        "train_loader.dataset.local": str(mds),
+        "eval_loader.dataset.local": str(mds),
+        "device_train_microbatch_size": 4,
+        "max_duration": f"{BATCHES}ba",
+        "eval_interval": f"{BATCHES}ba",
+        "save_interval": f"{SAVED}ba",
+        "save_num_checkpoints_to_keep": -1,
+        "autoresume": False,
+        "progress_bar": False,
+        # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not). Gradients that are
+        # always clipped have the same length in either case.
+        "algorithms.gradient_clipping.clipping_threshold": 1e-3,
+    }
+    values |= {f"model.config_overrides.{key}": value for key, value in sizes.items()} | keys
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    del cfg.callbacks.hf_checkpointer
+    cfg.callbacks.loss_curve = {}
+    if fsdp is not None:
+        cfg.fsdp_config = fsdp
+    return OmegaConf.to_container(cfg)
+
+
+def checkpoint(folder: Path, batch: int, sharded: bool) -> Path:
+    return folder / "run" / (f"ep0-ba{batch}" if sharded else f"ep0-ba{batch}-rank0.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(mds, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fsdp")
+    jobs = [
+        {"world_size": size, "config": config(root / name, mds, fsdp, keys)}
+        for name, (size, fsdp, keys) in RUNS.items()
+    ]
+    for name, (source, size, fsdp) in LOADED.items():
+        path = checkpoint(root / source, SAVED, source.startswith("sharded"))
+        keys = {"load_path": str(path), "save_interval": f"{BATCHES}ba"}
+        jobs.append({"world_size": size, "config": config(root / name, mds, fsdp, keys)})
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    # Of FSDP's two versions the host takes the first one unless told so.
+    environment = {"FSDP_VERSION": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("ranks.py"), root / "jobs.json"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return {name: root / name for name in [*RUNS, *LOADED]}
+
+
+def curve(out: Path) -> dict[tuple[int, str], float]:
+    with open(out / "run" / "loss_curve.csv") as file:
+        return {
+            (int(row["batch"]), row["curve"]): float(row["loss"]) for row in csv.DictReader(file)
+        }
+
+
+def test_the_same_losses_however_many_and_sharded_or_not(runs):
+    one = curve(runs["one"])
+    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
+    for name in RUNS:
+        assert curve(runs[name]) == pytest.approx(one, rel=2e-6), name
+
+
+def test_checkpoints_load_into_each_other(runs):
+    """From batch 2 on, in another world, the losses of the unbroken run."""
+    one = curve(runs["one"])
+    for name in LOADED:
+        found = curve(runs[name])
+        assert found.keys() == one.keys(), name
+        assert found == pytest.approx(one, rel=2e-6), name
+
+
+def test_what_is_saved_is_sharded_or_whole(runs):
+    def model(name: str) -> dict[str, torch.Tensor]:
+        file = checkpoint(runs[name], BATCHES, sharded=False)
+        return torch.load(file, weights_only=False)["state"]["model"]
+
+    one, full = model("one"), model("full2")
+    assert one.keys() == full.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(full[name], tensor, rtol=0, atol=2e-6, msg=name)
+    for name, size in (("sharded2", 2), ("sharded4", 4)):
+        folder = checkpoint(runs[name], BATCHES, sharded=True)
+        tensors = FileSystemReader(folder).read_metadata().state_dict_metadata
+        for weight, tensor in one.items():
+            parts = tensors[f"state.model.{weight}"].chunks
+            largest = math.ceil(tensor.shape[0] / size)
+            assert max(part.sizes[0] for part in parts) == largest, weight
+            assert sum(math.prod(part.sizes) for part in parts) == tensor.numel(), weight
