@@ -16,6 +16,7 @@ NAMES = {
     ],
     "dataloaders": ["mlm_text", "glue", "text_classification"],
     "callbacks": ["seed_each_batch", "loss_curve", "eval_results"],
+    "callbacks_with_config": ["run_guard"],
     "ffns": ["monarch_mlp", "monarch_glu"],
     "attention_classes": ["monarch_mixer"],
     "module_init_fns": ["monarch"],

@@ -1,0 +1,225 @@
+"""Callback: a run that is killed at any point goes on when the same command is run again."""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist, partial_format
+from llmfoundry.callbacks.hf_checkpointer import HuggingFaceCheckpointer
+from llmfoundry.interfaces import CallbackWithConfig
+from torch.distributed.tensor import DTensor
+
+__all__ = ["RunGuard"]
+
+log = logging.getLogger(__name__)
+
+LOCK = ".run.lock"
+
+
+class RunGuard(CallbackWithConfig):
+    """Keeps a run's `save_folder` to one run, and such that a rerun can always go on from it.
+
+    Composer writes a checkpoint under its final name, then moves the link to the latest one. A
+    run killed between leaves a file that a rerun takes for a future checkpoint, and refuses.
+
+    - At the start the folder is locked; the system drops the lock when the process ends, however
+      it ends.
+    - With `autoresume`, checkpoints that were never finished are removed then, and the link to
+      the latest one is set to the newest whole one. Those of a killed run count towards
+      `save_num_checkpoints_to_keep`.
+    - A run that is at its `max_duration` already ends without an error.
+    - Transformers folders are written before the checkpoint of the same batch: where that is,
+      they are whole.
+    - Weights that are not finite are an error instead of a checkpoint.
+
+    A remote `save_folder` is neither locked nor tidied.
+
+    Args:
+        train_config: The run's settings, from the host.
+
+    Raises:
+        RuntimeError: At the start, if another run has the folder; before a checkpoint, if a weight
+            is not finite.
+    """
+
+    def __init__(self, train_config: dict[str, Any]):
+        self.saves = create_interval_scheduler(train_config.get("save_interval", "1000ba"))
+        self.export_only = bool(train_config.get("only_hf_checkpoint"))
+        self.autoresume = bool(train_config.get("autoresume"))
+        self.lock: IO[str] | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Lock the folder and tidy it, before Composer looks there for a checkpoint."""
+        del logger
+        saver = _local_saver(state)
+        if saver is None:
+            return
+        refusal: list[str | None] = [None]
+        if dist.get_global_rank() == 0:
+            folder = Path(format_name_with_dist(saver.folder, state.run_name))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock, refusal[0] = _lock(folder)
+            if refusal[0] is None and self.autoresume:
+                _tidy(folder, saver, state)
+        dist.broadcast_object_list(refusal, src=0)  # all ranks end, none waits for the others
+        if refusal[0] is not None:
+            raise RuntimeError(refusal[0])
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """End a run that is finished."""
+        del logger
+        elapsed = state.get_elapsed_duration()
+        if elapsed is None or elapsed < 1 or self.export_only:
+            return
+        log.warning(
+            "%s is finished: its checkpoint is at batch %d, max_duration is %s. Nothing is left "
+            "to do; a longer max_duration trains on.",
+            state.run_name,
+            state.timestamp.batch.value,
+            state.max_duration,
+        )
+        raise SystemExit(0)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Put what writes transformers folders before what writes checkpoints."""
+        del logger
+        # The host sorts them the other way round: no matter but for remote folders.
+        state.callbacks = sorted(state.callbacks, key=_order)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Check the weights, if they are about to be saved."""
+        del logger
+        if self.saves(state, Event.BATCH_CHECKPOINT):
+            _check_finite(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Check the weights, if they are about to be saved."""
+        del logger
+        if self.saves(state, Event.EPOCH_CHECKPOINT):
+            _check_finite(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Unlock the folder."""
+        del state, logger
+        if self.lock is not None:
+            self.lock.close()
+
+
+def _local_saver(state: State) -> CheckpointSaver | None:
+    for callback in state.callbacks:
+        if isinstance(callback, CheckpointSaver) and callback.remote_uploader is None:
+            return callback
+    return None
+
+
+def _order(callback: Any) -> int:
+    if isinstance(callback, CheckpointSaver):
+        return 2
+    return int(isinstance(callback, HuggingFaceCheckpointer))
+
+
+def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
+    """Lock a folder for this process.
+
+    Returns:
+        The file that holds the lock until it is closed, and None; or None, and why not.
+    """
+    file = open(folder / LOCK, "a+")  # noqa: SIM115 (open as long as the run)
+    try:
+        # Not flock: workers would inherit it and hold it after the death of their parent.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read() or "unknown"
+        file.close()
+        return None, (
+            f"save_folder {str(folder)!r} is in use by another run: {holder}. Wait for its end, "
+            "or give this one a save_folder of its own."
+        )
+    except OSError as error:
+        log.warning("%r cannot be locked (%s): start no second run there.", str(folder), error)
+        return file, None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file, None
+
+
+def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> None:
+    """Remove unfinished checkpoints, set the link to the newest one, tell the saver of the rest."""
+    sharded = state.fsdp_sharded_state_dict_enabled
+    for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files before their renaming
+        path.unlink()
+    found = _checkpoints(folder, saver, state)
+    for path in [path for path in found if not _is_whole(path)]:
+        found.remove(path)
+        # What is left of a sharded one is no obstacle: the next of this name overwrites it.
+        if not sharded:
+            log.warning("Removing %s: it was not finished when its run was killed.", path)
+            path.unlink()
+    if not found:
+        return
+    saver.saved_checkpoints = [str(path / "shards" if sharded else path) for path in found]
+    if saver.latest_filename is None:
+        return
+    name = format_name_with_dist(str(saver.latest_filename.filename), state.run_name)
+    link, target = folder / name, os.path.relpath(found[-1], (folder / name).parent)
+    if (link.exists() and not link.is_symlink()) or (
+        link.is_symlink() and os.readlink(link) == target
+    ):
+        return
+    log.warning("Setting %s to the newest checkpoint, %s.", link, target)
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Path]:
+    """The checkpoints in a folder, whole or not, oldest first."""
+    name = Path(str(saver.filename.filename))
+    if state.fsdp_sharded_state_dict_enabled:
+        name = name.parent / state.fsdp_config.sharded_ckpt_prefix_dir
+    elif name.suffix != ".pt":  # whether an archive of another kind is whole, we cannot tell
+        return []
+    name = Path(partial_format(str(name), run_name=state.run_name))
+    pattern = re.compile(re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(name.name)))
+    matches = [
+        (pattern.fullmatch(path.name), path)
+        for path in folder.joinpath(name.parent).glob("*")
+        if not path.is_symlink()
+    ]
+    numbered = [([int(n) for n in match.groups()], path) for match, path in matches if match]
+    return [path for _, path in sorted(numbered)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether what is written last is there: a zip's directory, a sharded checkpoint's metadata."""
+    if checkpoint.is_dir():
+        return (checkpoint / ".metadata").exists()
+    return zipfile.is_zipfile(checkpoint)
+
+
+def _check_finite(state: State) -> None:
+    bad = None
+    for name, weight in state.model.named_parameters():
+        values = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not torch.isfinite(values).all():
+            bad = name
+            break
+    found = [name for name in dist.all_gather_object(bad) if name]
+    if found:
+        raise RuntimeError(
+            f"The weights are not finite after batch {state.timestamp.batch.value} (the first: "
+            f"{found[0]}). They are not saved: the last checkpoint is from before. Start again "
+            "with a smaller learning rate."
+        )
