@@ -1,4 +1,4 @@
-"""convert_pairs.py, and the pairs that the quickstart makes of its novels."""
+"""convert_pairs.py, and the pairs that the quickstart makes of its sample of C4."""
 
 import gzip
 import json
@@ -87,18 +87,20 @@ def test_a_truncated_file_is_named(tmp_path, caplog):
     assert "cut.jsonl.gz" in caplog.text
 
 
-def test_pairs_of_novels_are_neighbours_and_splits_share_no_novel():
+def test_pairs_of_pages_are_neighbours_and_splits_share_no_page():
     splits = runpy.run_path(str(QUICKSTART / "pairs.py"))["pairs"]()
-    with gzip.open(QUICKSTART / "novels.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    sources = {split: {row["source"] for row in rows} for split, rows in splits.items()}
-    assert {split: len(found) for split, found in sources.items()} == {
-        "train": 6, "val": 1, "test": 2,
+    with gzip.open(QUICKSTART / "c4-sample.json.gz", "rt", encoding="utf-8") as file:
+        texts = {page["url"]: " ".join(page["text"].split()) for page in map(json.loads, file)}
+    assert {split: len(pairs) for split, pairs in splits.items()} == {
+        "train": 3175, "val": 62, "test": 131,
     }  # fmt: skip
-    assert len(set.union(*sources.values())) == len({row["source"] for row in rows}) == 9
+    sources = {split: {pair["source"] for pair in pairs} for split, pairs in splits.items()}
+    assert len(set.union(*sources.values())) == sum(len(found) for found in sources.values())
     for split, pairs in splits.items():
-        text = " ".join(" ".join(r["text"] for r in rows if r["source"] in sources[split]).split())
-        for pair in pairs[:50]:
-            assert " ".join(f"{pair['query']} {pair['passage']}".split()) in text
-        if split != "train":  # what is looked for is no query
+        for pair in pairs:
+            neighbours = f"{pair['query']} {pair['passage']}"
+            assert " ".join(neighbours.split()) in texts[pair["source"]]
+            assert min(len(pair["query"]), len(pair["passage"])) >= 300
+        if split != "train":  # one right answer, and what is looked for is no query
+            assert len(sources[split]) == len(pairs)
             assert not {pair["query"] for pair in pairs} & {pair["passage"] for pair in pairs}
