@@ -23,7 +23,7 @@ from m2_plugin.files import write_atomically
 log = logging.getLogger("pairs")
 
 SAMPLE = Path(__file__).parent / "c4-sample.json.gz"
-SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # tenths of the pages, by the hash of the address
+SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # tenths of the pages, by their address
 CHARACTERS = 300  # some 80 tokens, so that most are whole within the quickstart's 128
 SENTENCE_END = re.compile(r"""(?<=[.!?"'])\s+(?=\W?[A-Z])""")
 
