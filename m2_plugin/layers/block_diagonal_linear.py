@@ -1,4 +1,4 @@
-"""A linear layer with a block-diagonal weight."""
+"""Linear layers of block-diagonal matrices: what they share, and the one of a single matrix."""
 
 import math
 
@@ -9,16 +9,13 @@ from m2_plugin.ops.backend import check_backend
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
 
 
-class BlockDiagonalLinear(nn.Module):
-    """Linear map whose matrix is block-diagonal: a single factor of a Monarch matrix.
-
-    ``y = x · diag(W_1, …, W_K)ᵀ + b`` (arXiv 2310.12109, section 3). It has 1/K of the weights and
-    of the FLOPs of a dense layer. Features that do not fill whole blocks are padded with zeros.
+class BlockLinear(nn.Module):
+    """What the linear layers of block-diagonal matrices have in common.
 
     Args:
         in_features: size of the last dimension of the input, (..., in_features).
         out_features: size of the last dimension of the output, (..., out_features).
-        nblocks: number K of blocks.
+        nblocks: number K of blocks of each block-diagonal matrix.
         bias: add a bias of shape (out_features,).
         backend: ``auto``, ``torch`` or ``triton``, as in ``block_diagonal_linear``.
         device: where to make the parameters.
@@ -48,10 +45,41 @@ class BlockDiagonalLinear(nn.Module):
         self.out_features = out_features
         self.nblocks = nblocks
         self.backend = backend
-        shape = block_shape(in_features, out_features, nblocks)
-        self.weight = nn.Parameter(torch.empty(shape, device=device))
+        for name, shape in self.weight_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)))
         self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
         self.reset_parameters()
+
+    def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Names the weights and gives their shapes."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draws weights and bias."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Names the sizes when the module is printed."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"nblocks={self.nblocks}, bias={self.bias is not None}"
+        )
+
+
+class BlockDiagonalLinear(BlockLinear):
+    """Linear map whose matrix is block-diagonal: a single factor of a Monarch matrix.
+
+    ``y = x · diag(W_1, …, W_K)ᵀ + b`` (arXiv 2310.12109, section 3). It has 1/K of the weights and
+    of the FLOPs of a dense layer. Features that do not fill whole blocks are padded with zeros.
+
+    See ``BlockLinear`` for the arguments.
+    """
+
+    weight: Tensor
+
+    def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Returns the one weight, (K, O, I)."""
+        return {"weight": block_shape(self.in_features, self.out_features, self.nblocks)}
 
     def reset_parameters(self) -> None:
         """Draws the weights of M2-BERT's initialisation.
@@ -68,10 +96,3 @@ class BlockDiagonalLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         return block_diagonal_linear(x, self.weight, self.bias, self.out_features, self.backend)
-
-    def extra_repr(self) -> str:
-        """Names the sizes when the module is printed."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"nblocks={self.nblocks}, bias={self.bias is not None}"
-        )

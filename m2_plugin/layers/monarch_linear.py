@@ -5,10 +5,9 @@ Dimension key: K blocks, I inputs per block, M middle features per block, O outp
 
 import math
 
-import torch
 from torch import Tensor, nn
 
-from m2_plugin.ops.backend import check_backend
+from m2_plugin.layers.block_diagonal_linear import BlockLinear
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
 
 
@@ -17,7 +16,7 @@ def _interleave(x: Tensor, nblocks: int) -> Tensor:
     return x.unflatten(-1, (nblocks, -1)).transpose(-1, -2).flatten(-2)
 
 
-class MonarchLinear(nn.Module):
+class MonarchLinear(BlockLinear):
     """Linear map by a Monarch matrix of order 2: two block-diagonal factors, permuted between.
 
     ``y = P · L · P · R · x + b`` (arXiv 2310.12109, section 3, with the innermost permutation the
@@ -29,48 +28,20 @@ class MonarchLinear(nn.Module):
 
     The weights are K·M·(I + O) numbers: for a square map 2/K of a dense layer's.
 
-    Args:
-        in_features: size of the last dimension of the input, (..., in_features).
-        out_features: size of the last dimension of the output, (..., out_features).
-        nblocks: number K of blocks in each factor.
-        bias: add a bias of shape (out_features,).
-        backend: ``auto``, ``torch`` or ``triton``, as in ``block_diagonal_linear``.
-        device: where to make the parameters.
-
-    Raises:
-        ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes, or ``backend``
-            is unknown.
+    See ``BlockLinear`` for the arguments.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nblocks: int = 4,
-        bias: bool = True,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-    ):
-        super().__init__()
-        check_backend(backend)
-        if not 1 <= nblocks <= min(in_features, out_features):
-            raise ValueError(
-                f"nblocks must be between 1 and min(in_features, out_features) = "
-                f"{min(in_features, out_features)}, not {nblocks}"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.nblocks = nblocks
-        self.backend = backend
-        middle = nblocks * math.ceil(min(in_features, out_features) / nblocks)
-        right, left = (
-            block_shape(in_features, middle, nblocks),
-            block_shape(middle, out_features, nblocks),
-        )
-        self.right = nn.Parameter(torch.empty(right, device=device))
-        self.left = nn.Parameter(torch.empty(left, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
-        self.reset_parameters()
+    right: Tensor
+    left: Tensor
+
+    def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Returns the factors R, (K, M, I), and L, (K, O, M)."""
+        smaller = min(self.in_features, self.out_features)
+        middle = self.nblocks * math.ceil(smaller / self.nblocks)
+        return {
+            "right": block_shape(self.in_features, middle, self.nblocks),
+            "left": block_shape(middle, self.out_features, self.nblocks),
+        }
 
     def reset_parameters(self) -> None:
         """Draws both factors so that outputs have the variance that a fresh ``nn.Linear``'s have.
@@ -91,10 +62,3 @@ class MonarchLinear(nn.Module):
         y = _interleave(block_diagonal_linear(h, self.left, backend=self.backend), self.nblocks)
         y = y[..., : self.out_features]
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        """Names the sizes when the module is printed."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"nblocks={self.nblocks}, bias={self.bias is not None}"
-        )
