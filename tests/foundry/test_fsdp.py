@@ -17,13 +17,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.utils import ROOT, TOKENIZER
 
 pytestmark = pytest.mark.slow
 
-YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
+PRETRAIN = ROOT / "yamls" / "pretrain"
 BATCHES, SAVED = 4, 2
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "hyena_filter_order": 8}
+SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32}
+BERT = {f"model.config_overrides.{key}": value for key, value in SIZES.items()}
+GPT = {"model.d_model": 32, "model.n_layers": 2, "model.attn_config.filter_order": 8}
 FULL, SHARDED = {"state_dict_type": "full"}, {"state_dict_type": "sharded"}
 # Name: processes, fsdp_config, and what else differs.
 RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
@@ -47,13 +52,29 @@ LOADED: dict[str, tuple[str, int, dict[str, Any] | None]] = {
 }
 
 
-def config(out: Path, mds: Path, fsdp: dict[str, Any] | None, keys: dict[str, Any]) -> Any:
-    cfg = OmegaConf.load(YAML)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "hyena_filter_order": 8}
-    sizes |= {"max_position_embeddings": 32, "long_conv_l_max": 32}
+# M2-GPT: processes, fsdp_config, and what else differs.
+GPT_RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
+    "gpt_one": (1, None, {"callbacks.hf_checkpointer": {"save_interval": "1dur"}}),
+    "gpt_sharded2": (
+        2,
+        SHARDED | {"activation_checkpointing": True},
+        {"model.init_device": "mixed"},
+    ),
+}
+
+
+def config(
+    out: Path,
+    mds: Path,
+    fsdp: dict[str, Any] | None,
+    keys: dict[str, Any],
+    model: str = "m2-bert-quickstart",
+) -> Any:
+    cfg = OmegaConf.load(PRETRAIN / f"{model}.yaml")
     values = {
         "variables": {"run_name": out.name, "out": str(out), "tokenizer": str(TOKENIZER)},
         "variables.max_seq_len": 32,
+        "save_folder": str(out / "run"),
         "train_loader.dataset.local": str(mds),
         "eval_loader.dataset.local": str(mds),
         "device_train_microbatch_size": 4,
@@ -67,11 +88,12 @@ def config(out: Path, mds: Path, fsdp: dict[str, Any] | None, keys: dict[str, An
         # always clipped have the same length in either case.
         "algorithms.gradient_clipping.clipping_threshold": 1e-3,
     }
-    values |= {f"model.config_overrides.{key}": value for key, value in sizes.items()} | keys
-    for key, value in values.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
-    del cfg.callbacks.hf_checkpointer
     cfg.callbacks.loss_curve = {}
+    cfg.callbacks.pop("hf_checkpointer", None)
+    for key, value in (values | (GPT if "gpt" in model else BERT) | keys).items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    if "hf_checkpointer" in cfg.callbacks:
+        cfg.callbacks.hf_checkpointer.save_folder = str(out)
     if fsdp is not None:
         cfg.fsdp_config = fsdp
     return OmegaConf.to_container(cfg)
@@ -85,8 +107,9 @@ def checkpoint(folder: Path, batch: int, sharded: bool) -> Path:
 def runs(mds, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fsdp")
     jobs = [
-        {"world_size": size, "config": config(root / name, mds, fsdp, keys)}
-        for name, (size, fsdp, keys) in RUNS.items()
+        {"world_size": size, "config": config(root / name, mds, fsdp, keys, model)}
+        for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS))
+        for name, (size, fsdp, keys) in wanted.items()
     ]
     for name, (source, size, fsdp) in LOADED.items():
         path = checkpoint(root / source, SAVED, source.startswith("sharded"))
@@ -105,7 +128,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         timeout=800,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return {name: root / name for name in [*RUNS, *LOADED]}
+    return {name: root / name for name in [*GPT_RUNS, *RUNS, *LOADED]}
 
 
 def curve(out: Path) -> dict[tuple[int, str], float]:
@@ -120,6 +143,26 @@ def test_the_same_losses_however_many_and_sharded_or_not(runs):
     assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
     for name in RUNS:
         assert curve(runs[name]) == pytest.approx(one, rel=2e-6), name
+
+
+def test_m2_gpt_is_sharded_and_saved_for_transformers(runs):
+    """Losses as on one process; the host's folder holds the trained weights and generates."""
+    one = curve(runs["gpt_one"])
+    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
+    assert curve(runs["gpt_sharded2"]) == pytest.approx(one, rel=2e-6)
+
+    folder = runs["gpt_one"] / "huggingface" / f"ba{BATCHES}"
+    # The folder has the host's files, which import the host and by it the plugin.
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    file = checkpoint(runs["gpt_one"], BATCHES, sharded=False)
+    trained = torch.load(file, weights_only=False)["state"]["model"]
+    saved = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in trained.items())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer("call me", return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**text, max_new_tokens=3, use_cache=False)
+    assert tokens.shape[1] == text["input_ids"].shape[1] + 3
 
 
 def test_checkpoints_load_into_each_other(runs):
