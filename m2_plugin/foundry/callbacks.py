@@ -17,6 +17,7 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from numpy.typing import NDArray
 
+from m2_plugin.curves import End, annotate_ends, default_span, running_mean
 from m2_plugin.files import write_atomically
 
 __all__ = ["LossCurve", "SeedEachBatch"]
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 EVAL_METRIC = "LanguageCrossEntropy"
 TRAIN = "train"
 Point = tuple[int, str, float]  # batch, curve, loss in nats
-End = tuple[float, float, str]  # last batch of a curve, its loss there, its colour
 
 
 class SeedEachBatch(Callback):
@@ -227,15 +227,6 @@ def _count_tokens(dataset: Any, vocab_size: int, max_samples: int) -> NDArray[np
     return counts
 
 
-def _running_mean(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
-    """Centred mean over `span` values; the window shrinks at the ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low = np.maximum(index - span // 2, 0)
-    high = np.minimum(index + span // 2 + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
 def draw_loss_curve(
     points: Iterable[Point],
     baseline: dict[str, float],
@@ -279,13 +270,13 @@ def draw_loss_curve(
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    _annotate(axes, ends)
+    annotate_ends(axes, ends)
     return figure
 
 
 def _draw_train(axes: Any, points: list[tuple[int, float]], smoothing: int | None) -> End:
     batches, losses = np.array(points).T
-    smooth = _running_mean(losses, smoothing or min(len(losses) // 50 + 4, len(losses)))
+    smooth = running_mean(losses, smoothing or default_span(len(losses)))
     axes.plot(batches, losses, color="C0", linewidth=0.6, alpha=0.4)
     axes.plot(batches, smooth, color="C0", linewidth=1.6, label="train, smoothed")
     return batches[-1], smooth[-1], "C0"
@@ -295,21 +286,3 @@ def _draw_eval(axes: Any, label: str, points: list[tuple[int, float]], color: st
     batches, losses = np.array(points).T
     axes.plot(batches, losses, color=color, linewidth=1.4, marker="o", markersize=3.5, label=label)
     return batches[-1], losses[-1], color
-
-
-def _annotate(axes: Any, ends: list[End]) -> None:
-    """Write final values right of the axes, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    below = -math.inf
-    for batch, loss, color in sorted(ends, key=lambda end: end[1]):
-        height = max(loss, below + 0.035 * (high - low))  # a line of text is 3.5 % of the axis
-        below = height
-        axes.annotate(
-            f"{loss:.3f}",
-            (batch, loss),
-            xytext=(1.01, height),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            color=color,
-            fontsize=9,
-        )
