@@ -15,6 +15,10 @@ COMMANDS = {
         "say what runs here: versions, kernels, their errors and times",
     ),
     "glue": ("m2_plugin.glue.command:main", "fine-tune on GLUE by the published recipe; the table"),
+    "train-report": (
+        "m2_plugin.train_report.command:main",
+        "draw the curves of training runs from their logs",
+    ),
 }
 
 

@@ -10,7 +10,11 @@ import m2_plugin
 PACKAGE = Path(m2_plugin.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ["ops", "layers", "models", "foundry"]  # each may import those before it
-LIGHT = [PACKAGE / "cli.py", PACKAGE / "files.py", *sorted((PACKAGE / "glue").glob("*.py"))]
+LIGHT = [
+    *(PACKAGE / name for name in ("cli.py", "curves.py", "files.py")),
+    *sorted((PACKAGE / "glue").glob("*.py")),
+    *sorted((PACKAGE / "train_report").glob("*.py")),
+]
 HOST = {"llmfoundry", "composer", "streaming"}
 
 

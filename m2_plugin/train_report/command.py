@@ -1,0 +1,107 @@
+"""`m2-plugin train-report`: its arguments, and what they write."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from m2_plugin.files import write_atomically
+from m2_plugin.train_report.draw import DARK, LIGHT, PANELS, draw
+from m2_plugin.train_report.page import page, table
+from m2_plugin.train_report.runs import AXES, Run, common_rate, load_runs, summarize
+
+__all__ = ["main", "write_report"]
+
+log = logging.getLogger(__name__)
+
+EPILOG = """examples:
+  m2-plugin train-report runs/m2-bert-base
+  m2-plugin train-report runs/m2-bert-base runs/bert-base --x tokens --out compared
+It reads event files of TensorBoard, MLflow's file stores, offline files of Weights & Biases and
+loss_curve.csv, wherever they lie below the folders."""
+
+
+def write_report(
+    folders: Sequence[str | Path], out: str | Path | None = None, axis: str = "batch"
+) -> tuple[list[list[str]], list[Path]]:
+    """Draws the runs below some folders together.
+
+    Args:
+        folders: each with the logs of one run or more.
+        out: where to write; by default `report` in a single folder, else `./train-report`.
+        axis: one of `AXES`.
+
+    Returns:
+        The table of results, header first, and the files written.
+
+    Raises:
+        ValueError: if a folder has no logs, or no run knows the axis.
+    """
+    runs = load_runs([Path(folder) for folder in folders])
+    _check_axis(runs, axis)
+    default = Path(folders[0]) / "report" if len(folders) == 1 else Path("train-report")
+    out = default if out is None else Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        name: (draw(name, runs, axis, LIGHT), draw(name, runs, axis, DARK)) for name in PANELS
+    }
+    rows = [summarize(run, common_rate(runs)) for run in runs]
+    files: dict[Path, str | bytes] = {
+        out / f"{name}.png": light for name, (light, _) in pictures.items()
+    }
+    files[out / "report.html"] = page(runs, rows, pictures, datetime.now())
+    for path, content in files.items():
+        write_atomically(path, content)
+    return table(rows), list(files)
+
+
+def _check_axis(runs: Sequence[Run], axis: str) -> None:
+    lacking = [
+        run.name
+        for run in runs
+        if all(run.x(series, axis) is None for series in run.series.values())
+    ]
+    needed = AXES[axis][1]
+    if len(lacking) == len(runs):
+        raise ValueError(f"--x {axis} needs {needed}: {', '.join(lacking)} has none")
+    for name in lacking:
+        log.warning("%s has no %s: it is in the table only", name, needed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `m2-plugin train-report`.
+
+    Args:
+        argv: arguments, without the program's name.
+
+    Returns:
+        0, or 1 if something was refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="m2-plugin train-report",
+        description="Draw loss, learning rate, throughput and memory of training runs, as PNGs and "
+        "as one page.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="a folder with a run's logs")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (RUN_DIR/report; of several ./train-report)"
+    )
+    parser.add_argument("--x", dest="axis", default="batch", choices=AXES, help="(batch)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        rows, files = write_report(**vars(args))
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        sys.stdout.write("  ".join(cells) + "\n")
+    sys.stdout.write("".join(f"{path}\n" for path in files))
+    return 0

@@ -1,0 +1,308 @@
+"""Draws the curves of runs on common axes, in light or dark colours."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2_plugin.curves import End, annotate_ends, default_span, running_mean
+from m2_plugin.train_report.readers import Series
+from m2_plugin.train_report.runs import (
+    AXES,
+    GPU_RESERVED,
+    TRAIN,
+    Run,
+    common_rate,
+    memory_series,
+)
+
+__all__ = ["DARK", "LIGHT", "PANELS", "Theme", "draw"]
+
+DRAWN = 2000  # points of a line; a picture is 1,200 wide
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture; `runs` are told apart by the colour-blind, after Okabe and Ito."""
+
+    paper: str
+    ink: str
+    faint: str
+    runs: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff", "#1c2024", "#8a9199",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B61A8", "#8C6D46"),
+)  # fmt: skip
+DARK = Theme(
+    "#16191d", "#e4e7ea", "#7d858d",
+    ("#4FA8DC", "#FF8A4C", "#2FC79A", "#E79BC5", "#F2B632", "#9AD3F5", "#B39DDB", "#C9A66B"),
+)  # fmt: skip
+
+
+class _Panel:
+    """Axes with the runs' colours and the x axis chosen."""
+
+    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme):
+        # Here, not at the top: matplotlib is slow to import, and `--help` needs none.
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor=theme.paper)
+        FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_subplot(facecolor=theme.paper)
+        self.runs, self.axis, self.theme = runs, axis, theme
+        self.ends: list[End] = []
+        self.colors: list[Any] = list(theme.runs[: len(runs)])
+        lengths = [sum(run.ends) - sum(wall for wall, _ in run.starts) for run in runs]
+        # A CPU's quickstart takes minutes, a pretraining days.
+        self.in_minutes = axis == "time" and max(lengths) < 2 * 3600
+        if len(runs) > len(theme.runs):
+            self.colors = list(colormaps["turbo"](np.linspace(0.08, 0.92, len(runs))))
+
+    @property
+    def alone(self) -> bool:
+        return len(self.runs) == 1
+
+    def x(self, run: Run, series: Series) -> NDArray[np.float64] | None:
+        """Where the points of a curve lie."""
+        x = run.x(series, self.axis)
+        return x * 60 if x is not None and self.in_minutes else x
+
+    def line(self, run: Run, series: Series, values: Any = None, **style: Any) -> bool:
+        """Draws a curve; false if the run does not know its x axis."""
+        x = self.x(run, series)
+        if x is None:
+            return False
+        y = series.values if values is None else values
+        self.axes.plot(*_thin(x, y), **style)
+        return True
+
+    def finish(self, ylabel: str, missing: str) -> Any:
+        """Labels the axes; where nothing was drawn, says what would have logged it."""
+        axes, theme = self.axes, self.theme
+        empty = not axes.lines
+        if empty:
+            axes.set(xticks=[], yticks=[])
+            axes.text(
+                0.5, 0.5, f"not logged\n\n{missing}", transform=axes.transAxes,
+                ha="center", va="center", color=theme.faint, fontsize=11,
+            )  # fmt: skip
+            axes.spines[:].set_visible(False)
+            return self.figure
+        if self.alone:
+            title = self.runs[0].name
+            axes.set_title(title, color=theme.ink, fontsize=10, loc="left", parse_math=False)
+        label = AXES[self.axis][0]
+        label = label.replace("hours", "minutes") if self.in_minutes else label
+        axes.set_xlabel(label, color=theme.ink)
+        axes.set_ylabel(ylabel, color=theme.ink)
+        axes.grid(alpha=0.25, color=theme.faint)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(theme.faint)
+        axes.tick_params(colors=theme.ink, which="both")
+        if self.axis == "tokens":
+            axes.xaxis.set_major_formatter(_engineering)
+        else:
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+        self._add_legend()
+        if len(self.ends) <= 6:
+            annotate_ends(axes, self.ends)
+        return self.figure
+
+    def _add_legend(self) -> None:
+        entries = len(self.axes.get_legend_handles_labels()[0])
+        if not entries:
+            return
+        if entries > 8:  # it would lie upon the curves
+            legend = self.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        else:
+            legend = self.axes.legend(fontsize=9)
+        legend.set_frame_on(False)
+        for text in legend.get_texts():
+            text.set(color=self.theme.ink, parse_math=False)  # a name may hold a $
+
+
+def _engineering(x: float, _: float) -> str:
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:g}{name}"
+    return f"{x:g}"
+
+
+def _thin(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of a long curve the lowest and the highest point of each stretch: no peak is lost."""
+    if len(x) <= DRAWN:
+        return x, y
+    edges = np.linspace(0, len(x), DRAWN // 2 + 1).astype(int)
+    keep = {0, len(x) - 1}
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        keep |= {a + int(np.argmin(y[a:b])), a + int(np.argmax(y[a:b]))}
+    index = np.array(sorted(keep))
+    return x[index], y[index]
+
+
+def _draw_loss(panel: _Panel) -> Any:
+    labels: list[str] = []  # of evaluations
+    baselines: dict[str, float] = {}
+    for run, color in zip(panel.runs, panel.colors, strict=True):
+        unnamed = not _draw_train(panel, run, color)
+        for label, series in run.evals().items():
+            if label not in labels:
+                labels.append(label)
+            _draw_eval(panel, run, series, labels.index(label), color, unnamed)
+            unnamed = False
+        for tag in run.series:
+            if tag.startswith("baseline/") and (known := run.get(tag)) is not None:
+                name = tag.removeprefix("baseline/").replace("_", " ")
+                value = float(known.values[-1])
+                baselines[f"{name}: {value:.3f}"] = value
+    if not panel.axes.lines:
+        labels, baselines = [], {}
+    for i, label in enumerate(labels):
+        # Of several runs colours mean the run: what a dashed line is, is said once, in grey.
+        shade = panel.theme.runs[(i + 1) % len(panel.theme.runs)]
+        panel.axes.plot(
+            [], [], color=shade if panel.alone else panel.theme.faint, markersize=4, linewidth=1.2,
+            linestyle="-" if panel.alone else "--", marker=MARKERS[i % len(MARKERS)],
+            label="evaluation" + (f" ({label})" if label != "eval" else ""),
+        )  # fmt: skip
+    if len(baselines) <= len(LINES):
+        for (label, value), line in zip(baselines.items(), ("--", ":", "-.", "-"), strict=False):
+            panel.axes.axhline(
+                value, linestyle=line, color=panel.theme.faint, linewidth=1, label=label
+            )
+    return panel.finish(
+        "loss (nats)", "Composer logs it to every logger;\nthe callback loss_curve writes it too."
+    )
+
+
+def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
+    train = run.get(TRAIN)
+    if train is None or (x := panel.x(run, train)) is None:
+        return False
+    smooth = running_mean(train.values, default_span(len(train)))
+    # Paler where several runs lie upon each other: their means are to be read.
+    panel.line(run, train, color=color, linewidth=0.6, alpha=0.4 if panel.alone else 0.25)
+    name = "training, smoothed" if panel.alone else run.name
+    panel.line(run, train, smooth, color=color, linewidth=1.6, label=name)
+    panel.ends.append((x[-1], smooth[-1], color))
+    return True
+
+
+def _draw_eval(
+    panel: _Panel, run: Run, series: Series, number: int, color: Any, unnamed: bool
+) -> None:
+    shade = panel.theme.runs[(number + 1) % len(panel.theme.runs)] if panel.alone else color
+    drawn = panel.line(
+        run, series, color=shade, linewidth=1.2, linestyle="-" if panel.alone else "--",
+        marker=MARKERS[number % len(MARKERS)], markersize=4,
+        markevery=max(1, min(len(series), DRAWN) // 60),
+        label=run.name if unnamed and not panel.alone else None,
+    )  # fmt: skip
+    if drawn and panel.alone:
+        panel.ends.append((0, series.values[-1], shade))
+
+
+def _draw_learning_rate(panel: _Panel) -> Any:
+    groups: list[str] = []
+    for run, color in zip(panel.runs, panel.colors, strict=True):
+        for j, (group, series) in enumerate(run.learning_rates().items()):
+            shade = panel.theme.runs[j % len(panel.theme.runs)] if panel.alone else color
+            groups += [group] if group not in groups else []
+            name = group if panel.alone else run.name if j == 0 else None
+            panel.line(run, series, color=shade, linewidth=1.6, label=name,
+                       linestyle=LINES[groups.index(group) % len(LINES)])  # fmt: skip
+    if len(groups) > 1 and not panel.alone and panel.axes.lines:
+        for group, line in zip(groups, LINES, strict=False):
+            panel.axes.plot([], [], color=panel.theme.faint, linestyle=line, label=group)
+    if panel.axes.lines:
+        panel.axes.set_ylim(bottom=0)
+        panel.axes.yaxis.set_major_formatter(lambda y, _: f"{y:.6g}")
+    return panel.finish("learning rate", "The callback lr_monitor logs it.")
+
+
+def _draw_throughput(panel: _Panel) -> Any:
+    kind = common_rate(panel.runs)
+    highest = 0.0
+    for run, color in zip(panel.runs, panel.colors, strict=True):
+        series, device = run.rate(kind), run.rate(kind, device=True)
+        if series is None:
+            continue
+        median = float(np.median(series.values))
+        name = f"median {median:,.4g}" if median < 1000 else f"median {median:,.0f}"
+        if device is not None and (each := float(np.median(device.values))) < 0.99 * median:
+            name += f", {each:,.4g} per device" if each < 1000 else f", {each:,.0f} per device"
+        values = series.values
+        if len(series) > DRAWN:  # it is a mean already, but thousands of them are a band
+            panel.line(run, series, color=color, linewidth=0.6, alpha=0.4)
+            values = running_mean(values, default_span(len(series)))
+        panel.line(run, series, values, color=color, linewidth=1.6,
+                   label=name if panel.alone else f"{run.name}: {name}")  # fmt: skip
+        # A single odd value must not flatten the rest.
+        highest = max(highest, float(np.percentile(series.values, 99.5)))
+    if panel.axes.lines:
+        panel.axes.set_ylim(0, 1.15 * highest)
+        panel.axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+    return panel.finish(f"{kind} per second", "The callback speed_monitor logs it.")
+
+
+def _draw_memory(panel: _Panel) -> Any:
+    kinds = set()
+    for run, color in zip(panel.runs, panel.colors, strict=True):
+        series, kind = memory_series(run)
+        if series is None:
+            continue
+        kinds.add(kind)
+        what = "peak allocated" if kind == "GPU" else "in use on the machine, by all programs"
+        highest = f"{what}: at most {series.values.max():.3g} GB"
+        label = highest if panel.alone else f"{run.name}: at most {series.values.max():.3g} GB"
+        panel.line(run, series, color=color, linewidth=1.6, label=label)
+        reserved = run.get(GPU_RESERVED)
+        if kind == "GPU" and reserved is not None and panel.alone:
+            label = f"peak reserved: at most {reserved.values.max():.3g} GB"
+            panel.line(run, reserved, color=color, linewidth=1.2, linestyle="--", label=label)
+    if panel.axes.lines:
+        panel.axes.set_ylim(0, 1.15 * panel.axes.get_ylim()[1])
+    of = {"GPU": ", peak allocated", "machine": " of the machine, by all programs"}
+    return panel.finish(
+        f"memory{of[kinds.pop()] if len(kinds) == 1 and not panel.alone else ''} (GB)",
+        "The callback memory_monitor logs a GPU's,\nsystem_metrics_monitor that of the machine.",
+    )
+
+
+# File name: what the page calls it, and what draws it.
+PANELS: dict[str, tuple[str, Callable[[_Panel], Any]]] = {
+    "loss": ("Loss", _draw_loss),
+    "learning_rate": ("Learning rate", _draw_learning_rate),
+    "throughput": ("Throughput", _draw_throughput),
+    "memory": ("Memory", _draw_memory),
+}
+
+
+def draw(name: str, runs: Sequence[Run], axis: str = "batch", theme: Theme = LIGHT) -> bytes:
+    """Draws one of `PANELS`.
+
+    Args:
+        name: its name.
+        runs: a colour each.
+        axis: one of `AXES`; runs that do not know it are left out.
+        theme: colours.
+
+    Returns:
+        A PNG.
+    """
+    figure = PANELS[name][1](_Panel(runs, axis, theme))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor=theme.paper)
+    return file.getvalue()

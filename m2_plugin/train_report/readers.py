@@ -1,0 +1,338 @@
+"""Reads what the host's loggers wrote: TensorBoard, MLflow, Weights & Biases, `loss_curve.csv`."""
+
+import csv
+import json
+import logging
+import os
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+__all__ = ["SOURCES", "Log", "Series", "read_logs"]
+
+log = logging.getLogger(__name__)
+
+TENSORBOARD, MLFLOW, WANDB, CSV = "TensorBoard", "MLflow", "Weights & Biases", "loss_curve.csv"
+# Where several hold the same curve, the first of these is believed.
+SOURCES = (TENSORBOARD, MLFLOW, WANDB, CSV)
+# Of some 50 curves that a run logs; reading only these saves half the memory.
+WANTED = re.compile(
+    r"loss/train/total|lr-.*|throughput/.*|memory/peak_.*|cpu_memory_used|baseline/.*"
+    r"|time/(batch|token)|metrics/(?!train/).*(CrossEntropy|Loss)"
+)
+EVENT_FILE = re.compile(r".*tfevents\.(\d+)\.(.*)\.(\d+)")  # torch: time, host and process, count
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve as logged: for each point its batch, when it was logged (Unix time), its value."""
+
+    steps: NDArray[np.int64]
+    walls: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def where(self, mask: NDArray[Any]) -> "Series":
+        """The points that a mask or an index takes."""
+        return Series(self.steps[mask], self.walls[mask], self.values[mask])
+
+
+@dataclass
+class Log:
+    """What one logger wrote of one run; `walls` are NaN where it notes no time.
+
+    Attributes:
+        source: one of `SOURCES`.
+        name: of the run.
+        folder: where it lies.
+        series: curves by tag.
+        parameters: hyperparameters.
+        starts: when each process that wrote began, as far as the files tell.
+    """
+
+    source: str
+    name: str
+    folder: Path
+    series: dict[str, Series] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+    starts: list[float] = field(default_factory=list)
+
+
+class _Points:
+    """Curves that grow."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, tuple[array[int], array[float], array[float]]] = {}
+        self.wanted: dict[str, bool] = {}
+
+    def wants(self, tag: str) -> bool:
+        if tag not in self.wanted:
+            self.wanted[tag] = WANTED.fullmatch(tag) is not None
+        return self.wanted[tag]
+
+    def add(self, tag: str, step: int, wall: float, value: float) -> None:
+        if tag not in self.columns:
+            self.columns[tag] = (array("q"), array("d"), array("d"))
+        steps, walls, values = self.columns[tag]
+        steps.append(step)
+        walls.append(wall)
+        values.append(value)
+
+    def extend(self, other: "_Points") -> None:
+        for tag, (steps, walls, values) in other.columns.items():
+            mine = self.columns.setdefault(tag, (array("q"), array("d"), array("d")))
+            mine[0].extend(steps)
+            mine[1].extend(walls)
+            mine[2].extend(values)
+
+    def series(self) -> dict[str, Series]:
+        return {
+            tag: Series(np.array(steps, np.int64), np.array(walls), np.array(values))
+            for tag, (steps, walls, values) in self.columns.items()
+        }
+
+    def span(self) -> tuple[float, float]:
+        """When the first and the last point were logged."""
+        walls = [column[1] for column in self.columns.values()]
+        return min(map(min, walls)), max(map(max, walls))
+
+
+def read_logs(folder: Path) -> list[Log]:
+    """Reads all logs below a folder.
+
+    A file that cannot be read, or ends in the middle, is a warning: what is whole of it counts.
+    """
+    events: dict[Path, list[Path]] = defaultdict(list)
+    logs: list[Log] = []
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        here = Path(path)
+        for name in sorted(names):
+            if "tfevents" in name:
+                events[here].append(here / name)
+            elif name.endswith(".wandb"):
+                logs += _attempt(_read_wandb, here / name)
+            elif name == "loss_curve.csv":
+                logs += _attempt(_read_csv, here / name)
+        if "meta.yaml" in names and "metrics" in folders:
+            logs += _attempt(_read_mlflow, here)
+    for here, files in events.items():
+        logs += _attempt(_read_events, here, files)
+    logs = [entry for entry in logs if entry.series or entry.parameters]
+    return sorted(logs, key=lambda entry: (SOURCES.index(entry.source), entry.folder))
+
+
+def _attempt(read: Any, *arguments: Any) -> list[Log]:
+    try:
+        return [read(*arguments)]
+    except Exception as error:  # of any kind: a broken file must not hide the whole ones
+        log.warning("%s cannot be read: %s", arguments[0], error or type(error).__name__)
+        return []
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def _read_events(folder: Path, files: list[Path]) -> Log:
+    """One folder of event files; Composer begins a new one at every flush."""
+    found = Log(TENSORBOARD, folder.resolve().name, folder)
+    points, until, overlapping = _Points(), -np.inf, False
+    for writer in _writers(files):
+        written = _Points()
+        for path in writer:
+            try:
+                _read_event_file(path, written, found.parameters)
+            except OSError as error:
+                log.warning("%s cannot be read: %s", path, error)
+        if not written.columns:
+            continue
+        first, last = written.span()
+        if first < until:  # such as all ranks of a run, where rank_zero_only is false
+            overlapping = True
+            continue
+        found.starts.append(first)
+        points.extend(written)
+        until = last
+    if overlapping:
+        log.warning("%s was written by several processes at once: one of them is drawn", folder)
+    found.series = points.series()
+    return found
+
+
+def _writers(files: list[Path]) -> Iterator[list[Path]]:
+    """The files of each process, by age."""
+    named = []
+    for path in files:
+        match = EVENT_FILE.match(path.name)
+        time, process, count = match.groups() if match else ("0", path.name, "0")
+        named.append((int(time), int(count), process, path))
+    writers: list[tuple[str, int, list[Path]]] = []  # process, last count, files
+    for _, count, process, path in sorted(named):
+        for i, (other, last, paths) in enumerate(writers):
+            # In containers the next process may have the same id, but its count begins anew.
+            if other == process and last < count:
+                paths.append(path)
+                writers[i] = (other, count, paths)
+                break
+        else:
+            writers.append((process, count, [path]))
+    return iter([paths for _, _, paths in writers])
+
+
+def _read_event_file(path: Path, points: _Points, parameters: dict[str, str]) -> None:
+    from google.protobuf.message import DecodeError
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    whole = 0
+    # The raw loader: the others turn every number into a tensor, and hide where a file breaks off.
+    for record in RawEventFileLoader(str(path)).Load():
+        whole += len(record) + 16  # a length and two checksums
+        try:
+            event = Event.FromString(record)
+        except DecodeError:
+            log.warning("%s has a record that is no event, at byte %d", path, whole)
+            continue
+        for value in event.summary.value:
+            if points.wants(value.tag) and value.HasField("simple_value"):
+                points.add(value.tag, event.step, event.wall_time, value.simple_value)
+            elif value.tag == "_hparams_/session_start_info":
+                parameters |= _hyperparameters(value.metadata.plugin_data.content)
+    if whole < (size := path.stat().st_size):
+        log.warning(
+            "%s is whole up to byte %d of %d only: its run was killed, or is still writing",
+            path,
+            whole,
+            size,
+        )
+
+
+def _hyperparameters(content: bytes) -> dict[str, str]:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        kind = value.WhichOneof("kind")
+        found |= _flat(name, getattr(value, kind) if kind else None)
+    return found
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    """A hyperparameter as text; loggers write whole sections of a YAML as one."""
+    if isinstance(value, str) and value[:1] in "{\"'":
+        try:
+            value = yaml.load(value, yaml.BaseLoader)  # all as text: digits stay as logged
+        except yaml.YAMLError:
+            return {name: value}
+    if isinstance(value, dict):
+        found: dict[str, str] = {}
+        for key, below in value.items():
+            found |= _flat(f"{name}.{key}", below)
+        return found
+    if isinstance(value, list):
+        value = f"[{', '.join(map(str, value))}]"
+    if isinstance(value, float):
+        value = f"{value:g}"
+    return {name: str(value)}
+
+
+# --- MLflow --------------------------------------------------------------------------------------
+
+
+def _read_mlflow(folder: Path) -> Log:
+    """A run of a file store: a file for each curve, with lines `milliseconds value step`."""
+    about = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8")) or {}
+    points = _Points()
+    for path in sorted((folder / "metrics").rglob("*")):
+        tag = path.relative_to(folder / "metrics").as_posix()
+        if not path.is_file() or not points.wants(tag):
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                wall, value, step = line.split()[:3]
+                points.add(tag, int(step), int(wall) / 1000, float(value))
+            except ValueError:
+                log.warning("%s: line %d is not whole", path, number)
+    parameters: dict[str, str] = {}
+    for path in sorted((folder / "params").glob("*")):
+        parameters |= _flat(path.name, path.read_text(encoding="utf-8", errors="replace"))
+    name = str(about.get("run_name") or folder.name)
+    starts = [points.span()[0]] if points.columns else []
+    return Log(MLFLOW, name, folder, points.series(), parameters, starts)
+
+
+# --- Weights & Biases ----------------------------------------------------------------------------
+
+
+def _read_wandb(path: Path) -> Log:
+    """The file of an offline run, read as `wandb sync` reads it."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    # Else its reader refuses to run. `wandb sync` calls it too; wandb declares it nowhere.
+    vars(wandb)["_set_internal_process"](disable=True)
+    store = DataStore()
+    store.open_for_scan(str(path))
+    found, points = Log(WANDB, path.stem, path.parent), _Points()
+    try:
+        while (data := store.scan_data()) is not None:
+            record = Record.FromString(data)
+            if record.HasField("history"):
+                _add_history(record.history, points)
+            if record.HasField("run"):
+                found.name = record.run.display_name or record.run.run_id
+                found.parameters |= _wandb_config(record.run.config)
+            if record.HasField("config"):
+                found.parameters |= _wandb_config(record.config)
+    except AssertionError:  # it checks by `assert`
+        log.warning("%s is not whole: its run was killed, or is still writing", path)
+    found.series = points.series()
+    found.starts = [points.span()[0]] if points.columns else []
+    return found
+
+
+def _add_history(history: Any, points: _Points) -> None:
+    row = {(item.key or "/".join(item.nested_key)): item.value_json for item in history.item}
+    step, wall = int(float(row.get("_step", 0))), float(row.get("_timestamp", "nan"))
+    for tag, text in row.items():
+        if points.wants(tag) and isinstance(value := json.loads(text), int | float):
+            points.add(tag, step, wall, value)
+
+
+def _wandb_config(config: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in config.update:
+        name = item.key or ".".join(item.nested_key)
+        if name != "_wandb":
+            found |= _flat(name, json.loads(item.value_json))
+    return found
+
+
+# --- our own -------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Log:
+    """What the callback `loss_curve` wrote; it knows no times."""
+    points = _Points()
+    names = {"train": "loss/train/total"}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            batch, curve = int(row["batch"]), row["curve"]
+            baseline = batch == 0 and curve.startswith("unigram_")
+            tag = f"baseline/{curve}" if baseline else f"metrics/{curve}/LanguageCrossEntropy"
+            step = batch - 1 if curve == "train" else batch  # as Composer's loggers number losses
+            points.add(names.get(curve, tag), step, np.nan, float(row["loss"]))
+    return Log(CSV, path.parent.resolve().name, path.parent, points.series())
