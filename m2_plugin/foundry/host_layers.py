@@ -14,6 +14,7 @@ from llmfoundry.models.utils.config_defaults import attn_config_defaults, fc_typ
 from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
 from torch import Tensor, nn
 
+from m2_plugin.foundry.fsdp import keep_filters_fp32
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.monarch_linear import MonarchLinear
@@ -123,6 +124,7 @@ class CausalMonarchMixer(nn.Module):
         self.mixer.out_proj._is_residual = True  # type: ignore[assignment]
         if not attention_bias:
             self.mixer.short_conv.register_parameter("bias", None)
+        keep_filters_fp32(self)
 
     def forward(
         self,

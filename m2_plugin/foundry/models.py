@@ -26,7 +26,6 @@ from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
 from llmfoundry.models.utils import init_empty_weights
 from llmfoundry.utils.builders import build_metric
 from llmfoundry.utils.config_utils import set_config_overrides
-from torch import nn
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import (
@@ -38,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
     MulticlassMatthewsCorrCoef,
@@ -253,9 +253,15 @@ def build_inner_model(
     if pretrained and init_device == "meta":
         raise ValueError("Pretrained weights need init_device cpu or mixed, not meta.")
     if hf_get_init_device(init_device) == "meta":
+        rng_state = torch.get_rng_state()
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(config)
         model.tie_weights()  # the tie made in the constructor is lost on the meta device
+        model.param_init_fn = (
+            MetaInitializer(model, lambda: auto_class.from_config(config), rng_state)
+            if init_device == "meta"
+            else lambda module: None  # rank 0 sends the values
+        )
         return model
     if pretrained:
         assert source is not None
@@ -263,64 +269,6 @@ def build_inner_model(
             return load_weights(auto_class, source, config)
         return load_pretrained(auto_class, source, config)
     return auto_class.from_config(config)
-
-
-def _layer_class(model: nn.Module) -> type[nn.Module]:
-    """Class of the encoder's layers: the element type of the largest list of equal modules."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    stacks = [m for m in lists if len({type(layer) for layer in m}) == 1]
-    if not stacks:
-        raise ValueError(f"{type(model).__name__} has no stack of layers to shard by.")
-    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
-    return type(largest[0])
-
-
-def _meta_initializer(model: Any) -> Callable[[nn.Module], None]:
-    """What FSDP calls on each module after giving its meta parameters storage.
-
-    Composer's `to_empty` also empties the buffers beside them, so those are kept here. Parameters
-    are first set to NaN to see which ones the model's own `_init_weights` leaves out: biases
-    become 0, as in BERT's heads, anything else is an error rather than noise.
-    """
-    buffers = {
-        module: {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
-        for module in model.modules()
-        if any(p.is_meta for p in module.parameters(recurse=False))
-    }
-
-    @torch.no_grad()
-    def param_init_fn(module: nn.Module) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.fill_(float("nan"))
-        model._init_weights(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if not local.isnan().any():
-                continue
-            if name != "bias":
-                raise ValueError(f"{type(module).__name__}.{name} is left out by _init_weights.")
-            parameter.zero_()
-        for name, buffer in buffers.get(module, {}).items():
-            getattr(module, name).copy_(buffer)
-
-    return param_init_fn
-
-
-def prepare_for_fsdp(model: Any) -> None:
-    """Tell Composer what to shard, checkpoint and initialise: one unit per encoder layer.
-
-    Embeddings and heads stay in the root unit, so that tied weights share one. The host's
-    function of this purpose knows decoders only.
-    """
-    layer_class = _layer_class(model)
-
-    def is_layer(module: nn.Module) -> bool:
-        return isinstance(module, layer_class)
-
-    model.fsdp_wrap_fn = is_layer
-    model.activation_checkpointing_fn = is_layer
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model.param_init_fn = _meta_initializer(model)
 
 
 def prepare_for_host(model: Any) -> None:

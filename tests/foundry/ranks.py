@@ -2,8 +2,10 @@
 
     python ranks.py jobs.json
 
-Each job has a `world_size` and the `config` of a training run; jobs of one size that follow each
-other share their ranks. The launcher itself is tested elsewhere: it costs an import in each rank.
+Each job has a `world_size` and the `config` of a training run, or the arguments of `sharding.run`
+as `shard`. `to_file` is a sharded checkpoint and the file to make of it before. Jobs of one size
+that follow each other share their ranks. The launcher itself is tested elsewhere: it costs an
+import in each rank.
 """
 
 import json
@@ -16,15 +18,23 @@ from typing import Any
 
 
 def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) -> None:
+    import sharding
     from llmfoundry.command_utils import train
     from omegaconf import OmegaConf
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
     numbers |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(number) for key, number in numbers.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for job in jobs:
-        train(OmegaConf.create(job["config"]))
+        if "shard" in job:
+            sharding.run(**job["shard"])
+        else:
+            if "to_file" in job:
+                dcp_to_torch_save(*job["to_file"])
+            os.environ["FSDP_VERSION"] = "2"  # the host takes the first one unless told so
+            train(OmegaConf.create(job["config"]))
 
 
 def fork_rank(*args: Any) -> int:
@@ -46,6 +56,7 @@ def fork_rank(*args: Any) -> int:
 def main(file: str) -> int:
     import llmfoundry.command_utils  # noqa: F401
     import torch
+    import torch.utils.tensorboard  # noqa: F401
 
     torch.set_num_threads(1)
     with open(file) as jobs:

@@ -1,7 +1,8 @@
 """One training run on 1, 2 and 4 processes, sharded and not: the same losses, each other's files.
 
-FSDP2, which the host runs on CPU ranks; FSDP1 needs CUDA there. On one process the host ignores
-fsdp_config, so that a sharded checkpoint comes there by way of two ranks that save a full one.
+By FSDP2, which the host runs on CPU ranks. FSDP1, and what the host does on a GPU only, are tested
+with torch's own FSDP on what the model tells the host. On one process the host ignores fsdp_config,
+so that a sharded checkpoint comes there by torch's conversion to a file.
 """
 
 import csv
@@ -41,6 +42,9 @@ RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
         SHARDED | {"activation_checkpointing": True},
         {"device_train_microbatch_size": 2},
     ),
+    # Inductor compiles the same graphs; a test of the models alone trains through it.
+    "compiled_ddp2": (2, None, {"compile_config": {"backend": "aot_eager"}}),
+    "compiled2": (2, SHARDED, {"compile_config": {"backend": "aot_eager"}}),
 }
 # Name: whose checkpoint it starts from, processes, fsdp_config.
 LOADED: dict[str, tuple[str, int, dict[str, Any] | None]] = {
@@ -49,6 +53,7 @@ LOADED: dict[str, tuple[str, int, dict[str, Any] | None]] = {
     "one_in_ddp2": ("one", 2, None),
     "one_in_four": ("one", 4, FULL),
     "sharded2_in_four": ("sharded2", 4, SHARDED),
+    "sharded4_in_one": ("sharded4", 1, None),
 }
 
 
@@ -60,6 +65,17 @@ GPT_RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
         SHARDED | {"activation_checkpointing": True},
         {"model.init_device": "mixed"},
     ),
+}
+# By torch's FSDP: processes, and the arguments of `sharding.run`.
+SHARDINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "plain_bf16": (1, {"low_precision": True}),
+    "fsdp1": (2, {"version": 1}),
+    "fsdp1_meta": (2, {"version": 1, "init_device": "meta", "checkpointing": True}),
+    "fsdp1_bf16": (2, {"version": 1, "low_precision": True}),
+    "fsdp2_meta": (2, {"version": 2, "init_device": "meta"}),
+    "fsdp2_bf16": (2, {"version": 2, "low_precision": True}),
+    "fsdp2_bf16_reduce": (2, {"version": 2, "low_precision": True, "reduce_only": True}),
 }
 
 
@@ -111,13 +127,17 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS))
         for name, (size, fsdp, keys) in wanted.items()
     ]
+    for name, (size, keys) in SHARDINGS.items():
+        jobs.append({"world_size": size, "shard": keys | {"out": str(root / name)}})
     for name, (source, size, fsdp) in LOADED.items():
         path = checkpoint(root / source, SAVED, source.startswith("sharded"))
+        job = {"world_size": size}
+        if path.suffix != ".pt" and fsdp is None:
+            job["to_file"] = [str(path), str(path := path.with_suffix(".pt"))]
         keys = {"load_path": str(path), "save_interval": f"{BATCHES}ba"}
-        jobs.append({"world_size": size, "config": config(root / name, mds, fsdp, keys)})
+        jobs.append(job | {"config": config(root / name, mds, fsdp, keys)})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    # Of FSDP's two versions the host takes the first one unless told so.
-    environment = {"FSDP_VERSION": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("ranks.py"), root / "jobs.json"],
         cwd=ROOT,
@@ -128,7 +148,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         timeout=800,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return {name: root / name for name in [*GPT_RUNS, *RUNS, *LOADED]}
+    return {name: root / name for name in [*GPT_RUNS, *RUNS, *SHARDINGS, *LOADED]}
 
 
 def curve(out: Path) -> dict[tuple[int, str], float]:
@@ -191,3 +211,25 @@ def test_what_is_saved_is_sharded_or_whole(runs):
             largest = math.ceil(tensor.shape[0] / size)
             assert max(part.sizes[0] for part in parts) == largest, weight
             assert sum(math.prod(part.sizes) for part in parts) == tensor.numel(), weight
+
+
+def test_units_of_torchs_fsdp_train_as_the_whole_model(runs):
+    found = {name: json.loads((runs[name] / "result.json").read_text()) for name in SHARDINGS}
+    weights = {name: torch.load(runs[name] / "weights.pt") for name in SHARDINGS}
+    plain = found["plain"]["losses"]
+    assert plain[1] < plain[0] - 0.1
+    for name in ("fsdp1", "fsdp1_meta", "fsdp2_meta"):
+        assert found[name]["losses"] == pytest.approx(plain, rel=2e-6), name
+        assert found[name]["units"] == 1 + 2 + 2 * 2, name  # the root, layers, their filters
+        for key, value in weights["plain"]["before"].items():
+            # Also on the meta device, where each rank fills what FSDP has given it.
+            assert torch.equal(weights[name]["before"][key], value), (name, key)
+        for key, value in weights["plain"]["after"].items():
+            torch.testing.assert_close(weights[name]["after"][key], value, rtol=1e-4, atol=1e-5)
+
+    for name in ("fsdp1_bf16", "fsdp2_bf16_reduce"):
+        assert found[name]["losses"] == pytest.approx(found["plain_bf16"]["losses"], rel=1e-3)
+        assert found[name]["dtypes"]["filter"] == ["torch.float32"], name
+    assert found["fsdp1_bf16"]["dtypes"]["projection"] == ["torch.bfloat16"]
+    # Composer's FSDP2 has one precision for all units.
+    assert "rounds the parameters of the long convolutions' filters" in found["fsdp2_bf16"]["error"]

@@ -1,0 +1,155 @@
+"""A rank that shards a small M2-BERT by torch's own FSDP, where Composer's path needs CUDA.
+
+What Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parameters and
+`param_init_fn`, checkpointing by `activation_checkpointing_fn`. `ranks.py` runs it.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as tdist
+from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from composer.utils import dist
+from llmfoundry.utils.builders import build_composer_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
+
+from m2_plugin.layers.long_conv import HyenaFilter
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 1000}
+SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32, "hyena_filter_order": 8}
+SIZES |= {"hidden_dropout_prob": 0.0}
+STEPS, BATCH = 3, 4
+
+
+def give_storage(inner: Any, module: nn.Module) -> None:
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        return
+    module.to_empty(device="cpu", recurse=False)
+    if module is inner.get_input_embeddings():
+        inner.tie_weights()  # which the line above has broken
+    inner.param_init_fn(module)
+
+
+def shard1(inner: Any, low_precision: bool, checkpointing: bool) -> nn.Module:
+    """By FSDP1, as Composer's `prepare_fsdp_module`; `low_precision` is its default on a GPU."""
+    bf16 = torch.bfloat16
+    precision = MixedPrecision(param_dtype=bf16, reduce_dtype=torch.float32, buffer_dtype=bf16)
+    sharded = FullyShardedDataParallel(
+        inner,
+        auto_wrap_policy=CustomPolicy(inner.fsdp_wrap_fn),
+        mixed_precision=precision if low_precision else None,
+        param_init_fn=functools.partial(give_storage, inner),
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
+    if checkpointing:
+        wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+        apply_activation_checkpointing(sharded, wrapper, check_fn=inner.activation_checkpointing_fn)
+    return sharded
+
+
+def shard2(model: Any, policy: MixedPrecisionPolicy) -> None:
+    """By FSDP2, as Composer's `apply_fully_shard`."""
+    units = generate_composer_model_policy(model)._run_policy(model, set(), {"mp_policy": policy})
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module in units:
+            fully_shard(module, **units[module])
+    for module in list(model.model.modules()):
+        give_storage(model.model, module)
+
+
+def losses(model: nn.Module, low_precision: bool) -> list[float]:
+    """Train, each rank on its rows of the same batch; the mean loss of each step."""
+    ids = torch.randint(1, 1000, (BATCH, 32), generator=torch.Generator().manual_seed(0))
+    rows = ids.chunk(dist.get_world_size())[dist.get_global_rank()]
+    # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not).
+    scale = dist.get_world_size() if isinstance(model, FSDPModule) else 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5 / scale)
+    found = []
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach() / dist.get_world_size()
+        tdist.all_reduce(loss)
+        found.append(loss.item())
+    return found
+
+
+def run(
+    out: str,
+    version: int = 0,
+    init_device: str = "cpu",
+    low_precision: bool = False,
+    reduce_only: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """Shard and train; write losses, dtypes, the number of units and weights to a folder.
+
+    Args:
+        out: The folder.
+        version: Of FSDP; 0 does not shard.
+        init_device: Of the model, "cpu" or "meta".
+        low_precision: Train in bf16 as the trainer does on a GPU: autocast, and FSDP casts.
+        reduce_only: Let FSDP2 cast gradients only.
+        checkpointing: Compute the layers' activations again in the backward pass.
+    """
+    dist.initialize_dist("cpu")
+    os.environ["FSDP_VERSION"] = str(version)
+    torch.manual_seed(1)
+    config = {"config_overrides": SIZES, "init_device": init_device}
+    model = build_composer_model("m2_bert_mlm", config, None)
+    dtypes: dict[str, set[str]] = {"filter": set(), "projection": set()}
+    for module in model.modules():
+        kind = "filter" if isinstance(module, HyenaFilter) else "projection"
+        if kind == "filter" or type(module) is nn.Linear:
+            module.register_forward_hook(
+                lambda m, *_, kind=kind: dtypes[kind].update(str(p.dtype) for p in m.parameters())
+            )
+    result: dict[str, Any] = {}
+    inner: Any = model.model
+    if version == 1:
+        inner = shard1(inner, low_precision, checkpointing)
+    elif version == 2:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low_precision and not reduce_only else None,
+            reduce_dtype=torch.bfloat16 if reduce_only else None,
+        )
+        shard2(model, policy)
+    sharded = [m for m in inner.modules() if isinstance(m, FullyShardedDataParallel | FSDPModule)]
+    result["units"] = len(sharded)
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(inner, options=options)
+    before = {name: tensor.clone() for name, tensor in state.items()}  # training changes them
+    try:
+        result["losses"] = losses(inner, low_precision)
+    except ValueError as error:
+        result["error"] = str(error)
+    after = get_model_state_dict(inner, options=options)
+    result["dtypes"] = {kind: sorted(found) for kind, found in dtypes.items()}
+    if dist.get_global_rank() == 0:
+        folder = Path(out)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+        torch.save({"before": before, "after": after}, folder / "weights.pt")
+    dist.barrier()

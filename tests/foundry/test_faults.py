@@ -1,0 +1,207 @@
+"""What goes wrong in a run, what it then says, and that nothing is lost.
+
+Each run is the quickstart's in small, by the host's own `train` in a process of its own. Most start
+again after their fault and must end as the unbroken one, bit for bit.
+"""
+
+import os
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks.kill import (
+    BATCHES,
+    checkpoints,
+    config,
+    differences,
+    free_port,
+    result,
+    run_with_kills,
+    start,
+    wait,
+    wait_for,
+)
+
+pytestmark = pytest.mark.slow
+
+FIRST = "ep0-ba6-rank0.pt"
+
+
+class Run:
+    """One run's folder, and how to start it there."""
+
+    def __init__(self, out: Path, mds: Path, keys: dict[str, Any] | None = None):
+        self.config = config(out, mds, keys)
+        self.folder, self.file = out / "run", out / "log.txt"
+        out.mkdir(exist_ok=True)
+
+    def start(self, **rank: int) -> Any:
+        self.begin = self.file.stat().st_size if self.file.exists() else 0
+        return start(self.config, self.file, **rank)
+
+    def fails(self) -> str:
+        """Start it, to end with an error; what it wrote."""
+        assert wait(self.start()) == 1, self.log()
+        return self.log()
+
+    def ends(self) -> dict[str, Any]:
+        """Start it, to end well; what it leaves."""
+        assert wait(self.start()) == 0, self.log()
+        return result(self.folder)
+
+    @contextmanager
+    def stopped_at_first_checkpoint(self) -> Iterator[Any]:
+        """Start it, and hold it there for as long as the context lasts."""
+        process = self.start()
+        link = self.folder / "latest-rank0.pt"
+        before = os.readlink(link) if link.is_symlink() else None
+        moved = lambda: link.is_symlink() and os.readlink(link) != before  # noqa: E731
+        assert wait_for(process, moved), self.log()
+        os.kill(process.pid, signal.SIGSTOP)
+        yield process
+        os.kill(process.pid, signal.SIGCONT)
+
+    def log(self) -> str:
+        """What the last start wrote."""
+        return self.file.read_text()[self.begin :]
+
+
+@pytest.fixture(scope="module")
+def unbroken(mds, tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("unbroken"), mds, {"save_num_checkpoints_to_keep": -1})
+    run.ends()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(unbroken) -> dict[str, Any]:
+    return result(unbroken.folder) | {
+        "kept": [unbroken.folder.joinpath("latest-rank0.pt").readlink().name]
+    }
+
+
+def assert_same(left: dict[str, Any], whole: dict[str, Any]) -> None:
+    assert not list(differences(left, whole))
+
+
+def test_sigkill(mds, whole, tmp_path):
+    """Once at a random time, once while a checkpoint is written."""
+    phases, codes = run_with_kills(tmp_path, mds, ["time", "checkpoint"], 3, random.Random(1))
+    assert len(phases) == 2 and codes == [0], (tmp_path / "log.txt").read_text()
+    assert_same(result(tmp_path / "run"), whole)
+
+
+def test_a_finished_run_has_nothing_to_do(unbroken):
+    before = unbroken.folder.joinpath("latest-rank0.pt").stat().st_mtime_ns
+    unbroken.ends()
+    assert "is finished: its checkpoint is at batch 24, max_duration is" in unbroken.log()
+    assert unbroken.folder.joinpath("latest-rank0.pt").stat().st_mtime_ns == before
+
+
+def test_nan_loss_ends_the_run(mds, tmp_path):
+    log = Run(tmp_path, mds, {"optimizer.lr": 1e30}).fails()
+    assert "Train loss contains a NaN" in log
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_not_saved(mds, tmp_path):
+    # Takes the weights beyond what fp32 holds, after a loss that is finite.
+    keys = {"optimizer.weight_decay": 3e38, "scheduler.t_warmup": "0ba", "save_interval": "1ba"}
+    log = Run(tmp_path, mds, keys).fails()
+    assert "The weights are not finite after batch 1 (the first: " in log
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_shard_that_goes_missing_or_corrupt(mds, whole, tmp_path):
+    copy = tmp_path / "mds"
+    shutil.copytree(mds, copy)
+    run = Run(tmp_path, copy)
+    names = [path.name for path in sorted(copy.joinpath("train").glob("*.mds"))]
+    with run.stopped_at_first_checkpoint() as process:
+        for name in names:
+            copy.joinpath("train", name).unlink()
+    assert wait(process) == 1
+    assert "cannot be read from shard" in run.log() and "No such file" in run.log()
+    log = run.fails()  # still missing at the restart
+    assert f"train/{names[0]}' is listed in index.json but missing" in log
+    shutil.copytree(mds, copy, dirs_exist_ok=True)
+    with run.stopped_at_first_checkpoint() as process:
+        for name in names:
+            copy.joinpath("train", name).write_bytes(b"\xff" * 100)
+    assert wait(process) == 1
+    assert "cannot be read from shard" in run.log()
+    shutil.copytree(mds, copy, dirs_exist_ok=True)
+    assert_same(run.ends(), whole)
+
+
+def test_full_disk_at_a_checkpoint(mds, whole, tmp_path):
+    run = Run(tmp_path, mds)
+    with run.stopped_at_first_checkpoint() as process:
+        # Files cannot grow beyond it: what a write gets that finds the disk full.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    assert wait(process) == 1
+    assert "PytorchStreamWriter" in run.log() or "File too large" in run.log()
+    assert torch.load(run.folder / FIRST, weights_only=False)["state"]["timestamp"]
+    assert_same(run.ends(), whole)
+
+
+def test_two_runs_in_one_folder(mds, whole, tmp_path):
+    first = Run(tmp_path, mds)
+    second = Run(tmp_path, mds)
+    second.file = tmp_path / "second.txt"
+    with first.stopped_at_first_checkpoint() as process:
+        log = second.fails()
+        assert f"run' is in use by another run: process {process.pid} on " in log
+    assert wait(process) == 0
+    assert_same(result(first.folder), whole)
+
+
+def test_dead_rank(mds, whole, tmp_path):
+    """The other one ends by itself, and a rerun goes on from the last checkpoint."""
+    run, port = Run(tmp_path, mds, {"device_train_microbatch_size": 4}), free_port()
+    ranks = [run.start(rank=rank, size=2, port=port) for rank in range(2)]
+    assert wait_for(ranks[0], (run.folder / "latest-rank0.pt").is_symlink), run.log()
+    ranks[1].kill()
+    assert wait(ranks[0], 120) == 1
+    assert "Connection closed by peer" in run.log() or "Connection reset by peer" in run.log()
+    assert checkpoints(run.folder) and f"ep0-ba{BATCHES}-rank0.pt" not in checkpoints(run.folder)
+    left = run.ends()  # on one process: the same losses
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(left["model"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_wrong_checkpoint_at_load_path(mds, unbroken, tmp_path):
+    good = unbroken.folder / FIRST
+    cut, text = tmp_path / "cut.pt", tmp_path / "text.pt"
+    cut.write_bytes(good.read_bytes()[:-1000])
+    text.write_text("no checkpoint\n" * 10)
+    wider = {"load_path": str(good), "model.config_overrides.hidden_size": 64}
+    assert "has another hidden_size of 32" in Run(tmp_path / "a", mds, wider).fails()
+    for file in (cut, text):
+        log = Run(tmp_path / file.stem, mds, {"load_path": str(file)}).fails()
+        assert f"load_path '{file}' is no whole checkpoint" in log
+    none = str(tmp_path / "none.pt")
+    log = Run(tmp_path / "none", mds, {"load_path": none}).fails()
+    assert "FileNotFoundError" in log and none in log
+
+
+def test_older_checkpoint_at_load_path(mds, unbroken, whole, tmp_path):
+    """A new run begins there; one that has checkpoints of its own goes on from these."""
+    keys = {"load_path": str(unbroken.folder / FIRST), "save_num_checkpoints_to_keep": -1}
+    run = Run(tmp_path, mds, keys)
+    left = run.ends()
+    assert FIRST not in left["kept"] and len(left["kept"]) == BATCHES // 6 - 1
+    assert_same(left | {"kept": whole["kept"]}, whole)
+    run.folder.joinpath(f"ep0-ba{BATCHES}-rank0.pt").unlink()
+    left = run.ends()
+    assert f"Going on from ep0-ba{BATCHES - 6}-rank0.pt in save_folder" in run.log()
+    assert f"not from load_path {keys['load_path']}" in run.log()
+    assert_same(left | {"kept": whole["kept"]}, whole)
