@@ -100,6 +100,8 @@ class MLMTextDataset(StreamingTextDataset):
         try:
             sample = super().__getitem__(idx)
         except Exception as error:
+            if hasattr(self, "_event"):  # or streaming's thread waits for the shard for ever
+                self._event.set()
             raise RuntimeError(
                 f"Sample {idx} cannot be read from shard {self._shard_file(idx)}: {error}"
             ) from error

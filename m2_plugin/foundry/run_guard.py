@@ -47,14 +47,15 @@ class RunGuard(CallbackWithConfig):
         train_config: The run's settings, from the host.
 
     Raises:
-        RuntimeError: At the start, if another run has the folder; before a checkpoint, if a weight
-            is not finite.
+        RuntimeError: At the start, if another run has the folder, or if the file at `load_path` is
+            not whole; before a checkpoint, if a weight is not finite.
     """
 
     def __init__(self, train_config: dict[str, Any]):
         self.saves = create_interval_scheduler(train_config.get("save_interval", "1000ba"))
         self.export_only = bool(train_config.get("only_hf_checkpoint"))
         self.autoresume = bool(train_config.get("autoresume"))
+        self.load_path = train_config.get("load_path")
         self.lock: IO[str] | None = None
 
     def init(self, state: State, logger: Logger) -> None:
@@ -68,8 +69,18 @@ class RunGuard(CallbackWithConfig):
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
             self.lock, refusal[0] = _lock(folder)
+            newest = None
             if refusal[0] is None and self.autoresume:
-                _tidy(folder, saver, state)
+                newest = _tidy(folder, saver, state)
+            if newest is not None and self.load_path:
+                log.warning(
+                    "Going on from %s in save_folder, not from load_path %s: a run that is to "
+                    "begin there needs a save_folder of its own.",
+                    newest.name,
+                    self.load_path,
+                )
+            elif refusal[0] is None and self.load_path:
+                refusal[0] = _broken(format_name_with_dist(self.load_path, state.run_name))
         dist.broadcast_object_list(refusal, src=0)  # all ranks end, none waits for the others
         if refusal[0] is not None:
             raise RuntimeError(refusal[0])
@@ -154,8 +165,22 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     return file, None
 
 
-def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> None:
-    """Remove unfinished checkpoints, set the link to the newest one, tell the saver of the rest."""
+def _broken(load_path: str) -> str | None:
+    """What is wrong with a file that a run is to load; the host says it without its name."""
+    if not load_path.endswith(".pt") or not os.path.isfile(load_path) or _is_whole(Path(load_path)):
+        return None
+    return (
+        f"load_path {load_path!r} is no whole checkpoint: it is cut short, or another kind of "
+        "file. Give one that a run has finished writing."
+    )
+
+
+def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
+    """Remove unfinished checkpoints, set the link to the newest one, tell the saver of the rest.
+
+    Returns:
+        The newest.
+    """
     sharded = state.fsdp_sharded_state_dict_enabled
     for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files before their renaming
         path.unlink()
@@ -167,21 +192,22 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> None:
             log.warning("Removing %s: it was not finished when its run was killed.", path)
             path.unlink()
     if not found:
-        return
+        return None
     saver.saved_checkpoints = [str(path / "shards" if sharded else path) for path in found]
     if saver.latest_filename is None:
-        return
+        return found[-1]
     name = format_name_with_dist(str(saver.latest_filename.filename), state.run_name)
     link, target = folder / name, os.path.relpath(found[-1], (folder / name).parent)
     if (link.exists() and not link.is_symlink()) or (
         link.is_symlink() and os.readlink(link) == target
     ):
-        return
+        return found[-1]
     log.warning("Setting %s to the newest checkpoint, %s.", link, target)
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
+    return found[-1]
 
 
 def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Path]:

@@ -91,7 +91,7 @@ def start(
 
 def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmfoundry.command_utils"])
+    context.set_forkserver_preload(["llmfoundry.command_utils", "torch.utils.tensorboard"])
     return context
 
 
