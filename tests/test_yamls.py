@@ -1,5 +1,6 @@
 """Every YAML is in the host's schema, builds its model, and holds the published recipe."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,9 @@ PUBLISHED = {
 }
 # The same model, on longer texts: continued from a folder that `m2-plugin extend` makes.
 LONGER = {"m2-bert-base-2k": 2048, "m2-bert-base-8k": 8192, "m2-bert-base-32k": 32768}
+# The same run on so many GPUs; what may differ.
+GPUS = {"m2-bert-large-341m-8gpu": 8, "m2-bert-large-341m-64gpu": 64}
+DIFFERS = {"device_train_microbatch_size", "fsdp_config"}
 OF_OUR_OWN = {"m2-bert-quickstart", "m2-gpt-small"}
 # Settings of the reference's optimizer, written to the model's config there; its flags for
 # attention, which M2-BERT has none of; and a misspelt field that transformers ignored.
@@ -140,7 +144,21 @@ def test_is_the_published_recipe(name):
 
 
 def test_every_published_recipe_has_its_yaml():
-    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, *OF_OUR_OWN}
+    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, *GPUS, *OF_OUR_OWN}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_many_gpus_run_the_same_recipe(name):
+    from composer.distributed.mosaic_parallelism import SHARDING_MAP
+    from composer.utils.parallelism import FSDPConfig
+
+    config = load(ROOT / "yamls" / "pretrain" / f"{name}.yaml")
+    recipe = load(ROOT / "yamls" / "pretrain" / f"{name.rpartition('-')[0]}.yaml")
+    assert {key for key in config | recipe if config.get(key) != recipe.get(key)} <= DIFFERS
+    assert GPUS[name] * config["device_train_microbatch_size"] == config["global_train_batch_size"]
+    fsdp = config.get("fsdp_config", {})
+    assert fsdp.keys() <= {field.name for field in dataclasses.fields(FSDPConfig)}
+    assert fsdp.get("sharding_strategy", "FULL_SHARD") in SHARDING_MAP
 
 
 @pytest.mark.parametrize("name", LONGER)

@@ -55,6 +55,7 @@ def config(out: Path, mds: Path, keys: dict[str, Any] | None = None) -> dict[str
         "eval_interval": f"{2 * SAVED_EVERY}ba",
         "save_interval": f"{SAVED_EVERY}ba",
         "progress_bar": False,
+        "python_log_level": "info",  # tells where a killed run was
     }
     values |= {f"model.config_overrides.{key}": value for key, value in model.items()}
     for key, value in (values | (keys or {})).items():
@@ -298,7 +299,10 @@ def main() -> int:
         phases.update(killed)
         unequal = [] if any(codes) else list(differences(result(out / "run"), whole))
         runs.append({"kills": killed, "exit_codes": codes, "unequal": unequal})
-        print(f"run {len(runs)}: {', '.join(killed)}; exit codes {codes}, unequal: {unequal}")
+        print(
+            f"run {len(runs)}: {', '.join(killed)}; exit codes {codes}, unequal: {unequal}",
+            flush=True,
+        )
         if any(codes):
             print((out / "log.txt").read_text()[-5000:])
     equal = sum(not any(run["exit_codes"]) and not run["unequal"] for run in runs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import floors
+import scaling as arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -402,6 +403,68 @@ def gpt() -> str:
     )
 
 
+def scaling() -> str:
+    a = arithmetic
+    memory = [
+        [s.name, f"{s.state() / 1e9:.1f}", f"{s.activations() / 1e9:.1f}", f"{s.total() / 1e9:.0f}"]
+        for s in a.SETTINGS
+    ]
+    speed = []
+    for gpus in a.GPUS:
+        steps = [a.step(gpus, width, net) for net in a.NETWORKS.values() for width in (4, 2)]
+        speed.append(
+            [
+                str(gpus),
+                f"{a.BATCH // gpus:,}",
+                f"{1e3 * steps[0].compute:,.1f}",
+                *(f"{1e3 * s.reduce:,.1f} → {s.tokens_per_second / 1e3:,.0f}" for s in steps),
+            ]
+        )
+    fast, slow = a.NETWORKS
+    flops = a.token_operations()
+    text = (
+        f"M2-BERT-large (341M, L = {a.LENGTH}, {a.BATCH:,} sequences a step) on H100s, by "
+        f"arithmetic (`scaling.py`): **nothing here was measured.** GB on each GPU at a microbatch "
+        f"of {a.MICROBATCH}:\n\n"
+    )
+    text += table(["", "", "", ""], memory).replace(
+        "|  |  |  |  |\n| --- | --- | ---: | ---: |",
+        "| | weights, gradients, moments | activations | together |\n| --- | ---: | ---: | ---: |",
+    )
+    text += (
+        f"\n\nA training step is {flops / 1e9:.2f} GFLOP a token; if each op took the longer of "
+        f"what its bytes and its products need at the data sheet's {a.BANDWIDTH / 1e12:.2f} TB/s "
+        f"and {a.OPERATIONS / 1e12:,.0f} TFLOP/s, a GPU would do "
+        f"{1 / a.token_seconds() / 1e3:,.0f} thousand tokens/s. Below, kernels reach "
+        f"{a.EFFICIENCY:.0%} of that. Gradients of {a.PARAMETERS / 1e6:.0f}M parameters "
+        f"({a.PARAMETERS * 4 / 1e9:.2f} GB in fp32, as DDP sends them; half in bf16, as the YAML "
+        f"for 64 GPUs does) cross NVLink at {a.NVLINK / 1e9:.0f} GB/s within a machine of "
+        f"{a.NODE}, the network once, and travel under the last backward pass, as far as it "
+        f"lasts. Their ms → thousand tokens/s of each GPU, by a machine's network and their "
+        f"width:\n\n"
+    )
+    header = ["GPUs", "sequences each", "compute, ms"]
+    header += [f"{net}, {width}" for net in (fast, slow) for width in ("fp32", "bf16")]
+    text += table(header, speed).replace("| --- | --- |", "| ---: | ---: |")
+    return text + (
+        "\n\nSo up to 8 GPUs the plain DDP of `m2-bert-large-341m.yaml` is as good as anything; "
+        "beyond, the network decides, and from some 256 GPUs the published batch is too small: "
+        "its compute no longer hides the gradients. Kernel launches, which at 8 sequences are a "
+        "part of a step too, are not in this arithmetic."
+    )
+
+
+def kills() -> str:
+    report = load("kills")
+    phases = sorted(report["phases"].items(), key=lambda item: -item[1])
+    tally = ", ".join(f"{count} × {name}" for name, count in phases)
+    return (
+        f"{report['kills']} SIGKILLs at random over {len(report['runs'])} small quickstart runs "
+        f"({tally}; `kill.py`, {report['date']}): {report['equal']} of {len(report['runs'])} ended "
+        f"with the weights, optimizer state, curve and folder of the unbroken run, bit for bit."
+    )
+
+
 def serving() -> str:
     report = load("serving_cpu")
     names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
@@ -474,7 +537,7 @@ def main() -> None:
         draw_model(RESULTS / "model_cuda.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    sections = (quickstart, glue_quickstart, gpt, import_cost, extension, serving)
+    sections = (quickstart, glue_quickstart, gpt, scaling, kills, import_cost, extension, serving)
     for section in (*sections, retrieval, model_cpu, model_cuda, ops_cuda, conversion):
         name = section.__name__
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -16,6 +16,7 @@ from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from composer.utils import dist
 from llmfoundry.utils.builders import build_composer_model
 from torch import nn
+from torch.distributed import init_device_mesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
+    ShardingStrategy,
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
@@ -48,12 +50,20 @@ def give_storage(inner: Any, module: nn.Module) -> None:
     inner.param_init_fn(module)
 
 
-def shard1(inner: Any, low_precision: bool, checkpointing: bool) -> nn.Module:
+def shard1(inner: Any, low_precision: bool, hybrid: bool, checkpointing: bool) -> nn.Module:
     """By FSDP1, as Composer's `prepare_fsdp_module`; `low_precision` is its default on a GPU."""
     bf16 = torch.bfloat16
     precision = MixedPrecision(param_dtype=bf16, reduce_dtype=torch.float32, buffer_dtype=bf16)
+    mesh = {}
+    if hybrid:
+        precision.reduce_dtype = bf16
+        mesh = {
+            "device_mesh": init_device_mesh("cpu", (dist.get_world_size() // 2, 2)),
+            "sharding_strategy": ShardingStrategy._HYBRID_SHARD_ZERO2,
+        }
     sharded = FullyShardedDataParallel(
         inner,
+        **mesh,
         auto_wrap_policy=CustomPolicy(inner.fsdp_wrap_fn),
         mixed_precision=precision if low_precision else None,
         param_init_fn=functools.partial(give_storage, inner),
@@ -102,7 +112,9 @@ def run(
     init_device: str = "cpu",
     low_precision: bool = False,
     reduce_only: bool = False,
+    hybrid: bool = False,
     checkpointing: bool = False,
+    compiled: bool = False,
 ) -> None:
     """Shard and train; write losses, dtypes, the number of units and weights to a folder.
 
@@ -112,7 +124,9 @@ def run(
         init_device: Of the model, "cpu" or "meta".
         low_precision: Train in bf16 as the trainer does on a GPU: autocast, and FSDP casts.
         reduce_only: Let FSDP2 cast gradients only.
+        hybrid: Let FSDP1 shard over pairs of ranks and replicate these, and reduce in bf16.
         checkpointing: Compute the layers' activations again in the backward pass.
+        compiled: Compile what is sharded.
     """
     dist.initialize_dist("cpu")
     os.environ["FSDP_VERSION"] = str(version)
@@ -120,7 +134,7 @@ def run(
     config = {"config_overrides": SIZES, "init_device": init_device}
     model = build_composer_model("m2_bert_mlm", config, None)
     dtypes: dict[str, set[str]] = {"filter": set(), "projection": set()}
-    for module in model.modules():
+    for module in () if compiled else model.modules():  # a graph would break at these hooks
         kind = "filter" if isinstance(module, HyenaFilter) else "projection"
         if kind == "filter" or type(module) is nn.Linear:
             module.register_forward_hook(
@@ -129,7 +143,7 @@ def run(
     result: dict[str, Any] = {}
     inner: Any = model.model
     if version == 1:
-        inner = shard1(inner, low_precision, checkpointing)
+        inner = shard1(inner, low_precision, hybrid, checkpointing)
     elif version == 2:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low_precision and not reduce_only else None,
@@ -142,7 +156,8 @@ def run(
     state = get_model_state_dict(inner, options=options)
     before = {name: tensor.clone() for name, tensor in state.items()}  # training changes them
     try:
-        result["losses"] = losses(inner, low_precision)
+        trained = torch.compile(inner, backend="aot_eager") if compiled else inner
+        result["losses"] = losses(trained, low_precision)
     except ValueError as error:
         result["error"] = str(error)
     after = get_model_state_dict(inner, options=options)

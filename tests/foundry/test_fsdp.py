@@ -72,7 +72,10 @@ SHARDINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain_bf16": (1, {"low_precision": True}),
     "fsdp1": (2, {"version": 1}),
     "fsdp1_meta": (2, {"version": 1, "init_device": "meta", "checkpointing": True}),
+    "fsdp1_compiled": (2, {"version": 1, "compiled": True, "checkpointing": True}),
     "fsdp1_bf16": (2, {"version": 1, "low_precision": True}),
+    # As the YAML for 64 GPUs.
+    "fsdp1_hybrid": (4, {"version": 1, "low_precision": True, "hybrid": True}),
     "fsdp2_meta": (2, {"version": 2, "init_device": "meta"}),
     "fsdp2_bf16": (2, {"version": 2, "low_precision": True}),
     "fsdp2_bf16_reduce": (2, {"version": 2, "low_precision": True, "reduce_only": True}),
@@ -218,7 +221,7 @@ def test_units_of_torchs_fsdp_train_as_the_whole_model(runs):
     weights = {name: torch.load(runs[name] / "weights.pt") for name in SHARDINGS}
     plain = found["plain"]["losses"]
     assert plain[1] < plain[0] - 0.1
-    for name in ("fsdp1", "fsdp1_meta", "fsdp2_meta"):
+    for name in ("fsdp1", "fsdp1_meta", "fsdp1_compiled", "fsdp2_meta"):
         assert found[name]["losses"] == pytest.approx(plain, rel=2e-6), name
         assert found[name]["units"] == 1 + 2 + 2 * 2, name  # the root, layers, their filters
         for key, value in weights["plain"]["before"].items():
@@ -227,9 +230,10 @@ def test_units_of_torchs_fsdp_train_as_the_whole_model(runs):
         for key, value in weights["plain"]["after"].items():
             torch.testing.assert_close(weights[name]["after"][key], value, rtol=1e-4, atol=1e-5)
 
-    for name in ("fsdp1_bf16", "fsdp2_bf16_reduce"):
+    for name in ("fsdp1_bf16", "fsdp1_hybrid", "fsdp2_bf16_reduce"):
         assert found[name]["losses"] == pytest.approx(found["plain_bf16"]["losses"], rel=1e-3)
         assert found[name]["dtypes"]["filter"] == ["torch.float32"], name
-    assert found["fsdp1_bf16"]["dtypes"]["projection"] == ["torch.bfloat16"]
+    for name in ("fsdp1_bf16", "fsdp1_hybrid"):
+        assert found[name]["dtypes"]["projection"] == ["torch.bfloat16"], name
     # Composer's FSDP2 has one precision for all units.
     assert "rounds the parameters of the long convolutions' filters" in found["fsdp2_bf16"]["error"]
