@@ -181,7 +181,7 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
     Returns:
         The newest.
     """
-    sharded = state.fsdp_sharded_state_dict_enabled
+    sharded = _sharded(state)
     for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files before their renaming
         path.unlink()
     found = _checkpoints(folder, saver, state)
@@ -213,7 +213,7 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
 def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Path]:
     """The checkpoints in a folder, whole or not, oldest first."""
     name = Path(str(saver.filename.filename))
-    if state.fsdp_sharded_state_dict_enabled:
+    if _sharded(state):
         name = name.parent / state.fsdp_config.sharded_ckpt_prefix_dir
     elif name.suffix != ".pt":  # whether an archive of another kind is whole, we cannot tell
         return []
@@ -226,6 +226,11 @@ def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Pat
     ]
     numbered = [([int(n) for n in match.groups()], path) for match, path in matches if match]
     return [path for _, path in sorted(numbered)]
+
+
+def _sharded(state: State) -> bool:
+    """Whether checkpoints will be; the state itself knows it only once the model is."""
+    return state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded"
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -1,6 +1,6 @@
 """Trains M2-GPT and the host's unmodified MPT of as many parameters on the quickstart's corpus.
 
-    python tests/benchmarks/bench_gpt.py [--batches 180]
+    python tests/benchmarks/bench_gpt.py [--batches 600]
 
 Both run yamls/pretrain/m2-gpt-small.yaml through the composer launcher on one core: same data in
 the same order, same seed, same optimizer. Writes results/gpt.json and gpt.png.
@@ -100,7 +100,7 @@ def draw(report: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=180)
+    parser.add_argument("--batches", type=int, default=600)
     batches = parser.parse_args().batches
     report: dict = {
         "benchmark": "gpt",

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/kill.py --kills 20 --out tests/benchmarks/results/kills.json
 
-The host is imported once; each attempt is a fork that runs the host's `train`. Half of the kills
-are aimed: one comes while a checkpoint, and one while the transformers folder is being written.
+The host is imported once; each attempt is a fork that runs the host's `train`. A quarter of the
+kills come at any time; the others soon after training has begun, and while a checkpoint or the
+transformers folder is being written.
 Each run gets up to four kills, less if it ends before, and is then started once more. Its weights,
 its optimizer's state, its loss curve and its transformers folder are compared, bit for bit, with an
 unbroken run's.
@@ -30,8 +31,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 TOKENIZER = ROOT / "data_prep" / "quickstart" / "tokenizer"
 BATCHES, SAVED_EVERY = 24, 6
-# Aimed kills come this long after what they wait for: within the writing of a small file.
-LATEST = 0.012
+TRAINING = "Starting training"  # what the host logs then
+# Aimed kills come up to so many seconds after what they wait for: within the training, and within
+# the writing of a small file.
+LATEST = {"training": 1.0, "checkpoint": 0.012, "export": 0.012}
 
 
 def config(out: Path, mds: Path, keys: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -84,7 +87,10 @@ def start(
     """Start a run, or one rank of it, in a fork of a server that has imported the host once."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port or free_port()}
     numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    environment = {"MASTER_ADDR": "127.0.0.1"} | {key: str(n) for key, n in numbers.items()}
+    # FSDP2 is the one that runs on a CPU, where a run shards at all.
+    environment = {"MASTER_ADDR": "127.0.0.1", "FSDP_VERSION": "2"} | {
+        key: str(n) for key, n in numbers.items()
+    }
     process = forkserver().Process(target=train, args=(cfg, log, environment))
     process.start()
     return process
@@ -155,6 +161,12 @@ def new_checkpoint(run: Path) -> Callable[[], bool]:
     return lambda: bool(checkpoints(run) - before)
 
 
+def training_begun(log: Path) -> Callable[[], bool]:
+    """True once an attempt has begun to train."""
+    before = log.read_text().count(TRAINING) if log.exists() else 0
+    return lambda: log.exists() and log.read_text().count(TRAINING) > before
+
+
 def export_begun(run: Path) -> Callable[[], bool]:
     """True once the transformers folder is being written."""
     file = run / "huggingface" / "final" / "config.json"
@@ -186,7 +198,7 @@ def phase(run: Path, log: str, began: float) -> str:
         return "after the last checkpoint"
     if written("huggingface/final/config.json"):
         return "transformers folder being written"
-    return "training" if "Starting training" in log else "start"
+    return "training" if TRAINING in log else "start"
 
 
 def result(run: Path) -> dict[str, Any]:
@@ -230,7 +242,7 @@ def run_with_kills(
     Args:
         out: Folder of the run.
         mds: Its data.
-        aims: `time`, `checkpoint` or `export`.
+        aims: `time`, or a key of `LATEST`.
         seconds: What an unbroken run takes: random times are below it.
         rng: Says when.
 
@@ -243,8 +255,9 @@ def run_with_kills(
         if aim == "time":
             moment, delay = after(rng.uniform(0, seconds)), 0.0
         else:
-            moment = new_checkpoint(run) if aim == "checkpoint" else export_begun(run)
-            delay = rng.uniform(0, LATEST)
+            moments = {"training": training_begun(log), "checkpoint": new_checkpoint(run)}
+            moment = moments.get(aim) or export_begun(run)
+            delay = rng.uniform(0, LATEST[aim])
         begin, began = log.stat().st_size if log.exists() else 0, time.time()
         process = start(cfg, log)
         if kill_when(process, moment, delay):
@@ -294,7 +307,7 @@ def main() -> int:
         out = work / f"run{len(runs)}"
         out.mkdir()
         count = min(args.per_run, args.kills - phases.total())
-        aims = [rng.choice(["time", "time", "checkpoint", "export"]) for _ in range(count)]
+        aims = [rng.choice(["time", *LATEST]) for _ in range(count)]
         killed, codes = run_with_kills(out, work / "mds", aims, seconds, rng)
         phases.update(killed)
         unequal = [] if any(codes) else list(differences(result(out / "run"), whole))

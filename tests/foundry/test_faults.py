@@ -47,6 +47,10 @@ class Run:
         self.begin = self.file.stat().st_size if self.file.exists() else 0
         return start(self.config, self.file, **rank)
 
+    def start_ranks(self, size: int) -> list[Any]:
+        port = free_port()
+        return [self.start(rank=rank, size=size, port=port) for rank in range(size)]
+
     def fails(self) -> str:
         """Start it, to end with an error; what it wrote."""
         assert wait(self.start()) == 1, self.log()
@@ -166,8 +170,8 @@ def test_two_runs_in_one_folder(mds, whole, tmp_path):
 
 def test_dead_rank(mds, whole, tmp_path):
     """The other one ends by itself, and a rerun goes on from the last checkpoint."""
-    run, port = Run(tmp_path, mds, {"device_train_microbatch_size": 4}), free_port()
-    ranks = [run.start(rank=rank, size=2, port=port) for rank in range(2)]
+    run = Run(tmp_path, mds, {"device_train_microbatch_size": 4})
+    ranks = run.start_ranks(2)
     assert wait_for(ranks[0], (run.folder / "latest-rank0.pt").is_symlink), run.log()
     ranks[1].kill()
     assert wait(ranks[0], 120) == 1
@@ -176,6 +180,32 @@ def test_dead_rank(mds, whole, tmp_path):
     left = run.ends()  # on one process: the same losses
     for name, weight in whole["model"].items():
         torch.testing.assert_close(left["model"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_while_a_sharded_checkpoint_is_written(mds, tmp_path):
+    """Both ranks at once; a rerun goes on from the one before, and keeps as many as it should."""
+    keys = {
+        "fsdp_config": {"state_dict_type": "sharded"},
+        "device_train_microbatch_size": 4,
+        "algorithms.gradient_clipping.clipping_threshold": 1e-3,  # see test_fsdp.py
+        "max_duration": "4ba",
+        "save_interval": "2ba",
+        "eval_interval": "4ba",
+    }
+    curves = []
+    for name in ("unbroken", "killed"):
+        run = Run(tmp_path / name, mds, keys)
+        if name == "killed":
+            ranks = run.start_ranks(2)
+            assert wait_for(ranks[0], run.folder.joinpath("ep0-ba4").exists), run.log()
+            for process in ranks:
+                process.kill()
+            assert [wait(process) for process in ranks] == [-signal.SIGKILL] * 2
+            assert not run.folder.joinpath("ep0-ba4", ".metadata").exists()
+        assert [wait(process) for process in run.start_ranks(2)] == [0, 0], run.log()
+        assert {path.name for path in run.folder.glob("ep*")} == {"ep0-ba4"}
+        curves.append((run.folder / "loss_curve.csv").read_text())
+    assert curves[0] == curves[1]
 
 
 def test_wrong_checkpoint_at_load_path(mds, unbroken, tmp_path):
