@@ -47,8 +47,9 @@ class RunGuard(CallbackWithConfig):
         train_config: The run's settings, from the host.
 
     Raises:
-        RuntimeError: At the start, if another run has the folder, or if the file at `load_path` is
-            not whole; before a checkpoint, if a weight is not finite.
+        RuntimeError: At the start, if another run has the folder, or if what is to be loaded is not
+            whole, or sharded where the run is not, or the other way round; before a checkpoint, if
+            a weight is not finite.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -69,21 +70,32 @@ class RunGuard(CallbackWithConfig):
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
             self.lock, refusal[0] = _lock(folder)
-            newest = None
-            if refusal[0] is None and self.autoresume:
-                newest = _tidy(folder, saver, state)
-            if newest is not None and self.load_path:
-                log.warning(
-                    "Going on from %s in save_folder, not from load_path %s: a run that is to "
-                    "begin there needs a save_folder of its own.",
-                    newest.name,
-                    self.load_path,
-                )
-            elif refusal[0] is None and self.load_path:
-                refusal[0] = _broken(format_name_with_dist(self.load_path, state.run_name))
+            if refusal[0] is None:
+                refusal[0] = self._begin(folder, saver, state)
         dist.broadcast_object_list(refusal, src=0)  # all ranks end, none waits for the others
         if refusal[0] is not None:
             raise RuntimeError(refusal[0])
+
+    def _begin(self, folder: Path, saver: CheckpointSaver, state: State) -> str | None:
+        """Tidy the folder for what the run is to load; why it cannot, if so."""
+        if self.autoresume:
+            link, sharded = _link(folder, saver, state), _sharded(state)
+            if link is not None and link.exists() and link.is_dir() != sharded:
+                return _unfit(link.resolve(), "the checkpoint in save_folder,", sharded)
+            newest = _tidy(folder, saver, state)
+            if newest is not None:
+                if self.load_path:
+                    log.warning(
+                        "Going on from %s in save_folder, not from load_path %s: a run that is to "
+                        "begin there needs a save_folder of its own.",
+                        newest.name,
+                        self.load_path,
+                    )
+                return None
+        if not self.load_path:
+            return None
+        path = format_name_with_dist(self.load_path, state.run_name)
+        return _unfit(Path(path), "load_path", _sharded(state))
 
     def after_load(self, state: State, logger: Logger) -> None:
         """End a run that is finished."""
@@ -165,14 +177,26 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     return file, None
 
 
-def _broken(load_path: str) -> str | None:
-    """What is wrong with a file that a run is to load; the host says it without its name."""
-    if not load_path.endswith(".pt") or not os.path.isfile(load_path) or _is_whole(Path(load_path)):
-        return None
-    return (
-        f"load_path {load_path!r} is no whole checkpoint: it is cut short, or another kind of "
-        "file. Give one that a run has finished writing."
-    )
+def _unfit(path: Path, key: str, sharded: bool) -> str | None:
+    """Why a run cannot load a checkpoint; the host says it without its name, or its remedy."""
+    what = f"{key} {str(path)!r}"
+    if path.is_dir() and not sharded:
+        return (
+            f"{what} is a sharded checkpoint, and this run's are files. Load it on two processes "
+            "or more with fsdp_config.state_dict_type sharded, or make a file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+        )
+    if path.is_file() and sharded:
+        return (
+            f"{what} is a file, and this run's checkpoints are sharded: set "
+            "fsdp_config.state_dict_type to full."
+        )
+    if path.suffix == ".pt" and path.is_file() and not _is_whole(path):
+        return (
+            f"{what} is no whole checkpoint: it is cut short, or another kind of file. Give one "
+            "that a run has finished writing."
+        )
+    return None
 
 
 def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
@@ -194,13 +218,11 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
     if not found:
         return None
     saver.saved_checkpoints = [str(path / "shards" if sharded else path) for path in found]
-    if saver.latest_filename is None:
+    link = _link(folder, saver, state)
+    if link is None or (link.exists() and not link.is_symlink()):
         return found[-1]
-    name = format_name_with_dist(str(saver.latest_filename.filename), state.run_name)
-    link, target = folder / name, os.path.relpath(found[-1], (folder / name).parent)
-    if (link.exists() and not link.is_symlink()) or (
-        link.is_symlink() and os.readlink(link) == target
-    ):
+    target = os.path.relpath(found[-1], link.parent)
+    if link.is_symlink() and os.readlink(link) == target:
         return found[-1]
     log.warning("Setting %s to the newest checkpoint, %s.", link, target)
     temporary = link.with_name(f".{link.name}.tmp")
@@ -208,6 +230,13 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
     temporary.symlink_to(target)
     os.replace(temporary, link)
     return found[-1]
+
+
+def _link(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
+    """The link to the latest checkpoint, there or not; None if the run has none."""
+    if saver.latest_filename is None:
+        return None
+    return folder / format_name_with_dist(str(saver.latest_filename.filename), state.run_name)
 
 
 def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Path]:

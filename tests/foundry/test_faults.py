@@ -218,6 +218,13 @@ def test_wrong_checkpoint_at_load_path(mds, unbroken, tmp_path):
     for file in (cut, text):
         log = Run(tmp_path / file.stem, mds, {"load_path": str(file)}).fails()
         assert f"load_path '{file}' is no whole checkpoint" in log
+    sharded = tmp_path / "sharded" / "run" / "ep0-ba4"
+    sharded.mkdir(parents=True)
+    log = Run(tmp_path / "whole", mds, {"load_path": str(sharded)}).fails()
+    assert f"load_path '{sharded}' is a sharded checkpoint, and this run's are files" in log
+    sharded.with_name("latest-rank0.pt").symlink_to(sharded.name)
+    log = Run(tmp_path / "sharded", mds).fails()
+    assert f"the checkpoint in save_folder, '{sharded}' is a sharded checkpoint" in log
     none = str(tmp_path / "none.pt")
     log = Run(tmp_path / "none", mds, {"load_path": none}).fails()
     assert "FileNotFoundError" in log and none in log
