@@ -337,7 +337,8 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             labels: (B, L) token ids, −100 at positions without loss.
             masked_logits_only: with labels, decode only the positions that have a loss: the logits
                 are (number of such positions, V), in the order of ``labels[labels != -100]``. At
-                15% masking this saves most of the decoder's work.
+                15% masking this saves most of the decoder's work. That number depends on the data,
+                so ``torch.compile`` makes two graphs of this.
             output_hidden_states: see there.
             return_dict: see there.
 
@@ -355,19 +356,12 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             return_dict=True,
         )
         x = encoded.last_hidden_state
-        loss = None
-        if labels is None:
-            logits = self.decoder(self.head(x))
-        else:
+        if labels is not None and masked_logits_only:
             # The indices once: on a GPU each boolean index would wait for the device.
             labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
-            targets = labels.flatten()[labelled]
-            if masked_logits_only:
-                logits = self.decoder(self.head(x.flatten(0, 1)[labelled]))
-                loss = _masked_lm_loss(logits, targets)
-            else:
-                logits = self.decoder(self.head(x))
-                loss = _masked_lm_loss(logits.flatten(0, 1)[labelled], targets)
+            x, labels = x.flatten(0, 1)[labelled], labels.flatten()[labelled]
+        logits = self.decoder(self.head(x))
+        loss = None if labels is None else _masked_lm_loss(logits, labels)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
@@ -564,9 +558,13 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
 
 
 def _masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of (M, V) logits; 0, with a graph, if M = 0, where a mean would be NaN."""
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(labels.numel(), 1)
+    """Mean cross-entropy of (..., V) logits; 0, with a graph, where nothing is labelled.
+
+    The labelled ones are not indexed, whose number would break the graph of ``torch.compile``.
+    """
+    logits, labels = logits.flatten(0, -2).float(), labels.flatten()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _wants_dict(return_dict: bool | None, config: Any) -> bool:

@@ -106,22 +106,45 @@ def test_what_is_not_exported(tmp_path, capsys, monkeypatch):
     assert "pip install onnx" in refused(M2BertForMaskedLM(small()))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_one_graph(training):
+def labels(cls, inputs):
+    """What each head's loss takes; no two texts have as many labelled tokens."""
+    if cls is M2BertForMaskedLM:
+        chosen = inputs["attention_mask"].bool() & (torch.arange(inputs["input_ids"].shape[1]) > 3)
+        return {"labels": inputs["input_ids"].masked_fill(~chosen, -100)}
+    return {"labels": torch.tensor([0, 2])} if cls is M2BertForSequenceClassification else {}
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [("masked_lm", False), ("masked_lm", True), ("classification", True), ("embedding", True)],
+)
+def test_one_graph(name, training):
     """torch.compile with fullgraph=True raises at a graph break, and here computes alike."""
-    model = M2BertModel(small(hidden_dropout_prob=0.0, mask_padding=True)).train(training)
+    cls, fields, (*_, output) = MODELS[name]
+    fields = fields | {"hidden_dropout_prob": 0.0, "backend": "auto", "num_hidden_layers": 1}
+    model = cls(small(**fields)).train(training)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for length in (20, 9, 24):  # the second length makes the graph dynamic
         inputs = batch(2, length)
         results = []
         for run in (model, compiled):
             with torch.set_grad_enabled(training):
-                hidden = run(**inputs).last_hidden_state
+                found = run(**inputs, **labels(cls, inputs))
+            loss = found[output].square().mean() if name == "embedding" else found.loss
             weights = list(model.parameters()) if training else []
-            grads = torch.autograd.grad(hidden.square().mean(), weights) if training else ()
-            results.append((hidden, *grads))
+            grads = torch.autograd.grad(loss, weights) if training else ()
+            results.append((found[output], loss, *grads))
         for found, exact in zip(*results, strict=True):
             assert max_error(found, exact) < 1e-5
+
+
+def test_masked_logits_only_takes_two_graphs():
+    """The encoder, and what is computed for a number of tokens that depends on the data."""
+    model = M2BertForMaskedLM(small(hidden_dropout_prob=0.0))
+    inputs = batch(2, 20)
+    inputs |= labels(M2BertForMaskedLM, inputs)
+    graphs = torch._dynamo.explain(model)(**inputs, masked_logits_only=True).graph_count
+    assert graphs <= 2
 
 
 def test_reduced_precision_stays_near():
