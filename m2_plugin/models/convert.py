@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from inspect import signature
@@ -160,7 +160,7 @@ def import_checkpoint(
         report.config, report.assumed = _config(weights, given or {}, where)
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
-    model_class = next(c for part, c in HEADS if any(n.startswith(part) for n in weights))
+    model_class = _head(weights)
     report.model = model_class.__name__
     report.config.architectures = [report.model]
     _untie(report, weights)
@@ -222,12 +222,20 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         those of the encoder begin with `model.`.
 
     Raises:
-        ValueError: if it is no such folder.
+        ValueError: if it is no such folder, or a tensor is missing or of another shape than the
+            config says: transformers would draw it at random.
     """
     config, weights = load_config(folder), read_file(_weights_in(str(folder)))[0]
     if config.tie_word_embeddings:
         weights.pop(DECODER, None)  # .bin files have it twice
-    return config, _with_prefix(weights)
+    weights = _with_prefix(weights)
+    by_name = {c.__name__: c for _, c in HEADS}
+    expected = _expected(by_name.get((config.architectures or [""])[0], _head(weights)), config)
+    if missing := _listed([name for name in expected if name not in weights]):
+        raise ValueError(f"{str(folder)!r} is not whole: its weights lack {missing}")
+    if misfit := _misfit(weights, expected, {}):
+        raise ValueError(f"{str(folder)!r}: {misfit} by its config.json")
+    return config, weights
 
 
 def load_config(folder: str | Path) -> M2BertConfig:
@@ -377,6 +385,36 @@ def _same(found: Tensor, computed: Tensor, exact: bool = False) -> bool:
     )
 
 
+def _head(weights: Iterable[str]) -> type[PreTrainedModel]:
+    """The model that weights of these names are for."""
+    return next(c for part, c in HEADS if any(name.startswith(part) for name in weights))
+
+
+def _expected(model_class: type[PreTrainedModel], config: M2BertConfig) -> dict[str, Tensor]:
+    """The tensors that a folder of such a model holds, without values."""
+    with torch.device("meta"):
+        expected = _with_prefix(model_class(config).state_dict())
+    if config.tie_word_embeddings:
+        expected.pop(DECODER, None)
+    return expected
+
+
+def _misfit(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Mapping[str, str]
+) -> str | None:
+    """The first tensor that has another shape than it should; `names` are those to say."""
+    for name, tensor in weights.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            found, right = tuple(tensor.shape), tuple(expected[name].shape)
+            return f"{names.get(name, name)} is {found} there, and {right}"
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
 def _check(
     report: ImportReport,
     weights: dict[str, Tensor],
@@ -385,10 +423,7 @@ def _check(
     allow_unused: Sequence[str],
 ) -> None:
     """Compares names and shapes with those of the model; drops what may be unused."""
-    with torch.device("meta"):
-        expected = _with_prefix(model_class(report.config).state_dict())
-    if report.config.tie_word_embeddings:
-        expected.pop(DECODER, None)
+    expected = _expected(model_class, report.config)
     # Names are given as the source has, or would have them.
     reference = any(name.startswith("bert.") for name in report.mapped)
     names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
@@ -397,22 +432,17 @@ def _check(
         del weights[ours], report.mapped[found[ours]]
         report.unused.append(found[ours])
     report.missing = [names[ours] for ours in expected if ours not in weights]
-    for ours, tensor in weights.items():
-        if tensor.shape != expected[ours].shape:
-            raise ValueError(
-                f"{report.source!r}: {found[ours]} is {tuple(tensor.shape)} there, and "
-                f"{tuple(expected[ours].shape)} in the model that the other tensors make"
-            )
+    if misfit := _misfit(weights, expected, found):
+        raise ValueError(f"{report.source!r}: {misfit} in the model that the other tensors make")
     for tensors, allowed, what, option in (
         (report.missing, allow_missing, "lacks", "allow-missing"),
         (report.unused, allow_unused, "has, and an M2-BERT has no place for,", "allow-unused"),
     ):
         refused = [n for n in tensors if not any(fnmatch(n, pattern) for pattern in allowed)]
         if refused:
-            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
             raise ValueError(
-                f"{report.source!r} {what} {', '.join(refused[:5])}{more}. To import it all the "
-                f"same: --{option} {refused[0]!r}"
+                f"{report.source!r} {what} {_listed(refused)}. To import it all the same: "
+                f"--{option} {refused[0]!r}"
             )
 
 

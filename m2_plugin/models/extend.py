@@ -125,7 +125,8 @@ def extend_folder(
         The new config.
 
     Raises:
-        ValueError: as `extend`, and if the folder is none of ours or `out` is there already.
+        ValueError: as `extend`, and if the folder is none of ours or not whole, or `out` is there
+            already.
     """
     config, weights = extend(*load_folder(folder), length, method)
     with whole(Path(out)) as temporary:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from m2_plugin.files import whole
-from m2_plugin.models.convert import load_config
+from m2_plugin.models.convert import load_folder
 
 __all__ = ["export_hub_folder", "flat_sources"]
 
@@ -44,9 +44,9 @@ def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
         The names of its files.
 
     Raises:
-        ValueError: if the folder is none of ours, or `out` is there already.
+        ValueError: if the folder is none of ours or not whole, or `out` is there already.
     """
-    load_config(folder)
+    load_folder(folder)  # what is not whole is not passed on
     with whole(Path(out)) as temporary:
         shutil.copytree(folder, temporary)
         path, tokenizer = temporary / "config.json", temporary / "tokenizer_config.json"

@@ -16,7 +16,7 @@ import m2_plugin.models
 from m2_plugin.files import whole
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.layers.monarch_mixer import MonarchMixer
-from m2_plugin.models.convert import load_config
+from m2_plugin.models.convert import load_folder
 
 __all__ = ["INPUTS", "OPSET", "export_onnx"]
 
@@ -100,12 +100,12 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
         The names of the outputs.
 
     Raises:
-        ValueError: if the folder is none of ours, has another mixer than Monarch's, or is too large
-            for a file; if `out` is there already; or if ``onnx`` is not installed.
+        ValueError: if the folder is none of ours or not whole, has another mixer than Monarch's, or
+            is too large for a file; if `out` is there already; or if ``onnx`` is not installed.
     """
     if importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx is not installed: pip install onnx onnxruntime")
-    config = load_config(folder)
+    config, _ = load_folder(folder)
     if config.sequence_mixer != "monarch_mixer":
         raise ValueError(
             f"only models with sequence_mixer 'monarch_mixer' are exported to ONNX, and that of "

@@ -263,6 +263,33 @@ def test_another_architecture_or_config_is_refused(tmp_path, capsys):
     assert not (tmp_path / "m.pt").exists()
 
 
+@pytest.mark.parametrize("damage", ["missing", "shape", "truncated"])
+@pytest.mark.parametrize("command", ["onnx", "hub", "out", "extend"])
+def test_a_folder_that_is_not_whole_goes_no_further(command, damage, tmp_path, capsys):
+    """transformers would load it, with random values for what is not there."""
+    folder, out = tmp_path / "folder", tmp_path / "made"
+    M2BertForMaskedLM(small()).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights, name = load_file(path), "model.layers.0.mlp.up_proj.weight"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+        message = f"'{path}' cannot be read as a checkpoint"
+    elif damage == "shape":
+        weights[name] = weights[name][:-1].clone()
+        message = f"'{folder}': {name} is (3, 16, 4) there, and (4, 16, 4) by its config.json"
+    else:
+        del weights[name], weights["head.dense.weight"]
+        message = f"'{folder}' is not whole: its weights lack {name}, head.dense.weight"
+    if damage != "truncated":
+        save_file(weights, path, metadata={"format": "pt"})
+    arguments = ["export", str(folder), f"--{command}", str(out)]
+    if command == "extend":
+        arguments = ["extend", str(folder), "--max-seq-len", "48", "--out", str(out)]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 MEASURE = """
 import resource, sys, time
 from m2_plugin.models.convert import import_checkpoint
