@@ -127,7 +127,7 @@ def _say(run: Callable[[], Any]) -> int:
     """Writes the lines of a result, or of a refusal."""
     try:
         lines = run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write("".join(f"{line}\n" for line in lines))

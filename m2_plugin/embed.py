@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from m2_plugin.files import read_json, write_json
+from m2_plugin.files import check_writable, read_json, write_json
 from m2_plugin.models import M2BertForTextEmbedding
-from m2_plugin.models.convert import load_config
+from m2_plugin.models.convert import load_folder
 
 __all__ = ["embed_file", "main"]
 
@@ -69,7 +69,8 @@ def embed_file(
 
     Raises:
         ValueError: if something cannot be read or has no texts, the model has no pooler or no
-            tokenizer, or `out` is there; the message names it.
+            tokenizer, the device is none, or `out` is there or cannot be written; the message names
+            it.
     """
     out = Path(out)
     if out.suffix != ".npy":
@@ -80,6 +81,7 @@ def embed_file(
         raise ValueError(f"--batch-tokens must be at least 1, not {batch_tokens}")
     texts = _read_texts(file, text_column)
     encoder, tokenizer = _load(model)
+    place = _move(encoder, device)
     size = len(texts), encoder.config.hidden_size
     job = {
         "file": _digest(Path(file)),
@@ -88,13 +90,10 @@ def embed_file(
         "batch_tokens": batch_tokens,
         "dtype": dtype,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     partial, notes = (out.with_name(f".{out.name}.{part}") for part in ("partial", "json"))
     vectors, done = _open(partial, notes, job, size)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder.to(device)
-    autocast = torch.autocast(torch.device(device).type, DTYPES[dtype], dtype != "float32")
+    autocast = torch.autocast(place.type, DTYPES[dtype], dtype != "float32")
     with tqdm(total=size[0], initial=done, unit="text", desc="embed") as bar:
         for start in range(done, size[0], CHUNK):
             rows = texts[start : start + CHUNK][text_column]
@@ -108,7 +107,7 @@ def embed_file(
                     {"input_ids": [tokens[i] for i in batch]}, return_tensors="pt"
                 )
                 with torch.inference_mode(), autocast:
-                    found: Tensor = encoder(**inputs.to(device)).sentence_embedding
+                    found: Tensor = encoder(**inputs.to(place)).sentence_embedding
                 vectors[[start + i for i in batch]] = found.float().cpu().numpy()
                 bar.update(len(batch))
             vectors.flush()
@@ -178,7 +177,7 @@ def _read_texts(file: str | Path, column: str) -> Dataset:
 
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
-    load_config(folder)  # says what is wrong with a folder that is none
+    load_folder(folder)  # says what is wrong with one that is none, or not whole
     model, info = M2BertForTextEmbedding.from_pretrained(folder, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -190,6 +189,18 @@ def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokeniz
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no tokenizer: save one there") from error
     return model.eval(), tokenizer
+
+
+def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:
+    """Moves the model to where it is to compute, and says where that is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r} is none that torch has here: {reason}") from error
+    return model.device
 
 
 def _digest(path: Path) -> str:
@@ -224,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, without the program's name.
 
     Returns:
-        0, or 1 if something was refused.
+        0; 1 if something was refused; 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin embed",
@@ -246,8 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         rows, width = embed_file(**vars(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run it again to go on\n")
+        return 130
     sys.stdout.write(f"{rows} vectors of {width} numbers\n{args.out}\n")
     return 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "whole", "write_atomically", "write_json"]
+__all__ = ["check_writable", "read_json", "whole", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -50,17 +50,32 @@ def read_json(path: str | Path) -> Any:
         return None
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a path, and see that files can be written into it.
+
+    Raises:
+        ValueError: If not. What writes tensors says so in its own words, if at all.
+    """
+    probe = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be written: {error}") from error
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside a path, which becomes the path if nothing is raised.
 
     Raises:
-        ValueError: If there is something at the path already.
+        ValueError: If there is something at the path already, or it cannot be written.
     """
     if path.exists():
         raise ValueError(f"{str(path)!r} is there already: give another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_writable(path)
+    temporary = _beside(path)
     try:
         yield temporary
         os.rename(temporary, path)
@@ -69,3 +84,7 @@ def whole(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 from m2_plugin.cli import main
 from m2_plugin.embed import batches
-from m2_plugin.models import M2BertForMaskedLM
+from m2_plugin.models import M2BertForMaskedLM, M2BertForTextEmbedding
 from tests.models.test_modeling_m2_bert import small
 from tests.models.test_text_embedding import TEXTS, embedder
 from tests.utils import TOKENIZER
@@ -128,6 +129,28 @@ def test_killed_and_run_again(folder, tmp_path, caplog):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_interrupted(folder, tmp_path, capsys, monkeypatch):
+    """Says how to go on, and does."""
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    with monkeypatch.context() as patched:
+        patched.setattr("m2_plugin.embed.CHUNK", 3)
+        forward, calls = M2BertForTextEmbedding.forward, []
+
+        def interrupt(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return forward(*args, **kwargs)
+
+        patched.setattr(M2BertForTextEmbedding, "forward", interrupt)
+        assert run(folder, file, out) == 130
+    assert "run it again to go on" in capsys.readouterr().err
+    assert (tmp_path / ".vectors.npy.partial").exists() and not out.exists()
+    assert run(folder, file, out) == 0
+    np.testing.assert_allclose(np.load(out), alone(folder, LINES), rtol=0, atol=1e-5)
+
+
 def test_another_file_starts_anew(folder, tmp_path, caplog):
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(TEXTS))
@@ -150,6 +173,9 @@ def test_what_is_refused(folder, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"body": "One."}\n')
     M2BertForMaskedLM(small(vocab_size=30522)).save_pretrained(tmp_path / "masked")
     embedder().save_pretrained(tmp_path / "bare")
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
     for file, model, message in [
         ("none.txt", folder, "there is no file .*none.txt"),
         ("texts.doc", folder, "ends in none of .txt, .json"),
@@ -160,10 +186,16 @@ def test_what_is_refused(folder, tmp_path, capsys):
         ("other.jsonl", folder, "no column 'text': give --text-column, one of body"),
         ("texts.txt", tmp_path / "masked", "lacks pooler.dense.bias, .*retrieval"),
         ("texts.txt", tmp_path / "bare", "bare' has no tokenizer"),
+        ("texts.txt", tmp_path / "cut", "cut/model.safetensors' cannot be read as a checkpoint"),
         ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),
     ]:
         assert run(model, tmp_path / file, out) == 1
         assert re.search(message, capsys.readouterr().err), message
+    for device in ("nowhere", "cuda:99"):
+        assert run(folder, good, out, "--device", device) == 1
+        assert f"--device {device!r} is none that torch has here" in capsys.readouterr().err
+    assert run(folder, good, good / "vectors.npy") == 1
+    assert "texts.txt/vectors.npy' cannot be written" in capsys.readouterr().err
     assert run(folder, good, tmp_path / "vectors.txt") == 1
     assert "must end in .npy" in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.glob(".*"))

@@ -50,3 +50,11 @@ def test_whole_or_not_there(tmp_path, folder):
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(ValueError, match="is there already"), whole(path):
         pass
+
+
+def test_what_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file/out", "file/deep/out", "/proc/out"):
+        refused = pytest.raises(ValueError, match=f"{name}' cannot be written: ")
+        with refused, whole(tmp_path / name):
+            pytest.fail("it began to write")

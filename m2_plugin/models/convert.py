@@ -454,7 +454,11 @@ def _own_tokenizer(source: str) -> str | None:
 def _save_tokenizer(name: str | None, config: M2BertConfig, folder: Path) -> None:
     if name is None:
         return
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # its files may be anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer {name!r} has {len(tokenizer)} entries, the model's vocab_size is "

@@ -255,6 +255,10 @@ def test_another_architecture_or_config_is_refused(tmp_path, capsys):
     assert "there is no file" in refused(tmp_path / "no.pt", tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     assert "has none of model.safetensors" in refused(tmp_path / "empty", tmp_path, capsys)
+    for tokenizer in (tmp_path / "empty", tmp_path / "no/where/at/all"):
+        message = refused(source, tmp_path, capsys, "--tokenizer", str(tokenizer))
+        assert f"the tokenizer '{tokenizer}' cannot be loaded: " in message
+        assert message.count("\n") == 1
 
     masked = M2BertForMaskedLM(M2BertConfig(**small().to_dict() | {"mask_padding": True}))
     masked.save_pretrained(tmp_path / "masked")
