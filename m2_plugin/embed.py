@@ -219,13 +219,26 @@ def _open(
     """The array to fill, and how many rows of it are done."""
     noted = read_json(notes)
     if noted and partial.is_file():
-        if noted["job"] == job:
+        changed = ", ".join(key for key in job if job[key] != noted["job"].get(key))
+        if changed:
+            log.warning("%s was begun with another %s: starting anew", partial, changed)
+        elif not _holds(partial, shape):
+            log.warning("%s is damaged: starting anew", partial)
+        else:
             log.info("%s: going on after %d texts", partial, noted["rows"])
             return np.lib.format.open_memmap(partial, mode="r+"), noted["rows"]
-        changed = ", ".join(key for key in job if job[key] != noted["job"].get(key))
-        log.warning("%s was begun with another %s: starting anew", partial, changed)
     notes.unlink(missing_ok=True)
     return np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape), 0
+
+
+def _holds(file: Path, shape: tuple[int, int]) -> bool:
+    """Whether a file is an array of this shape; written to, a shorter one would get zeros."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except ValueError:
+        return False
+    whole = array.offset + array.nbytes == file.stat().st_size
+    return whole and array.shape == shape and array.dtype == np.float32
 
 
 def main(argv: Sequence[str] | None = None) -> int:

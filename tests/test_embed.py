@@ -51,6 +51,22 @@ def run(folder, file, out, *flags):
     return main(["embed", str(file), "--model", str(folder), "--out", str(out), *map(str, flags)])
 
 
+def interrupt(monkeypatch, folder, file, out):
+    """Runs until the second batch, with a note after the first."""
+    forward, calls = M2BertForTextEmbedding.forward, []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("m2_plugin.embed.CHUNK", 3)
+        patched.setattr(M2BertForTextEmbedding, "forward", stop)
+        assert run(folder, file, out) == 130
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "json", "csv", "parquet"])
 def test_each_kind_of_file(ending, folder, tmp_path, capsys):
     file, data = tmp_path / f"texts.{ending}", Dataset.from_dict({"body": LINES, "id": [1] * 8})
@@ -129,22 +145,25 @@ def test_killed_and_run_again(folder, tmp_path, caplog):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("size", [0, 1000, 10**6])
+def test_a_damaged_partial_starts_anew(size, folder, tmp_path, caplog, monkeypatch):
+    """One that is short would be filled up with zeros."""
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES * 8))
+    interrupt(monkeypatch, folder, file, out)
+    partial = tmp_path / ".vectors.npy.partial"
+    with partial.open("r+b") as opened:
+        opened.truncate(size)
+    assert run(folder, file, out) == 0
+    assert f"{partial} is damaged: starting anew" in caplog.text
+    np.testing.assert_allclose(np.load(out), alone(folder, LINES * 8), rtol=0, atol=1e-5)
+
+
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
     """Says how to go on, and does."""
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(LINES))
-    with monkeypatch.context() as patched:
-        patched.setattr("m2_plugin.embed.CHUNK", 3)
-        forward, calls = M2BertForTextEmbedding.forward, []
-
-        def interrupt(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return forward(*args, **kwargs)
-
-        patched.setattr(M2BertForTextEmbedding, "forward", interrupt)
-        assert run(folder, file, out) == 130
+    interrupt(monkeypatch, folder, file, out)
     assert "run it again to go on" in capsys.readouterr().err
     assert (tmp_path / ".vectors.npy.partial").exists() and not out.exists()
     assert run(folder, file, out) == 0
