@@ -49,6 +49,20 @@ for _ours, _theirs in CONVOLUTIONS.items():
 # The dimension of size 1 that the reference's tensor has and ours has not, by the end of our name.
 EXTRA_DIM = {"filter.pos_emb": 0, "filter.freq": 0, "short_conv.weight": 1}
 
+# How many dimensions those of our tensors have that tell a model's sizes, by the end of their name.
+RANKS: dict[str, tuple[int, ...]] = {
+    "word_embeddings.weight": (2,),
+    "position_embeddings.weight": (2,),
+    "token_type_embeddings.weight": (2,),
+    "short_conv.weight": (2,),
+    "filter.pos_emb": (2,),
+    "filter.freq": (1,),
+    "up_proj.weight": (2, 3),  # dense, or blocks
+    "down_proj.weight": (2, 3),
+    "classifier.weight": (2,),
+    "classifier.bias": (1,),
+}
+
 # Reference tensors that ours computes: buffers, and the other places of the shared sine module.
 DERIVED = re.compile(
     r"bert\.embeddings\.(position_ids|token_type_ids)|"
@@ -80,11 +94,16 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
     Args:
         state_dict: of a reference ``BertForMaskedLM`` or ``BertForSequenceClassification``, names
             beginning with ``bert.``, ``cls.`` or ``classifier.``.
+
+    Raises:
+        ValueError: if a tensor has another number of dimensions than the reference's; the message
+            names it.
     """
     result = Translation()
     for name, tensor in state_dict.items():
         ours = _renamed(name, RENAMES)
         if ours is not None:
+            _check_rank(name, ours, tensor, extra=_extra_dim(ours) is not None)
             result.mapped[name] = ours
             result.weights[ours] = _without_extra_dim(ours, tensor)
         elif DERIVED.fullmatch(name):
@@ -105,7 +124,8 @@ def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors are views of those given.
 
     Raises:
-        ValueError: if a name is not one of the reference's; the message names it.
+        ValueError: as ``translate``, and if a name is not one of the reference's; the message names
+            it.
     """
     result = translate(state_dict)
     if result.unknown:
@@ -215,6 +235,15 @@ def _with_extra_dim(ours: str, tensor: Tensor) -> Tensor:
     return tensor if dim is None else tensor.unsqueeze(dim)
 
 
+def _check_rank(name: str, ours: str, tensor: Tensor, extra: bool = False) -> None:
+    ranks = next((ranks for suffix, ranks in RANKS.items() if ours.endswith(suffix)), ())
+    if ranks and tensor.ndim - extra not in ranks:
+        right = " or ".join(str(rank + extra) for rank in ranks)
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} there, and in an M2-BERT it has {right} dimensions"
+        )
+
+
 def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | str]:
     """The fields of ``M2BertConfig`` that the weights' names and shapes tell.
 
@@ -225,8 +254,11 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
         state_dict: weights under our names, as ``from_reference`` gives them.
 
     Raises:
-        ValueError: if there is no tensor that tells one of the sizes; the message names it.
+        ValueError: if there is no tensor that tells one of the sizes, or it has another number of
+            dimensions; the message names it.
     """
+    for name, tensor in state_dict.items():
+        _check_rank(name, name, tensor)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
     def shape(name: str) -> tuple[int, ...]:
@@ -252,8 +284,12 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
         fields["max_position_embeddings"] = shape("embeddings.position_embeddings.weight")[0]
 
     up, down = shape("mlp.up_proj.weight"), shape("mlp.down_proj.weight")
-    monarch = len(down) == 3
-    nblocks = down[0] if monarch else 1
+    # By most of both, so that one that is wrong is not taken for right.
+    maps = [
+        s for name, s in shapes.items() if name.endswith(("up_proj.weight", "down_proj.weight"))
+    ]
+    blocks = Counter(s[0] if len(s) == 3 else None for s in maps).most_common(1)[0][0]
+    monarch, nblocks = blocks is not None, blocks or 1
     intermediate_size = nblocks * down[-1]
     fields["use_monarch_mlp"] = monarch
     if monarch:

@@ -149,7 +149,10 @@ def import_checkpoint(
     raw, saved = read_file(file)
     if given is None and saved is not None:
         given, where = saved, f"the config saved in {file}"
-    report, weights = _translated(source, raw)
+    try:
+        report, weights = _translated(source, raw)
+    except ValueError as error:
+        raise ValueError(f"{source!r}: {error}") from error
     # Of a BERT, the names of embeddings and outputs are the reference's too.
     if not any(".mlp." in name for name in weights):
         others = report.unused or list(raw)

@@ -17,7 +17,7 @@ from m2_plugin.models import (
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
 )
-from m2_plugin.models.checkpoint import to_reference
+from m2_plugin.models.checkpoint import to_reference, translate
 from m2_plugin.models.convert import export_checkpoint, import_checkpoint
 from tests.models.test_golden import NAMES
 from tests.models.test_modeling_m2_bert import ids, small
@@ -228,6 +228,43 @@ def test_a_wrong_shape_is_named(name, tmp_path, capsys):
     path = composer_file(tmp_path / "wrong.pt", weights)
     message = refused(path, tmp_path, capsys)
     assert f"{name} is {tuple(weights[name].shape)} there" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+        "bert.encoder.layer.0.attention.short_filter.weight",
+        "bert.encoder.layer.0.attention.filter_fn.pos_emb.z",
+        "bert.encoder.layer.1.attention.filter_fn.implicit_filter.1.freq",
+        "bert.encoder.layer.0.mlp.gated_layers.weight",
+        "bert.encoder.layer.0.mlp.wo.weight",
+    ],
+)
+def test_a_wrong_number_of_dimensions_is_named(name, tmp_path, capsys):
+    """In the reference's names and in ours, flattened and without any."""
+    source, config, weights, _ = golden_file(tmp_path)
+    import_checkpoint(source, tmp_path / "m2", config=config)
+    own = load_file(tmp_path / "m2" / "model.safetensors")
+    for names, wrong in ((weights, name), (own, translate({name: weights[name]}).mapped[name])):
+        one_dimension = names[wrong].ndim == 1
+        for tensor in (
+            names[wrong][None] if one_dimension else names[wrong].flatten(),
+            torch.ones(()),
+        ):
+            path = composer_file(tmp_path / "wrong.pt", names | {wrong: tensor})
+            message = refused(path, tmp_path, capsys)
+            assert f"{wrong} is {tuple(tensor.shape)} there, and in an M2-BERT it has" in message
+
+
+def test_a_lone_number_of_blocks_is_not_taken_for_right(tmp_path, capsys):
+    _, _, weights, _ = golden_file(tmp_path)
+    name = "bert.encoder.layer.0.mlp.wo.weight"
+    weights[name] = weights[name][:-1].clone()
+    message = refused(composer_file(tmp_path / "wrong.pt", weights), tmp_path, capsys)
+    assert f"{name} is (3, 8, 32) there, and (4, 8, 32) in the model" in message
 
 
 def test_a_buffer_that_differs_is_named(tmp_path, capsys):
