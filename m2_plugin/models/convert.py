@@ -45,8 +45,7 @@ WEIGHTS = (  # in the order they are looked for
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
-POSITION_IDS = "bert.embeddings.position_ids"
-POSITIONS = "bert.embeddings.position_embeddings.weight"
+POSITIONS = "embeddings.position_embeddings.weight"
 # A part of the names that only models with this head have; the first that is there counts.
 HEADS: list[tuple[str, type[PreTrainedModel]]] = [
     ("head.", M2BertForMaskedLM),
@@ -314,6 +313,12 @@ def _config(
     """The config that the weights tell, and for the rest the one given, or defaults."""
     given = _our_fields(given)
     told = config_fields(weights)
+    # Lost or never there: the weights look the same.
+    if not told["use_positional_encodings"] and given.get("use_positional_encodings") is not False:
+        raise ValueError(
+            f"there is no {POSITIONS}. Of a model that has none, a config must say so "
+            f"(use_positional_encodings: false)"
+        )
     nblocks = told.get("monarch_mlp_nblocks", 1)
     # What a size is padded to a multiple of: the config may hold it as it was before.
     padded = {
@@ -372,8 +377,6 @@ def _check_derived(
 ) -> None:
     """Compares what the source stores with what the model computes in its place."""
     for name in report.derived:
-        if name == POSITION_IDS and name not in computed:
-            raise ValueError(f"{report.source!r} lacks {POSITIONS}, but has {name}")
         if name in computed and not _same(raw[name], computed[name]):
             raise ValueError(f"{report.source!r}: {name} is not what M2-BERT computes in its place")
 

@@ -187,11 +187,13 @@ def test_a_truncated_file_is_refused(kind, tmp_path, capsys):
 def test_every_missing_tensor_is_named(tmp_path, capsys):
     source, config, weights, _ = golden_file(tmp_path)
     report = import_checkpoint(source, tmp_path / "m2", config=config)
-    for name in [name for name in report.mapped if "layer.0." not in name]:
-        path = composer_file(tmp_path / "part.pt", {k: v for k, v in weights.items() if k != name})
-        message = refused(path, tmp_path, capsys)
-        last = name.removeprefix("bert.embeddings.")
-        assert name in message or ("tells the model's sizes" in message and last in message), name
+    own = load_file(tmp_path / "m2" / "model.safetensors")
+    for tensors, names in ((weights, report.mapped), (own, own)):
+        for name in names:
+            part = {k: v for k, v in tensors.items() if k != name}
+            message = refused(composer_file(tmp_path / "part.pt", part), tmp_path, capsys)
+            last = name.partition(".")[2]
+            assert name in message or f"there is no {last}" in message, name
 
 
 def test_what_may_be_missing_or_unused_is_named(tmp_path, capsys):
@@ -273,6 +275,28 @@ def test_a_buffer_that_differs_is_named(tmp_path, capsys):
     weights[name] = weights[name] * 1.01
     path = composer_file(tmp_path / "other.pt", weights)
     assert f"{name} is not what M2-BERT computes" in refused(path, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("names", ["reference", "own"])
+def test_missing_positions_are_no_other_model(names, tmp_path, capsys):
+    """Without them the rest is a whole model that has none: only a config can tell."""
+    if names == "own":
+        weights = M2BertForMaskedLM(small()).state_dict()
+    else:
+        _, _, weights, _ = golden_file(tmp_path)
+        del weights["bert.embeddings.position_ids"]
+    del weights[next(name for name in weights if "position_embeddings" in name)]
+    path, config = composer_file(tmp_path / "part.pt", weights), tmp_path / "config.json"
+    options = [[], ["--allow-missing", "*"]]
+    config.write_text('{"use_positional_encodings": true}')
+    for more in [*options, [*options[1], "--config", str(config)]]:
+        message = refused(path, tmp_path, capsys, *more)
+        assert "there is no embeddings.position_embeddings.weight" in message
+        assert "use_positional_encodings: false" in message
+    config.write_text('{"use_positional_encodings": false}')
+    out = tmp_path / "m2"
+    assert main(["import", path, "--out", str(out), "--config", str(config)]) == 0
+    assert M2BertConfig.from_pretrained(out).use_positional_encodings is False
 
 
 def test_another_architecture_or_config_is_refused(tmp_path, capsys):
