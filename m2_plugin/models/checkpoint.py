@@ -57,6 +57,7 @@ RANKS: dict[str, tuple[int, ...]] = {
     "short_conv.weight": (2,),
     "filter.pos_emb": (2,),
     "filter.freq": (1,),
+    ".skip": (1,),
     "up_proj.weight": (2, 3),  # dense, or blocks
     "down_proj.weight": (2, 3),
     "classifier.weight": (2,),

@@ -275,6 +275,29 @@ def test_a_buffer_that_differs_is_named(tmp_path, capsys):
     weights[name] = weights[name] * 1.01
     path = composer_file(tmp_path / "other.pt", weights)
     assert f"{name} is not what M2-BERT computes" in refused(path, tmp_path, capsys)
+    _, _, weights, _ = golden_file(tmp_path)
+    weights["bert.embeddings.position_ids"] = weights["bert.embeddings.position_ids"][:, :-1]
+    path = composer_file(tmp_path / "other.pt", weights)
+    message = refused(path, tmp_path, capsys)
+    assert "position_ids is (1, 31) there, and (1, 32) in the model" in message
+    _, _, weights, _ = golden_file(tmp_path)
+    for buffer, value in (
+        ("bert.embeddings.token_type_ids", torch.ones(1, 32, dtype=torch.long)),
+        (name.replace("layer.1", "layer.7"), weights[name]),
+    ):
+        path = composer_file(tmp_path / "other.pt", weights | {buffer: value})
+        assert buffer in refused(path, tmp_path, capsys)
+
+
+def test_a_buffer_that_an_export_will_not_give_back_is_reported(tmp_path, capsys):
+    _, config, weights, _ = golden_file(tmp_path)
+    name = "bert.encoder.layer.1.attention.filter_fn.modulation.deltas"
+    other = torch.nextafter(weights[name], torch.tensor(0.0))
+    path = composer_file(tmp_path / "other.pt", weights | {name: other})
+    assert main(["import", path, "--out", str(tmp_path / "m2"), "--config", str(config)]) == 0
+    assert "1 derived differ in their last bits from what M2-BERT computes, which an export " in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("names", ["reference", "own"])
