@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -160,8 +161,10 @@ def import_checkpoint(
         report, weights = _translated(source, raw)
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
-    # Of a BERT, the names of embeddings and outputs are the reference's too.
-    if not any(".mlp." in name for name in weights):
+    # Of a BERT, the names of embeddings and outputs are the reference's too; other models have an
+    # .mlp. of ours, or a .mixer.
+    parts = [re.match(r"model\.layers\.\d+\.(mixer|mlp)\.", name) for name in weights]
+    if len({part[1] for part in parts if part}) < 2:
         others = report.unused or list(raw)
         raise ValueError(
             f"{source!r} is no M2-BERT: it has weights of other names, {', '.join(others[:3])} ..."
@@ -353,8 +356,9 @@ def _config(
         )
     if told["vocab_size"] % padded["vocab_size"]:
         fields["pad_vocab_size_multiple"] = 1
-    if "classifier.weight" in weights:
-        fields["num_labels"] = len(weights["classifier.weight"])
+    for name in ("classifier.bias", "classifier.weight"):
+        if name in weights:
+            fields["num_labels"] = len(weights[name])
     config = M2BertConfig(**fields)
     untold = [*UNTOLD, "num_attention_heads"] if "sequence_mixer" in told else UNTOLD
     return config, {key: getattr(config, key) for key in untold if key not in given}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    MAGIC_NUMBER,
+    get_unsafe_globals_in_checkpoint,
+    safe_globals,
+)
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -102,7 +107,11 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         state = content["state"].get("model")
         saved = (content["state"].get("integrations") or {}).get("huggingface") or {}
         config = ((saved.get("model") or {}).get("config") or {}).get("content")
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
         found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{path!r} holds no state dict of a model, but {found}.")
     weights = dict(state)
@@ -139,10 +148,18 @@ def _read_shards(index: str) -> dict[str, Tensor]:
 
 def _unpickle(path: str) -> Any:
     if not zipfile.is_zipfile(path):
+        older = pickle.dumps(MAGIC_NUMBER, protocol=2)  # how torch's older format begins
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise ValueError("it is cut short: the end of the archive is missing")
-        return torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+            start = file.read(len(older))
+        if start.startswith(b"PK\x03\x04"):
+            raise ValueError("it is cut short: the end of the archive is missing")
+        if start != older:
+            raise ValueError("it is no file of torch.save")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch.load does not look at the checksums
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged: its checksum is another")
     names = get_unsafe_globals_in_checkpoint(path)
     for name in names:
         if name.split(".")[0] not in PICKLED:

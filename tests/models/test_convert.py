@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 
@@ -184,11 +186,40 @@ def test_a_truncated_file_is_refused(kind, tmp_path, capsys):
     assert str(path) in message and "cannot be read as a checkpoint" in message
 
 
+def test_a_damaged_file_is_refused(tmp_path, capsys):
+    """One whose pickle is whole would be read, with other numbers in it."""
+    source, _, weights, _ = golden_file(tmp_path)
+    content = bytearray((tmp_path / "latest-rank0.pt").read_bytes())
+    number = weights["bert.encoder.layer.1.mlp.wo.weight"].numpy().tobytes()
+    place = content.index(number)
+    content[place : place + 64] = bytes(64)
+    (tmp_path / "latest-rank0.pt").write_bytes(content)
+    message = refused(source, tmp_path, capsys)
+    assert re.search("cannot be read as a checkpoint: .*/data/.* in it is damaged", message)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", pickle.dumps({"a": 1}, protocol=4)])
+def test_what_is_no_checkpoint_is_refused(content, tmp_path, capsys):
+    (tmp_path / "text.pt").write_bytes(content)
+    message = refused(tmp_path / "text.pt", tmp_path, capsys)
+    assert message.endswith("cannot be read as a checkpoint: it is no file of torch.save\n")
+    for saved, found in (({}, "[]"), ({"epoch": 1}, "['epoch']"), (torch.ones(2), "Tensor")):
+        torch.save(saved, tmp_path / "text.pt")
+        message = refused(tmp_path / "text.pt", tmp_path, capsys)
+        assert f"text.pt' holds no state dict of a model, but {found}" in message
+
+
 def test_every_missing_tensor_is_named(tmp_path, capsys):
     source, config, weights, _ = golden_file(tmp_path)
     report = import_checkpoint(source, tmp_path / "m2", config=config)
     own = load_file(tmp_path / "m2" / "model.safetensors")
-    for tensors, names in ((weights, report.mapped), (own, own)):
+    three = M2BertForSequenceClassification(small(num_labels=3)).state_dict()
+    ours = [name for name in own if "layers.1." not in name]
+    for tensors, names in (
+        (weights, report.mapped),
+        (own, ours),
+        (three, ["classifier.weight", "classifier.bias"]),
+    ):
         for name in names:
             part = {k: v for k, v in tensors.items() if k != name}
             message = refused(composer_file(tmp_path / "part.pt", part), tmp_path, capsys)
@@ -323,9 +354,23 @@ def test_missing_positions_are_no_other_model(names, tmp_path, capsys):
 
 
 def test_another_architecture_or_config_is_refused(tmp_path, capsys):
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        ModernBertConfig,
+        ModernBertForMaskedLM,
+    )
 
     fields = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    modern = ModernBertForMaskedLM(ModernBertConfig(intermediate_size=32, **fields, **ids))
+    for model, name in ((gpt2, "transformer.wte.weight"), (modern, "tok_embeddings.weight")):
+        path = composer_file(tmp_path / "other.pt", model.state_dict())
+        message = refused(path, tmp_path, capsys)
+        assert "is no M2-BERT: it has weights of other names, " in message and name in message
     bert = BertForMaskedLM(BertConfig(intermediate_size=32, **fields))
     message = refused(composer_file(tmp_path / "bert.pt", bert.state_dict()), tmp_path, capsys)
     assert "is no M2-BERT" in message and "attention.self.query.weight" in message
