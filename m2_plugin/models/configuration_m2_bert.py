@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -120,7 +122,7 @@ class M2BertConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         _reject_unknown_keys(kwargs)
-        self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.intermediate_size = intermediate_size
@@ -154,32 +156,16 @@ class M2BertConfig(PretrainedConfig):
         self.backend = backend
         # Set again by newer transformers versions only where their base class declares it.
         self.pad_token_id = pad_token_id
+        # Before transformers does: newer versions fail on other types in their own words.
+        check_values({**vars(self), "tie_word_embeddings": tie_word_embeddings})
+        self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         super().__init__(
             pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )
         self._check()
 
     def _check(self) -> None:
-        """Raises a ValueError that names the first field whose value cannot be right."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "intermediate_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-            "long_conv_l_max",
-            "hyena_filter_order",
-            "monarch_mlp_nblocks",
-            "num_attention_heads",
-        ):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
-                name,
-                value,
-                "a positive integer",
-            )
+        """Raises a ValueError that names the first field whose range or company is not right."""
         for name in ("hidden_dropout_prob", "mixer_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
@@ -207,12 +193,6 @@ class M2BertConfig(PretrainedConfig):
             "classifier_pooling",
             self.classifier_pooling,
             f"one of {', '.join(POOLINGS)}",
-        )
-        _require(
-            isinstance(self.normalize_embeddings, bool),
-            "normalize_embeddings",
-            self.normalize_embeddings,
-            "true or false",
         )
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(
@@ -245,6 +225,46 @@ class M2BertConfig(PretrainedConfig):
         if self.sequence_mixer == "monarch_mixer":
             limits.append(self.long_conv_l_max)
         return min(limits, default=None)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(map(_is_integer, value))
+
+
+# Annotation of a field: what its values must be, and how to say it.
+KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda value: _is_integer(value) and value > 0, "a positive integer"),
+    float: (_is_number, "a number"),
+    float | None: (lambda value: value is None or _is_number(value), "a number or null"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    list[int] | None: (lambda value: value is None or _are_integers(value), "integers, or null"),
+}
+
+
+def check_values(fields: Mapping[str, Any]) -> None:
+    """Checks values by themselves, as JSON or a command line may have given them.
+
+    Args:
+        fields: any fields of ``M2BertConfig``; others are passed over.
+
+    Raises:
+        ValueError: if one is of another type than the field, or is a size and not positive.
+    """
+    for name, parameter in inspect.signature(M2BertConfig.__init__).parameters.items():
+        if name not in fields or parameter.annotation not in KINDS:
+            continue
+        holds, accepted = KINDS[parameter.annotation]
+        if name == "pad_token_id":  # the one integer that may be 0
+            holds, accepted = _is_integer, "an integer"
+        _require(holds(fields[name]), name, fields[name], accepted)
 
 
 def _require(holds: bool, name: str, value: object, accepted: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from m2_plugin.files import whole
 from m2_plugin.models.checkpoint import (
@@ -23,7 +23,11 @@ from m2_plugin.models.checkpoint import (
     to_reference,
     translate,
 )
-from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.configuration_m2_bert import (
+    TRANSFORMERS_KEYS,
+    M2BertConfig,
+    check_values,
+)
 from m2_plugin.models.modeling_m2_bert import (
     M2BertForMaskedLM,
     M2BertForSequenceClassification,
@@ -58,6 +62,33 @@ HEADS: list[tuple[str, type[PreTrainedModel]]] = [
 ]
 OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
 LABEL_FIELDS = ("problem_type", "id2label", "label2id")
+# The reference's switches: our field, and its values for true and false.
+SWITCHES: dict[str, tuple[str, Any, Any]] = {
+    "monarch_mixer_sequence_mixing": ("sequence_mixer", "monarch_mixer", "alibi_attention"),
+    "pool_all": ("classifier_pooling", "mean", "cls"),
+    "use_normalized_embeddings": ("normalize_embeddings", True, False),
+}
+# Its fields with a choice that is not implemented here, and the value that is.
+ONLY = {"hidden_act": "gelu", "attention_pooling": False, "sequence_token_planting": False}
+# Its other fields: how it was trained, run and evaluated, and what else a BERT's config holds. Of
+# these use_cls_token and gather_sentence_embeddings ask for what there is: the pooler's output, of
+# the first token unless pool_all.
+NOT_OURS = {
+    "alibi_starting_size",
+    "expand_positional_embeddings",
+    "gather_sentence_embeddings",
+    "gradient_checkpointing",
+    "hyena_filter_dropout",
+    "hyena_lr_pos_emb",
+    "hyena_wd",
+    "long_conv_kernel_learning_rate",
+    "performing_BEIR_evaluation",
+    "position_embedding_type",
+    "use_cache",
+    "use_cls_token",
+    "use_flash_fft",
+    "use_flash_mm",
+}
 NOT_THEIRS = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
 VOCAB_MULTIPLE = 8  # to which reference and M2BertConfig pad the vocabulary
 # Fields that no tensor tells, and which change what the model computes.
@@ -83,6 +114,7 @@ class ImportReport:
         rounded: those of them that are the same but for their last bits.
         unused: names in the source that were left out, as allowed.
         missing: names that the source would have, and lacks, as allowed: they start at random.
+        unread: keys of the config that are no fields, as misspelt ones.
         assumed: fields that neither the weights nor a config told, with the values taken.
     """
 
@@ -94,6 +126,7 @@ class ImportReport:
     rounded: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     assumed: dict[str, Any] = field(default_factory=dict)
 
     def lines(self, verbose: bool = False) -> Iterator[str]:
@@ -119,6 +152,8 @@ class ImportReport:
             )
         yield from (f"  {name}: unused" for name in self.unused)
         yield from (f"  {name}: missing, starts at random" for name in self.missing)
+        if self.unread:
+            yield f"keys of the config that no M2-BERT has, not read: {', '.join(self.unread)}"
         if self.assumed:
             values = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
             yield f"not told by weights or config, so by default: {values}"
@@ -174,7 +209,7 @@ def import_checkpoint(
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
     model_class = _head(weights)
-    report.model = model_class.__name__
+    report.model, report.unread = model_class.__name__, _unread(given or {})
     report.config.architectures = [report.model]
     computed = derived_tensors(weights)
     # A buffer of a part that is not there is no different from any tensor that has no place.
@@ -327,7 +362,11 @@ def _config(
     weights: Mapping[str, Tensor], given: Mapping[str, Any], where: str
 ) -> tuple[M2BertConfig, dict[str, Any]]:
     """The config that the weights tell, and for the rest the one given, or defaults."""
-    given = _our_fields(given)
+    try:
+        given = _our_fields(given)
+        check_values(given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     told = config_fields(weights)
     # Lost or never there: the weights look the same.
     if not told["use_positional_encodings"] and given.get("use_positional_encodings") is not False:
@@ -366,15 +405,23 @@ def _config(
 
 def _our_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config, the reference's or ours, that M2BertConfig has."""
-    fields = dict(given)
-    if "monarch_mixer_sequence_mixing" in fields:
-        mixes = fields.pop("monarch_mixer_sequence_mixing")
-        fields["sequence_mixer"] = "monarch_mixer" if mixes else "alibi_attention"
-    if "pool_all" in fields:
-        fields["classifier_pooling"] = "mean" if fields.pop("pool_all") else "cls"
-    if "use_normalized_embeddings" in fields:
-        fields["normalize_embeddings"] = fields.pop("use_normalized_embeddings")
-    return {k: v for k, v in fields.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
+    fields = {k: v for k, v in given.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
+    for theirs, (ours, true, false) in SWITCHES.items():
+        if theirs in given:
+            if not isinstance(given[theirs], bool):
+                raise ValueError(f"{theirs} must be true or false, not {given[theirs]!r}")
+            fields[ours] = true if given[theirs] else false
+    for key, value in ONLY.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{key} is {given[key]!r}, and only {value!r} is supported here")
+    return fields
+
+
+def _unread(given: Mapping[str, Any]) -> list[str]:
+    """The keys of a config that neither the reference nor transformers has: slips, perhaps."""
+    known = {*OWN_FIELDS, *TRANSFORMERS_KEYS, *PretrainedConfig().to_dict(), *LABEL_FIELDS}
+    known |= {*SWITCHES, *ONLY, *NOT_OURS}
+    return [key for key in given if key not in known and not key.startswith("_")]
 
 
 def _untie(report: ImportReport, weights: dict[str, Tensor]) -> None:

@@ -1,9 +1,11 @@
 import inspect
 import re
+from typing import Any
 
 import pytest
 
 from m2_plugin.models import M2BertConfig
+from m2_plugin.models.configuration_m2_bert import KINDS
 
 
 def test_defaults_are_the_published_80m():
@@ -42,6 +44,15 @@ def test_round_trip(tmp_path):
         ({"hidden_size": 0}, "hidden_size must be a positive integer, not 0"),
         ({"long_conv_l_max": -1}, "long_conv_l_max must be a positive integer, not -1"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers must be a positive integer, not 2.5"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple must be a positive integer"),
+        ({"vocab_size": "30522"}, "vocab_size must be a positive integer, not '30522'"),
+        ({"pad_token_id": None}, "pad_token_id must be an integer, not None"),
+        ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob must be a number, not '0.1'"),
+        ({"layer_norm_eps": None}, "layer_norm_eps must be a number, not None"),
+        ({"hyena_w_mod": float("nan")}, "hyena_w_mod must be a number, not nan"),
+        ({"classifier_dropout": "no"}, "classifier_dropout must be a number or null, not 'no'"),
+        ({"bidirectional": 1}, "bidirectional must be true or false, not 1"),
+        ({"hyena_extended_from": [12.5]}, "hyena_extended_from must be integers, or null, not"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be .* below 1, not 1.0"),
         ({"sequence_mixer": "attention"}, "sequence_mixer must be one of monarch_mixer, .*"),
         ({"classifier_pooling": "max"}, "classifier_pooling must be one of cls, mean, not 'max'"),
@@ -56,3 +67,11 @@ def test_round_trip(tmp_path):
 def test_bad_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         M2BertConfig(**fields)
+
+
+def test_every_kind_of_field_is_checked():
+    annotations = {
+        p.annotation for p in inspect.signature(M2BertConfig.__init__).parameters.values()
+    }
+    unchecked = annotations - set(KINDS)
+    assert unchecked == {inspect.Parameter.empty, str, Any}  # self, names of choices, kwargs

@@ -423,6 +423,31 @@ def test_a_folder_that_is_not_whole_goes_no_further(command, damage, tmp_path, c
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pad_vocab_size_multiple", 0, "pad_vocab_size_multiple must be a positive integer, not 0"),
+        ("hyena_w_mod", "a", "hyena_w_mod must be a number, not 'a'"),
+        ("pool_all", "yes", "pool_all must be true or false, not 'yes'"),
+        ("attention_pooling", True, "attention_pooling is True, and only False is supported here"),
+        ("sequence_token_planting", True, "sequence_token_planting is True, and only False is"),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_refused(field, value, message, tmp_path, capsys):
+    source, config, _, _ = golden_file(tmp_path)
+    config.write_text(json.dumps({field: value}))
+    found = refused(source, tmp_path, capsys, "--config", str(config))
+    assert message in found and str(config) in found
+
+
+def test_keys_that_are_no_fields_are_named(tmp_path, capsys):
+    source, config, _, _ = golden_file(tmp_path)
+    fields = {"hyena_wmod": 2, "use_cls_token": True, "hidden_act": "gelu", "architectures": ["X"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    assert main(["import", source, "--out", str(tmp_path / "m2"), "--config", str(config)]) == 0
+    assert "that no M2-BERT has, not read: hyena_wmod\n" in capsys.readouterr().out
+
+
 MEASURE = """
 import resource, sys, time
 from m2_plugin.models.convert import import_checkpoint
