@@ -18,6 +18,7 @@ TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
     "dtype",
+    "experts_implementation",
     "model_type",
     "name_or_path",
     "num_labels",

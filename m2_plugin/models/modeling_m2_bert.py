@@ -171,8 +171,18 @@ class M2BertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["M2BertLayer"]
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises as the reference does, except that every layer draws its own values."""
+        # transformers 5 calls this after loading, guards torch's initialisers alone, and marks what
+        # it has loaded; positional features and the padding's embedding are not set by those.
+        parameters = module.parameters(recurse=False)
+        loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
+        self._draw(module)
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+    def _draw(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:

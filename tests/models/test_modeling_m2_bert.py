@@ -54,6 +54,19 @@ def on_meta(cls, config):
     return model
 
 
+def test_what_transformers_has_loaded_is_not_drawn_again():
+    """transformers 5 initialises after loading, and marks the parameters that it has loaded."""
+    model = M2BertForMaskedLM(small())
+    for parameter in model.parameters():
+        parameter.data.normal_()
+        parameter._is_hf_initialized = True
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for module in model.modules():
+        model._init_weights(module)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_the_references(size):
     hidden, intermediate = SIZES[size]
