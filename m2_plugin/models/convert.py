@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class ImportReport:
         rounded: those of them that are the same but for their last bits.
         unused: names in the source that were left out, as allowed.
         missing: names that the source would have, and lacks, as allowed: they start at random.
+        tokenizer: where that in the folder is from, or None if there is none.
         unread: keys of the config that are no fields, as misspelt ones.
         assumed: fields that neither the weights nor a config told, with the values taken.
     """
@@ -127,6 +129,7 @@ class ImportReport:
     unused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
     assumed: dict[str, Any] = field(default_factory=dict)
 
     def lines(self, verbose: bool = False) -> Iterator[str]:
@@ -152,6 +155,8 @@ class ImportReport:
             )
         yield from (f"  {name}: unused" for name in self.unused)
         yield from (f"  {name}: missing, starts at random" for name in self.missing)
+        if self.tokenizer is None:
+            yield "no tokenizer came with it: --tokenizer saves one beside"
         if self.unread:
             yield f"keys of the config that no M2-BERT has, not read: {', '.join(self.unread)}"
         if self.assumed:
@@ -176,7 +181,8 @@ def import_checkpoint(
         config: a JSON file of the reference's or our fields, in place of the folder's
             `config.json` or what Composer saved. The weights decide, and what it says otherwise is
             an error; it tells what they do not.
-        tokenizer: a folder or hub name, to be saved beside; by default the source's own, if any.
+        tokenizer: a folder or hub name, to be saved beside; by default the one in the source, if
+            there is any.
         allow_missing: patterns (`cls.*`) of the names, as the source has them, that it may lack.
         allow_unused: patterns of names that may be left out.
 
@@ -190,8 +196,8 @@ def import_checkpoint(
     source, out = str(source), Path(out)
     file, given, where = _find(source, config)
     raw, saved = read_file(file)
-    if given is None and saved is not None:
-        given, where = saved, f"the config saved in {file}"
+    if given is None and saved.config is not None:
+        given, where = saved.config, f"the config saved in {file}"
     try:
         report, weights = _translated(source, raw)
     except ValueError as error:
@@ -221,6 +227,9 @@ def import_checkpoint(
     _check_derived(report, raw, computed)
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     report.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    report.tokenizer, files = tokenizer or _own_tokenizer(source), {}
+    if report.tokenizer is None and any(name in saved.tokenizer for name in TOKENIZER_FILES):
+        report.tokenizer, files = file, saved.tokenizer
     with whole(out) as temporary:
         temporary.mkdir()
         report.config.save_pretrained(temporary)
@@ -228,7 +237,8 @@ def import_checkpoint(
         save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
         if model_class is M2BertForTextEmbedding:
             write_modules(temporary, report.config, tensors)
-        _save_tokenizer(tokenizer or _own_tokenizer(source), report.config, temporary)
+        if report.tokenizer is not None:
+            _save_tokenizer(report.tokenizer, files, report.config, temporary)
     return report
 
 
@@ -530,11 +540,18 @@ def _own_tokenizer(source: str) -> str | None:
     return source if there else None
 
 
-def _save_tokenizer(name: str | None, config: M2BertConfig, folder: Path) -> None:
-    if name is None:
-        return
+def _save_tokenizer(
+    name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
+) -> None:
+    """Saves a tokenizer by name, or if there are any the one that these files make."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with TemporaryDirectory() as scratch:
+            for file, content in files.items():
+                text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
+                (Path(scratch) / os.path.basename(file)).write_text(text, encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(
+                scratch if files else name, trust_remote_code=False
+            )
     except Exception as error:  # its files may be anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error

@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -85,7 +85,20 @@ def is_checkpoint_file(path: str | None) -> bool:
     return path is not None and path.endswith(SUFFIXES) and not os.path.isdir(path)
 
 
-def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+class Saved(NamedTuple):
+    """What Composer saves of a transformers model beside its weights.
+
+    Args:
+        config: the content of its ``config.json``, or None.
+        tokenizer: those of the tokenizer's files that are data: name → what a JSON file holds, or
+            the lines of a text.
+    """
+
+    config: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] = {}
+
+
+def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
     """Read the weights of a Composer checkpoint or of a bare state dict, without running its code.
 
     What a Composer checkpoint pickles besides (times, random states) is read as empty objects.
@@ -96,17 +109,23 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
     Returns:
         The state dict, mapped from the file where its format allows, under the names that its
-        transformers model had; and the config that Composer saved beside it, or None.
+        transformers model had; and what Composer saved beside it, if it did.
 
     Raises:
         ValueError: If there is no such file, no weights in it, or code that nobody expects there.
     """
     content: Any = _read_shards(path) if path.endswith(SHARD_INDEX) else _load(path)
-    state, config = content, None
+    state, saved = content, Saved()
     if isinstance(content, Mapping) and isinstance(content.get("state"), Mapping):
         state = content["state"].get("model")
-        saved = (content["state"].get("integrations") or {}).get("huggingface") or {}
-        config = ((saved.get("model") or {}).get("config") or {}).get("content")
+        kept = (content["state"].get("integrations") or {}).get("huggingface") or {}
+        files = {}
+        for name, file in (kept.get("tokenizer") or {}).items():
+            ending = file.get("file_extension")  # which older versions leave out of the name
+            if ending in (".json", ".txt"):
+                files[name.removesuffix(ending) + ending] = file.get("content")
+        config = ((kept.get("model") or {}).get("config") or {}).get("content")
+        saved = Saved(config, files)
     if (
         not isinstance(state, Mapping)
         or not state
@@ -118,7 +137,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     for wrapper in ("module.", "model."):  # of data parallelism, and Composer's of transformers
         if weights and all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
-    return weights, config
+    return weights, saved
 
 
 def _load(path: str) -> Any:
@@ -177,12 +196,12 @@ def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, A
         m2: Whether names of the M2 reference are to be translated to ours.
 
     Returns:
-        As `read_file`, under the names of our model.
+        The state dict under the names of our model; and the config that Composer saved, or None.
 
     Raises:
         ValueError: As `read_file`, and if the weights are of another architecture.
     """
-    weights, config = read_file(path)
+    weights, saved = read_file(path)
     if m2 and any(name.startswith("bert.encoder.") for name in weights):
         try:
             return from_reference(weights), None  # its config is one of transformers' BERT
@@ -191,7 +210,7 @@ def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, A
                 f"{path!r} is no M2-BERT checkpoint ({error}). For a BERT, use the models "
                 f"hf_bert_mlm and hf_bert_classification."
             ) from error
-    return weights, config
+    return weights, saved.config
 
 
 def checkpoint_config(

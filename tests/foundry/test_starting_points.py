@@ -9,11 +9,12 @@ import torch
 from composer import Trainer
 from llmfoundry.utils.builders import build_composer_model, build_dataloader
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from m2_plugin.cli import main
 from tests.foundry.test_models import TINY, build, mlm_batch
 from tests.models.test_golden import MONARCH, golden_config
-from tests.utils import load_golden, with_prefix
+from tests.utils import load_golden, max_error, with_prefix
 
 GLUE = Path(__file__).parent / "data" / "glue"
 families = pytest.mark.parametrize("family", list(TINY))
@@ -73,6 +74,22 @@ def test_composer_checkpoint(family, tmp_path, tokenizer, caplog):
     assert three.config.hidden_dropout_prob == 0.0
     assert three.model.classifier.out_features == 3
     assert "classifier.weight" in caplog.text
+
+
+def test_import_of_a_trainers_checkpoint(tmp_path, tokenizer, capsys):
+    """The folder computes what the trained model does, and has its tokenizer."""
+    mlm = build("m2_bert", "mlm", tokenizer, {"mask_padding": True, "layer_norm_eps": 1e-6})
+    folder = tmp_path / "m2"
+    assert main(["import", save(mlm, tmp_path), "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "0 unused, 0 missing" in said and "by default" not in said and "no tokenizer" not in said
+    loaded, ids = AutoModelForMaskedLM.from_pretrained(folder).eval(), mlm_batch()["input_ids"]
+    assert_same([name for name, _ in loaded.named_parameters()], loaded, mlm.model)
+    with torch.no_grad():
+        assert max_error(loaded(ids).logits, mlm.model.eval()(ids).logits) < 1e-5
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found.get_vocab() == tokenizer.get_vocab()
+    assert found("Some words")["input_ids"] == tokenizer("Some words")["input_ids"]
 
 
 @families

@@ -209,6 +209,27 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path, capsys):
         assert f"text.pt' holds no state dict of a model, but {found}" in message
 
 
+def test_a_tokenizer_in_a_checkpoint_comes_along_as_data(tmp_path, capsys):
+    """As older versions of Composer name its files as well; none is written elsewhere."""
+    _, config, weights, _ = golden_file(tmp_path)
+    words = (TOKENIZER / "vocab.txt").read_text().split("\n")[:104]
+    fields = {"tokenizer_class": "BertTokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    files = {
+        "vocab": {"file_extension": ".txt", "content": words},
+        "../x.json": {"file_extension": ".json", "content": {}},
+        "x.py": {"file_extension": ".py", "content": "raise SystemExit"},
+    }
+    path, out = tmp_path / "with.pt", tmp_path / "m2"
+    for saved, code in (({"tokenizer_class": "NoSuchTokenizer"}, 1), (fields, 0)):
+        files["tokenizer_config.json"] = {"file_extension": ".json", "content": saved}
+        state = {"model": weights, "integrations": {"huggingface": {"tokenizer": files}}}
+        torch.save({"state": state}, path)
+        assert main(["import", str(path), "--out", str(out), "--config", str(config)]) == code
+    assert f"the tokenizer '{path}' cannot be loaded: " in capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("[MASK]") == 103
+    assert not list(tmp_path.rglob("x.*"))
+
+
 def test_every_missing_tensor_is_named(tmp_path, capsys):
     source, config, weights, _ = golden_file(tmp_path)
     report = import_checkpoint(source, tmp_path / "m2", config=config)
@@ -445,7 +466,9 @@ def test_keys_that_are_no_fields_are_named(tmp_path, capsys):
     fields = {"hyena_wmod": 2, "use_cls_token": True, "hidden_act": "gelu", "architectures": ["X"]}
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
     assert main(["import", source, "--out", str(tmp_path / "m2"), "--config", str(config)]) == 0
-    assert "that no M2-BERT has, not read: hyena_wmod\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "that no M2-BERT has, not read: hyena_wmod\n" in said
+    assert "no tokenizer came with it: --tokenizer saves one beside\n" in said
 
 
 MEASURE = """
