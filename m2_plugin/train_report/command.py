@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         rows, files = write_report(**vars(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
