@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from llmfoundry.data.text_data import (
 from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,18 @@ class MLMTextDataset(StreamingTextDataset):
     `load_state_dict` too.
     """
 
+    failure: str | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this worker's samples of one epoch.
+
+        Raises:
+            RuntimeError: If a shard cannot be read, as `__getitem__`.
+        """
+        yield from super().__iter__()
+        if self.failure is not None:  # streaming ends the epoch then, as if it were over
+            raise RuntimeError(self.failure)
+
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Read and tokenise one sample.
 
@@ -100,11 +113,8 @@ class MLMTextDataset(StreamingTextDataset):
         try:
             sample = super().__getitem__(idx)
         except Exception as error:
-            if hasattr(self, "_event"):  # or streaming's thread waits for the shard for ever
-                self._event.set()
-            raise RuntimeError(
-                f"Sample {idx} cannot be read from shard {self._shard_file(idx)}: {error}"
-            ) from error
+            self._fail(self.spanner[idx][0], error)
+            raise RuntimeError(self.failure) from error
         epoch = max(self.next_epoch - 1, 0)
         if isinstance(sample, torch.Tensor):
             return {"input_ids": sample.numpy(), "epoch": epoch}
@@ -114,8 +124,33 @@ class MLMTextDataset(StreamingTextDataset):
             "epoch": epoch,
         }
 
-    def _shard_file(self, idx: int) -> str:
-        shard_id, _ = self.spanner[idx]
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard, where it is not here; as the host's, but that a failure ends the run.
+
+        Streaming would leave the shard marked as being worked on, for which others wait for ever,
+        and lose the error of the threads that run ahead of the reader.
+
+        Args:
+            shard_id: Its number.
+            blocking: Whether to wait for another worker that is at it, as the reader does.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            self._fail(shard_id, error)
+            if blocking:
+                raise
+
+    def _fail(self, shard_id: int, error: Exception) -> None:
+        """Keep the first error, and let streaming's threads end."""
+        if self.failure is None:
+            file = self._shard_file(shard_id)
+            self.failure = f"Samples cannot be read from shard {file}: {error}"
+        if hasattr(self, "_event"):
+            self._event.set()
+
+    def _shard_file(self, shard_id: int) -> str:
         stream = self.streams[self.stream_per_shard[shard_id]]
         raw_info, _ = self.shards[shard_id].file_pairs[0]
         return os.path.join(stream.local, stream.split or "", raw_info.basename)

@@ -8,7 +8,7 @@ import torch
 from composer.core.data_spec import DataSpec
 from llmfoundry.utils.builders import build_dataloader
 
-from m2_plugin.foundry.mlm_text import MLMCollator, build_mlm_text_dataloader
+from m2_plugin.foundry.mlm_text import MLMCollator, MLMTextDataset, build_mlm_text_dataloader
 
 L = 32
 SPLIT_OF_TOKENS = "tokens"
@@ -308,3 +308,25 @@ def test_corrupt_index_is_named(mds, tokenizer, tmp_path):
 def test_ids_beyond_the_vocabulary(tokenizer):
     with pytest.raises(ValueError, match="Token id 99999 is outside .* 30522"):
         MLMCollator(tokenizer, 0.3, L)([torch.tensor([101, 99999, 102])])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("ahead", [4, 12, 40])
+def test_shards_that_vanish_end_the_epoch_with_an_error(mds, tokenizer, tmp_path, ahead):
+    """Whoever meets the gap first, the reader or a thread ahead of it: no hang, no silent end."""
+    shutil.copytree(mds / "train", tmp_path / "train")
+    dataset = MLMTextDataset(
+        tokenizer=tokenizer, max_seq_len=32, local=str(tmp_path), split="train", shuffle=False,
+        batch_size=4, predownload=ahead,
+    )  # fmt: skip
+    shards = sorted(tmp_path.joinpath("train").glob("*.mds"))
+    assert len(shards) > 2
+    seen = 0
+    with pytest.raises(RuntimeError, match=r"cannot be read from shard .*/train/shard\.0000[1-9]"):
+        for sample in dataset:
+            assert sample["input_ids"].size
+            seen += 1
+            if seen == 10:
+                for shard in shards[1:]:
+                    shard.unlink()
+    assert 10 <= seen < dataset.size
