@@ -4,6 +4,7 @@ What Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parame
 `param_init_fn`, checkpointing by `activation_checkpointing_fn`. `ranks.py` runs it.
 """
 
+import copy
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as tdist
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.utils.builders import build_composer_model
 from torch import nn
@@ -22,7 +24,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
@@ -86,24 +93,45 @@ def shard2(model: Any, policy: MixedPrecisionPolicy) -> None:
         give_storage(model.model, module)
 
 
-def losses(model: nn.Module, low_precision: bool) -> list[float]:
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, steps: int, low_precision: bool, clip: float = 0
+) -> list[float]:
     """Train, each rank on its rows of the same batch; the mean loss of each step."""
     ids = torch.randint(1, 1000, (BATCH, 32), generator=torch.Generator().manual_seed(0))
     rows = ids.chunk(dist.get_world_size())[dist.get_global_rank()]
-    # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not).
-    scale = dist.get_world_size() if isinstance(model, FSDPModule) else 1
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5 / scale)
     found = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
+        if clip and isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(clip)
+        elif clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         loss = loss.detach() / dist.get_world_size()
         tdist.all_reduce(loss)
         found.append(loss.item())
     return found
+
+
+def resume(model: Any, low_precision: bool) -> tuple[list[float], list[float]]:
+    """Losses of an optimizer that goes on, and of one that has been saved and loaded."""
+    found = []
+    optimizer = DecoupledAdamW(model.parameters(), lr=3e-3, weight_decay=1e-5)
+    train(model, optimizer, 2, low_precision, clip=0.1)
+    options = StateDictOptions(full_state_dict=True)
+    saved = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    for new in (False, True):
+        if new:
+            optimizer = DecoupledAdamW(model.parameters(), lr=3e-3, weight_decay=1e-5)
+            set_state_dict(
+                model, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1],
+                options=options,
+            )  # fmt: skip
+        found.append(train(model, optimizer, 2, low_precision, clip=0.1))
+    return found[0], found[1]
 
 
 def run(
@@ -153,14 +181,18 @@ def run(
     sharded = [m for m in inner.modules() if isinstance(m, FullyShardedDataParallel | FSDPModule)]
     result["units"] = len(sharded)
     options = StateDictOptions(full_state_dict=True)
-    state = get_model_state_dict(inner, options=options)
-    before = {name: tensor.clone() for name, tensor in state.items()}  # training changes them
+    before = copy.deepcopy(get_model_state_dict(inner, options=options))
     try:
         trained = torch.compile(inner, backend="aot_eager") if compiled else inner
-        result["losses"] = losses(trained, low_precision)
+        # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not).
+        scale = dist.get_world_size() if version == 2 else 1
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.5 / scale)
+        result["losses"] = train(trained, optimizer, STEPS, low_precision)
     except ValueError as error:
         result["error"] = str(error)
-    after = get_model_state_dict(inner, options=options)
+    after = copy.deepcopy(get_model_state_dict(inner, options=options))
+    if "error" not in result:
+        result["resumed"] = resume(inner, low_precision)
     result["dtypes"] = {kind: sorted(found) for kind, found in dtypes.items()}
     if dist.get_global_rank() == 0:
         folder = Path(out)
