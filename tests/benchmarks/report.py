@@ -411,13 +411,15 @@ def scaling() -> str:
     ]
     speed = []
     for gpus in a.GPUS:
-        steps = [a.step(gpus, width, net) for net in a.NETWORKS.values() for width in (4, 2)]
+        steps = [a.step(gpus, sharded, n) for n in a.NETWORKS.values() for sharded in (False, True)]
+        ddp, sharded = steps[:2]
         speed.append(
             [
                 str(gpus),
                 f"{a.BATCH // gpus:,}",
-                f"{1e3 * steps[0].compute:,.1f}",
-                *(f"{1e3 * s.reduce:,.1f} → {s.tokens_per_second / 1e3:,.0f}" for s in steps),
+                f"{ddp.compute:,.0f}",
+                f"{ddp.update:,.0f} / {sharded.update:,.0f}",
+                *(f"{s.reduce:,.0f} → {s.rate:,.0f}" for s in steps),
             ]
         )
     fast, slow = a.NETWORKS
@@ -436,21 +438,23 @@ def scaling() -> str:
         f"what its bytes and its products need at the data sheet's {a.BANDWIDTH / 1e12:.2f} TB/s "
         f"and {a.OPERATIONS / 1e12:,.0f} TFLOP/s, a GPU would do "
         f"{1 / a.token_seconds() / 1e3:,.0f} thousand tokens/s. Below, kernels reach "
-        f"{a.EFFICIENCY:.0%} of that. Gradients of {a.PARAMETERS / 1e6:.0f}M parameters "
-        f"({a.PARAMETERS * 4 / 1e9:.2f} GB in fp32, as DDP sends them; half in bf16, as the YAML "
-        f"for 64 GPUs does) cross NVLink at {a.NVLINK / 1e9:.0f} GB/s within a machine of "
-        f"{a.NODE}, the network once, and travel under the last backward pass, as far as it "
-        f"lasts. Their ms → thousand tokens/s of each GPU, by a machine's network and their "
-        f"width:\n\n"
+        f"{a.EFFICIENCY:.0%} of that, and links all of their rate. *DDP* sends "
+        f"{a.PARAMETERS * 4 / 1e9:.2f} GB of fp32 gradients with the last microbatch; *sharded*, "
+        f"as in the YAML for 64 GPUs, half as much, in bf16, with each. They cross NVLink at "
+        f"{a.NVLINK / 1e9:.0f} GB/s within a machine of {a.NODE}, the network once, and travel "
+        f"under the backward pass as far as it lasts. *Update* is what Composer's DecoupledAdamW "
+        f"and the clipping read and write, which shards share. Gradients' ms → thousand tokens/s "
+        f"of each GPU, by the network of a machine:\n\n"
     )
-    header = ["GPUs", "sequences each", "compute, ms"]
-    header += [f"{net}, {width}" for net in (fast, slow) for width in ("fp32", "bf16")]
+    header = ["GPUs", "sequences each", "compute, ms", "update, ms: DDP / sharded"]
+    header += [f"{net}, {how}" for net in (fast, slow) for how in ("DDP", "sharded")]
     text += table(header, speed).replace("| --- | --- |", "| ---: | ---: |")
     return text + (
-        "\n\nSo up to 8 GPUs the plain DDP of `m2-bert-large-341m.yaml` is as good as anything; "
-        "beyond, the network decides, and from some 256 GPUs the published batch is too small: "
-        "its compute no longer hides the gradients. Kernel launches, which at 8 sequences are a "
-        "part of a step too, are not in this arithmetic."
+        "\n\nSo sharding within a machine gains a little from 8 GPUs on, since each then updates "
+        "an eighth, and much where the network is slow; from some 256 GPUs the published batch is "
+        "too small, its compute no longer hides the gradients. Kernel launches, and the small "
+        "collectives of the filters' units, which at 8 sequences are a part of a step too, are "
+        "not in this arithmetic."
     )
 
 
@@ -458,10 +462,15 @@ def kills() -> str:
     report = load("kills")
     phases = sorted(report["phases"].items(), key=lambda item: -item[1])
     tally = ", ".join(f"{count} × {name}" for name, count in phases)
+    killed = [run for run in report["runs"] if run["kills"]]
+    equal = sum(not any(run["exit_codes"]) and not run["unequal"] for run in killed)
+    resumed = sum(batch > 0 for run in killed for batch in run["resumed"])
     return (
-        f"{report['kills']} SIGKILLs at random over {len(report['runs'])} small quickstart runs "
-        f"({tally}; `kill.py`, {report['date']}): {report['equal']} of {len(report['runs'])} ended "
-        f"with the weights, optimizer state, curve and folder of the unbroken run, bit for bit."
+        f"{report['kills']} SIGKILLs over {len(killed)} small quickstart runs, a quarter at any "
+        f"time, the others aimed at training and at what is being written ({tally}; `kill.py`, "
+        f"{report['date']}): {equal} of {len(killed)} ended with the weights, optimizer state, "
+        f"curve and folder of the unbroken run, bit for bit; {resumed} starts went on from a "
+        f"checkpoint, each from the newest whole one."
     )
 
 

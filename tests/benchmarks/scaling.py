@@ -21,7 +21,7 @@ NODE = 8
 OPERATIONS, BANDWIDTH, NVLINK = 989e12, 3.35e12, 450e9
 # What a node's network carries in one direction: eight cards of 400 Gb/s, or one of 100 Gb/s.
 NETWORKS = {"8 × 400 Gb/s": 400e9, "100 Gb/s": 12.5e9}
-EFFICIENCY = 0.5  # of the floor: what kernels are assumed to reach
+EFFICIENCY = 0.5  # of the floor: what kernels are assumed to reach; links are taken at their best
 
 # Bytes a parameter: fp32 weight, gradient and Adam's two moments; DDP's buckets hold gradients
 # once more; autocast, and FSDP where it gathers, keep a copy in bf16.
@@ -32,6 +32,10 @@ STATE, BUCKETS, COPY = 16, 4, 2
 SAVED = 2 + 2 + 3 * 2 + 2 + 2 + 4
 LAYER_INPUT = 4  # fp32: all that remains of a layer under activation checkpointing
 LOGITS = 2 + 4 + 4  # bf16; fp32 and its gradient in the loss
+CAST = 4 + 2  # a weight read in fp32 and written in bf16
+# How often Composer's DecoupledAdamW, a loop of torch ops, reads or writes an fp32 number of a
+# parameter's size, counted in its source; and the clipping of its gradient.
+PASSES = 22 + 3
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,34 @@ def all_reduce_seconds(size: float, gpus: int, network: float) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """One step on some GPUs: seconds of arithmetic, of gradients' travel, and of both."""
+    """Milliseconds of one step on a GPU, and thousand tokens/s."""
 
-    gpus: int
     compute: float
     reduce: float
-
-    @property
-    def seconds(self) -> float:
-        """Gradients travel under the last microbatch's backward pass, two thirds of its time."""
-        microbatches = max(1, BATCH // self.gpus // MICROBATCH)
-        return self.compute + max(0.0, self.reduce - 2 / 3 * self.compute / microbatches)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of one GPU."""
-        return BATCH * LENGTH / self.gpus / self.seconds
+    update: float
+    rate: float
 
 
-def step(gpus: int, bytes_of_gradient: int, network: float) -> Step:
-    compute = BATCH * LENGTH / gpus * token_seconds() / EFFICIENCY
-    return Step(gpus, compute, all_reduce_seconds(PARAMETERS * bytes_of_gradient, gpus, network))
+def step(gpus: int, sharded: bool, network: float) -> Step:
+    """One step of the published batch.
+
+    Args:
+        gpus: How many there are.
+        sharded: Weights sharded over the GPUs of a node, gradients in bf16, reduced in every
+            microbatch; else DDP, which reduces fp32 with the last one.
+        network: Bytes/s in and out of a node.
+    """
+    microbatches = max(1, BATCH // gpus // MICROBATCH)
+    touched = PARAMETERS * (CAST + 3 * COPY) * microbatches  # weights made bf16, and read thrice
+    compute = (BATCH * LENGTH / gpus * token_seconds() + touched / BANDWIDTH) / EFFICIENCY
+    size = PARAMETERS * (COPY if sharded else 4)
+    reduce = all_reduce_seconds(size, gpus, network) * (microbatches if sharded else 1)
+    backward = 2 / 3 * compute / (1 if sharded else microbatches)
+    share = min(gpus, NODE) if sharded else 1
+    update = PARAMETERS / share * 4 * PASSES / BANDWIDTH / EFFICIENCY
+    seconds = compute + max(0.0, reduce - backward) + update
+    rate = BATCH * LENGTH / gpus / seconds
+    return Step(1e3 * compute, 1e3 * reduce, 1e3 * update, rate / 1e3)
 
 
 SETTINGS = (
@@ -134,12 +145,8 @@ def main() -> None:
     print(f"floor: {1 / token_seconds():,.0f} tokens/s")
     for gpus in GPUS:
         for name, network in NETWORKS.items():
-            for width in (4, 2):
-                found = step(gpus, width, network)
-                print(
-                    f"{gpus:4d} GPUs, {name}, {width} bytes: {1e3 * found.compute:7.1f} ms + "
-                    f"{1e3 * found.reduce:6.1f} ms: {found.tokens_per_second:9,.0f} tokens/s"
-                )
+            for sharded in (False, True):
+                print(f"{gpus:4d} GPUs, {name}, sharded: {sharded}: {step(gpus, sharded, network)}")
 
 
 if __name__ == "__main__":
