@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import socket
 import zipfile
 from pathlib import Path
@@ -41,7 +42,9 @@ class RunGuard(CallbackWithConfig):
       they are whole.
     - Weights that are not finite are an error instead of a checkpoint.
 
-    A remote `save_folder` is neither locked nor tidied.
+    A remote `save_folder` is neither locked nor tidied. Where a file system cannot lock, which is a
+    warning, nothing is removed; where its locks do not reach other machines, a run there is not
+    noticed.
 
     Args:
         train_config: The run's settings, from the host.
@@ -57,45 +60,57 @@ class RunGuard(CallbackWithConfig):
         self.export_only = bool(train_config.get("only_hf_checkpoint"))
         self.autoresume = bool(train_config.get("autoresume"))
         self.load_path = train_config.get("load_path")
+        self.resumes = False
         self.lock: IO[str] | None = None
 
     def init(self, state: State, logger: Logger) -> None:
         """Lock the folder and tidy it, before Composer looks there for a checkpoint."""
         del logger
-        saver = _local_saver(state)
-        if saver is None:
-            return
-        refusal: list[str | None] = [None]
+        found: list[Any] = [None, False]
         if dist.get_global_rank() == 0:
+            try:
+                found = [self._begin(state), self.resumes]
+            except (OSError, KeyError) as error:  # a full disk; an unknown placeholder
+                found[0] = f"save_folder cannot be used: {error!r}"
+        dist.broadcast_object_list(found, src=0)  # all ranks end, none waits for the others
+        refusal, self.resumes = found
+        if refusal is not None:
+            raise RuntimeError(refusal)
+
+    def _begin(self, state: State) -> str | None:
+        """Lock the folder, and tidy it for what the run is to load; why it cannot, if so."""
+        saver, sharded = _local_saver(state), _sharded(state)
+        if saver is not None:
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock, refusal[0] = _lock(folder)
-            if refusal[0] is None:
-                refusal[0] = self._begin(folder, saver, state)
-        dist.broadcast_object_list(refusal, src=0)  # all ranks end, none waits for the others
-        if refusal[0] is not None:
-            raise RuntimeError(refusal[0])
-
-    def _begin(self, folder: Path, saver: CheckpointSaver, state: State) -> str | None:
-        """Tidy the folder for what the run is to load; why it cannot, if so."""
-        if self.autoresume:
-            link, sharded = _link(folder, saver, state), _sharded(state)
-            if link is not None and link.exists() and link.is_dir() != sharded:
+            self.lock, refusal = _lock(folder)
+            if refusal is not None:
+                return refusal
+            link = _link(folder, saver, state)
+            if not self.autoresume:
+                # Composer refuses files of another run, and overwrites folders.
+                if sharded and not saver.overwrite and _checkpoints(folder, saver, state):
+                    return (
+                        f"save_folder {str(folder)!r} has sharded checkpoints of another run: give "
+                        "this one a save_folder of its own, or set autoresume to go on from them."
+                    )
+            elif link is not None and link.exists() and link.is_dir() != sharded:
                 return _unfit(link.resolve(), "the checkpoint in save_folder,", sharded)
-            newest = _tidy(folder, saver, state)
-            if newest is not None:
-                if self.load_path:
+            else:
+                newest = _tidy(folder, saver, state, delete=self.lock is not None)
+                self.resumes = newest is not None
+                if newest is not None and self.load_path:
                     log.warning(
                         "Going on from %s in save_folder, not from load_path %s: a run that is to "
                         "begin there needs a save_folder of its own.",
                         newest.name,
                         self.load_path,
                     )
-                return None
-        if not self.load_path:
+        if self.resumes or not self.load_path:
             return None
-        path = format_name_with_dist(self.load_path, state.run_name)
-        return _unfit(Path(path), "load_path", _sharded(state))
+        return _unfit(
+            Path(format_name_with_dist(self.load_path, state.run_name)), "load_path", sharded
+        )
 
     def after_load(self, state: State, logger: Logger) -> None:
         """End a run that is finished."""
@@ -103,6 +118,8 @@ class RunGuard(CallbackWithConfig):
         elapsed = state.get_elapsed_duration()
         if elapsed is None or elapsed < 1 or self.export_only:
             return
+        if self.load_path and not self.resumes:
+            return  # another run's end: the host says that there would be no training
         log.warning(
             "%s is finished: its checkpoint is at batch %d, max_duration is %s. Nothing is left "
             "to do; a longer max_duration trains on.",
@@ -115,8 +132,9 @@ class RunGuard(CallbackWithConfig):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Put what writes transformers folders before what writes checkpoints."""
         del logger
-        # The host sorts them the other way round: no matter but for remote folders.
-        state.callbacks = sorted(state.callbacks, key=_order)
+        # The host sorts them the other way round, for remote folders, whose uploads take time.
+        if _local_saver(state) is not None:
+            state.callbacks = sorted(state.callbacks, key=_order)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Check the weights, if they are about to be saved."""
@@ -154,7 +172,8 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     """Lock a folder for this process.
 
     Returns:
-        The file that holds the lock until it is closed, and None; or None, and why not.
+        The file that holds the lock until it is closed, or None where there are no locks; and why
+        the folder is refused, if so.
     """
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (open as long as the run)
     try:
@@ -170,7 +189,8 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
         )
     except OSError as error:
         log.warning("%r cannot be locked (%s): start no second run there.", str(folder), error)
-        return file, None
+        file.close()
+        return None, None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -199,22 +219,28 @@ def _unfit(path: Path, key: str, sharded: bool) -> str | None:
     return None
 
 
-def _tidy(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
+def _tidy(folder: Path, saver: CheckpointSaver, state: State, delete: bool = True) -> Path | None:
     """Remove unfinished checkpoints, set the link to the newest one, tell the saver of the rest.
+
+    Args:
+        folder: Where they are.
+        saver: Is to count them.
+        state: Of the run.
+        delete: Whether no other run can be writing there.
 
     Returns:
         The newest.
     """
     sharded = _sharded(state)
-    for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files before their renaming
-        path.unlink()
     found = _checkpoints(folder, saver, state)
-    for path in [path for path in found if not _is_whole(path)]:
-        found.remove(path)
-        # What is left of a sharded one is no obstacle: the next of this name overwrites it.
-        if not sharded:
-            log.warning("Removing %s: it was not finished when its run was killed.", path)
+    unfinished = [path for path in found if not _is_whole(path)]
+    found = [path for path in found if path not in unfinished]
+    if delete:
+        for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files, not yet renamed
             path.unlink()
+        for path in unfinished:
+            log.warning("Removing %s: it was not finished when its run was killed.", path)
+            shutil.rmtree(path) if sharded else path.unlink()
     if not found:
         return None
     saver.saved_checkpoints = [str(path / "shards" if sharded else path) for path in found]

@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 TOKENIZER = ROOT / "data_prep" / "quickstart" / "tokenizer"
 BATCHES, SAVED_EVERY = 24, 6
-TRAINING = "Starting training"  # what the host logs then
+# What the host logs then.
+TRAINING, RESUMING = "Starting training", "Loading checkpoint from"
 # Aimed kills come up to so many seconds after what they wait for: within the training, and within
 # the writing of a small file.
 LATEST = {"training": 1.0, "checkpoint": 0.012, "export": 0.012}
@@ -155,6 +156,17 @@ def checkpoints(run: Path) -> set[str]:
     return {path.name for path in run.glob("ep*-ba*-rank0.pt")}
 
 
+def resumes_from(run: Path) -> int:
+    """The batch of the newest whole checkpoint, 0 if there is none."""
+    from m2_plugin.foundry.run_guard import _is_whole
+
+    return max((batch_of(name) for name in checkpoints(run) if _is_whole(run / name)), default=0)
+
+
+def batch_of(name: str) -> int:
+    return int(name.split("ba")[1].split("-")[0])
+
+
 def new_checkpoint(run: Path) -> Callable[[], bool]:
     """True once a checkpoint is being written that was not there."""
     before = checkpoints(run)
@@ -191,7 +203,7 @@ def phase(run: Path, log: str, began: float) -> str:
     if any(written(name) and not _is_whole(run / name) for name in names):
         return "checkpoint half written"
     latest = run / "latest-rank0.pt"
-    newest = max(names, key=lambda name: int(name.split("ba")[1].split("-")[0]), default="none")
+    newest = max(names, key=batch_of, default="none")
     if written(newest) and (not latest.exists() or os.readlink(latest) != newest):
         return "checkpoint written, link not moved"
     if f"-ba{BATCHES}-" in newest:
@@ -236,7 +248,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
 
 def run_with_kills(
     out: Path, mds: Path, aims: list[str], seconds: float, rng: random.Random
-) -> tuple[list[str], list[int]]:
+) -> tuple[list[str], list[int], list[int]]:
     """Start, kill and start again, once for each aim; then let it end.
 
     Args:
@@ -247,11 +259,18 @@ def run_with_kills(
         rng: Says when.
 
     Returns:
-        The phase of each kill, and the exit codes of the attempts that ended by themselves.
+        The phase of each kill, the exit codes of the attempts that ended by themselves, and the
+        batch from which each attempt that trained went on; -1 if that was not the newest whole one.
     """
     cfg, log, run = config(out, mds), out / "log.txt", out / "run"
-    phases, codes = [], []
+    phases, codes, resumed = [], [], []
+
+    def note(newest: int, text: str) -> None:
+        if TRAINING in text:
+            resumed.append(newest if (RESUMING in text) == (newest > 0) else -1)
+
     for aim in aims:
+        newest = resumes_from(run)
         if aim == "time":
             moment, delay = after(rng.uniform(0, seconds)), 0.0
         else:
@@ -260,13 +279,16 @@ def run_with_kills(
             delay = rng.uniform(0, LATEST[aim])
         begin, began = log.stat().st_size if log.exists() else 0, time.time()
         process = start(cfg, log)
-        if kill_when(process, moment, delay):
-            phases.append(phase(run, log.read_text()[begin:], began))
-        else:
+        killed = kill_when(process, moment, delay)
+        note(newest, text := log.read_text()[begin:])
+        if not killed:
             codes.append(wait(process))
             break
+        phases.append(phase(run, text, began))
+    newest, begin = resumes_from(run), log.stat().st_size
     codes.append(wait(start(cfg, log)))
-    return phases, codes
+    note(newest, log.read_text()[begin:])
+    return phases, codes, resumed
 
 
 def convert(out: Path) -> None:
@@ -308,12 +330,15 @@ def main() -> int:
         out.mkdir()
         count = min(args.per_run, args.kills - phases.total())
         aims = [rng.choice(["time", *LATEST]) for _ in range(count)]
-        killed, codes = run_with_kills(out, work / "mds", aims, seconds, rng)
+        killed, codes, resumed = run_with_kills(out, work / "mds", aims, seconds, rng)
         phases.update(killed)
         unequal = [] if any(codes) else list(differences(result(out / "run"), whole))
-        runs.append({"kills": killed, "exit_codes": codes, "unequal": unequal})
+        if -1 in resumed:
+            unequal.append("an attempt did not go on from the newest whole checkpoint")
+        runs.append({"kills": killed, "exit_codes": codes, "resumed": resumed, "unequal": unequal})
         print(
-            f"run {len(runs)}: {', '.join(killed)}; exit codes {codes}, unequal: {unequal}",
+            f"run {len(runs)}: {', '.join(killed)}; went on from {resumed}; exit codes {codes}, "
+            f"unequal: {unequal}",
             flush=True,
         )
         if any(codes):
