@@ -7,10 +7,11 @@ import pytest
 import torch
 from llmfoundry.utils.builders import build_composer_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecision
 
 from m2_plugin.foundry.host_layers import CausalMonarchMixer, MonarchFFN, MonarchGLU
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
-from m2_plugin.layers.long_conv import FilterLinear
+from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter
 from m2_plugin.layers.monarch_linear import MonarchLinear
 
 VOCAB, LENGTH = 61, 32
@@ -283,3 +284,11 @@ def test_refuses_another_activation():
     with pytest.raises(ValueError, match=r"ffn_act_fn.*gelu.*relu"):
         build(ffn_config={"ffn_act_fn": {"name": "relu"}})
     build(ffn_config={"ffn_act_fn": {"name": "gelu"}, "nblocks": 2, "ffn_hidden_size": 50})
+
+
+def test_filters_are_units_of_fsdp1_that_stay_in_fp32():
+    model = build().model
+    units = [module for module in model.modules() if model.fsdp_wrap_fn(module)]
+    filters = [module for module in units if isinstance(module, HyenaFilter)]
+    assert len(filters) == 2 and len(units) == 2 + 2  # and the host's blocks
+    assert all(model.fsdp_wrap_fn(f) == {"mixed_precision": MixedPrecision()} for f in filters)
