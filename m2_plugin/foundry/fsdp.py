@@ -1,6 +1,5 @@
 """What the host's FSDP is told of a model: its units, their precision, its initial weights."""
 
-import logging
 import os
 from itertools import chain
 from typing import Any
@@ -13,8 +12,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from m2_plugin.layers.long_conv import HyenaFilter
 
 __all__ = ["MetaInitializer", "keep_filters_fp32", "prepare_for_fsdp"]
-
-log = logging.getLogger(__name__)
 
 
 def _layer_class(model: nn.Module) -> type[nn.Module]:
