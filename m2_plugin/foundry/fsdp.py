@@ -102,15 +102,15 @@ class MetaInitializer:
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> None:
         """Fill a module's own parameters and buffers, which have storage: whole, or DTensors."""
-        if self.source is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self.rng_state)
-                self.source = self.build()
         if module not in self.names:
             raise ValueError(
                 f"{type(module).__name__} was put into the model after it was built on the meta "
                 "device, and has no initial values: set model.init_device to cpu or mixed."
             )
+        if self.source is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self.rng_state)
+                self.source = self.build()
         source = self.source.get_submodule(self.names[module])
         for target, value in zip(_own_tensors(module), _own_tensors(source), strict=True):
             if isinstance(target, DTensor):

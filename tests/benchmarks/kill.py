@@ -44,7 +44,7 @@ def config(out: Path, mds: Path, keys: dict[str, Any] | None = None) -> dict[str
     Args:
         out: Everything is written below it.
         mds: Folder with the splits `train` and `val`.
-        keys: Other values, by dotted name; None removes a key.
+        keys: Other values, by dotted name.
     """
     from omegaconf import OmegaConf
 
@@ -86,15 +86,20 @@ def start(
     cfg: dict[str, Any], log: Path, rank: int = 0, size: int = 1, port: int = 0
 ) -> BaseProcess:
     """Start a run, or one rank of it, in a fork of a server that has imported the host once."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port or free_port()}
-    numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    # FSDP2 is the one that runs on a CPU, where a run shards at all.
-    environment = {"MASTER_ADDR": "127.0.0.1", "FSDP_VERSION": "2"} | {
-        key: str(n) for key, n in numbers.items()
-    }
+    environment = rank_environment(rank, size, port or free_port())
     process = forkserver().Process(target=train, args=(cfg, log, environment))
     process.start()
     return process
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What Composer's launcher sets for one rank of a run on this machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
+    numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    # Of FSDP's versions the host takes the first unless told so; the second runs on a CPU.
+    return {"MASTER_ADDR": "127.0.0.1", "FSDP_VERSION": "2"} | {
+        name: str(number) for name, number in numbers.items()
+    }
 
 
 def forkserver() -> Any:

@@ -1,6 +1,6 @@
 """Runs jobs of the host's `train` in ranks forked from one process, which imports the host once.
 
-    python ranks.py jobs.json
+    python -m tests.foundry.ranks jobs.json
 
 Each job has a `world_size` and the `config` of a training run, or the arguments of `sharding.run`
 as `shard`. `to_file` is a sharded checkpoint and the file to make of it before. Jobs of one size
@@ -10,30 +10,28 @@ import in each rank.
 
 import json
 import os
-import socket
 import sys
 import traceback
 from itertools import groupby
 from typing import Any
 
+from tests.benchmarks.kill import free_port, rank_environment
+
 
 def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) -> None:
-    import sharding
     from llmfoundry.command_utils import train
     from omegaconf import OmegaConf
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
-    numbers |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({key: str(number) for key, number in numbers.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    from tests.foundry import sharding
+
     for job in jobs:
+        os.environ |= rank_environment(rank, world_size, port)
         if "shard" in job:
             sharding.run(**job["shard"])
         else:
             if "to_file" in job:
                 dcp_to_torch_save(*job["to_file"])
-            os.environ["FSDP_VERSION"] = "2"  # the host takes the first one unless told so
             train(OmegaConf.create(job["config"]))
 
 
@@ -62,10 +60,7 @@ def main(file: str) -> int:
     with open(file) as jobs:
         groups = groupby(json.load(jobs), key=lambda job: job["world_size"])
         for world_size, group in groups:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            batch = list(group)
+            batch, port = list(group), free_port()
             ranks = [fork_rank(rank, world_size, port, batch) for rank in range(world_size)]
             if any(os.waitpid(rank, 0)[1] for rank in ranks):
                 return 1

@@ -142,7 +142,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), root / "jobs.json"],
+        [sys.executable, "-m", "tests.foundry.ranks", root / "jobs.json"],
         cwd=ROOT,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
