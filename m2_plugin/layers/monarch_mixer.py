@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from m2_plugin.layers.long_conv import LongConv
-from m2_plugin.ops.backend import check_backend
-from m2_plugin.ops.gated_long_conv import gated_long_conv, takes_kernel
+from m2_plugin.ops.backend import check_backend, use_long_conv_kernel
+from m2_plugin.ops.gated_long_conv import gated_long_conv
 from m2_plugin.ops.short_conv import short_conv
 
 
@@ -159,4 +159,4 @@ class MonarchMixer(nn.Module):
                     "backend to 'auto', which trains in PyTorch then"
                 )
             return False
-        return takes_kernel(self.backend, u)
+        return use_long_conv_kernel(self.backend, u)

@@ -14,6 +14,10 @@ log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores, and asynchronous copies
+# Longest sequence that `gated_long_conv` convolves by Toeplitz products where nothing is measured.
+# Their operations per token grow with the length, those of an FFT hardly. At 768 both do as many;
+# the product has less to read, write and wait for.
+MAX_TOEPLITZ_LENGTH = 1024
 
 _failed: dict[str, str] = {}
 
@@ -68,6 +72,17 @@ def use_kernel(backend: str, op: str, x: Tensor) -> bool:
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run {op}: {reason}")
     return reason is None
+
+
+def use_long_conv_kernel(backend: str, x: Tensor) -> bool:
+    """Decide as `use_kernel` does for `gated_long_conv` of an input (B, L, ...).
+
+    `auto` leaves fp32 sequences beyond `MAX_TOEPLITZ_LENGTH` to torch.fft: the kernels' FFTs are
+    made for the tensor cores, which multiply no fp32.
+    """
+    if backend == "auto" and x.shape[1] > MAX_TOEPLITZ_LENGTH:
+        return autocast_dtype(x) != torch.float32 and use_kernel(backend, "gated_long_conv", x)
+    return use_kernel(backend, "gated_long_conv", x)
 
 
 def run_kernel(

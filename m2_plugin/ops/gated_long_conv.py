@@ -4,16 +4,10 @@ Dimension key: B batch, L sequence, D channels.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from m2_plugin.ops.backend import autocast_dtype, use_kernel
-from m2_plugin.ops.fft_conv import fft_conv
-from m2_plugin.ops.short_conv import short_conv
-
-# Operations for a token grow with the length in a Toeplitz product, hardly in an FFT. At 768 both
-# do as many; the product has less to read, write and wait for.
-MAX_TOEPLITZ_LENGTH = 1024
+from m2_plugin.ops.backend import autocast_dtype, use_long_conv_kernel
+from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 
 
 def two_sided_taps(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor) -> Tensor:
@@ -30,43 +24,6 @@ def two_sided_taps(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor) -> Tensor:
     length = k_fwd.shape[0]
     before = torch.zeros_like(k_fwd[1:]) if k_rev is None else k_rev[: length - 1].flip(0)
     return torch.cat([before, k_fwd[:1] + skip, k_fwd[1:]]).t().contiguous()
-
-
-def gated_long_conv_of_taps(
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """Computes ``gated_long_conv`` in PyTorch, filters laid out by lag, (D, 2L − 1)."""
-
-    def conv(x: Tensor, taps: Tensor) -> Tensor:
-        length = x.shape[1]
-        k_rev = F.pad(taps[:, : length - 1].flip(1), (0, 1))
-        return fft_conv(x, taps[:, length - 1 :].t(), k_rev.t())
-
-    x1, x2, v = short_conv(p, weight, bias).chunk(3, dim=-1)
-    w = v * x1
-    if mask is not None:
-        w = w * mask[..., None]
-    y = x2 * conv(w, taps)
-    if u is None or res_taps is None:
-        return y
-    return y + conv(u if mask is None else u * mask[..., None], res_taps)
-
-
-def takes_kernel(backend: str, x: Tensor) -> bool:
-    """Decides between kernel and PyTorch for an input (B, L, ...), as ``use_kernel`` does.
-
-    ``auto`` leaves fp32 sequences beyond ``MAX_TOEPLITZ_LENGTH`` to torch.fft: the kernels' FFTs
-    are made for the tensor cores, which multiply no fp32.
-    """
-    if backend == "auto" and x.shape[1] > MAX_TOEPLITZ_LENGTH:
-        return autocast_dtype(x) != torch.float32 and use_kernel(backend, "gated_long_conv", x)
-    return use_kernel(backend, "gated_long_conv", x)
 
 
 def gated_long_conv(
@@ -112,7 +69,7 @@ def gated_long_conv(
                 f"{name} has shape {tuple(k.shape)}, but p of shape {tuple(p.shape)} needs "
                 f"{(channels, 2 * length - 1)}"
             )
-    if takes_kernel(backend, p) and p.numel():
+    if use_long_conv_kernel(backend, p) and p.numel():
         from m2_plugin.ops.kernels.gated_long_conv import gated_long_conv_op
 
         dtype = autocast_dtype(p)
@@ -127,4 +84,4 @@ def gated_long_conv(
             causal,
             backend == "triton",
         )
-    return gated_long_conv_of_taps(p, u, weight, bias, taps, res_taps, mask)
+    return gated_long_conv_torch(p, u, weight, bias, taps, res_taps, mask)

@@ -1,80 +1,8 @@
-"""Causal depthwise convolution of a few taps, channels-last.
+"""Causal depthwise convolution. It has no kernel of its own: PyTorch computes it on every device.
 
-Dimension key: B batch, L sequence, C channels, W taps.
+The mixer's kernels, `kernels/gates.py`, contain it.
 """
 
-from typing import Any
+from m2_plugin.ops.reference.short_conv import short_conv
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-
-def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Sums over the taps one by one: the definition that ``short_conv`` is tested against."""
-    length, width = x.shape[1], weight.shape[1]
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    return bias + sum(weight[:, j] * padded[:, j : j + length] for j in range(width))
-
-
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, L, C) * (C, W) → (B, L + W − 1, C), zeros beyond both ends.
-
-    Reads x as the image that it is in memory, for oneDNN's depthwise kernel (8 times as fast as
-    conv1d on a transposed copy; 512 × 2304, one core): one of height B if the sequence is
-    contiguous, else B of height 1 in torch's channels_last layout.
-    """
-    channels, width = weight.shape
-    kernel = weight[:, None, None, :]
-    sequence_last = x.stride(1) == 1
-    image = x.permute(2, 0, 1)[None] if sequence_last else x.permute(0, 2, 1)[:, :, None]
-    y = F.conv2d(image, kernel, bias, padding=(0, width - 1), groups=channels)
-    return y[0].permute(1, 2, 0) if sequence_last else y[:, :, 0].permute(0, 2, 1)
-
-
-class ShortConvFunction(torch.autograd.Function):
-    """Depthwise convolution whose backward is again one, and a sum per tap.
-
-    torch's own weight gradient of a depthwise convolution takes 30 times its forward on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolves x (B, L, C) with weight (C, W)."""
-        ctx.save_for_backward(x, weight)
-        return _depthwise(x, weight, bias)[:, : x.shape[1]]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of x, weight and bias."""
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
-        width = weight.shape[1]
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _depthwise(grad, weight.flip(1), None)[:, width - 1 :]
-        if ctx.needs_input_grad[1]:
-            length = x.shape[1]
-            taps = []
-            for lag in reversed(range(width)):
-                kept = max(length - lag, 0)
-                taps.append((grad[:, lag:] * x[:, :kept]).sum((0, 1), dtype=weight.dtype))
-            grad_weight = torch.stack(taps, dim=1)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 1), dtype=weight.dtype)
-        return grad_x, grad_weight, grad_bias
-
-
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes ``y[t] = bias + Σ_j weight[:, j] · x[t − (W − 1) + j]``, with zeros before t = 0.
-
-    Args:
-        x: (B, L, C), any floating dtype.
-        weight: (C, W); the last tap meets the present position.
-        bias: (C,) or None.
-
-    Returns:
-        (B, L, C) in the dtype of ``x``.
-    """
-    bias = None if bias is None else bias.to(x.dtype)
-    return ShortConvFunction.apply(x, weight.to(x.dtype), bias)
+__all__ = ["short_conv"]

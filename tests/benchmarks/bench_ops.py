@@ -37,8 +37,8 @@ from bench_model import EVENT_S, free, seconds
 from report import RESULTS
 from torch import Tensor
 
-import m2_plugin.ops.gated_long_conv as mixer
 from m2_plugin.layers.long_conv import LongConv
+from m2_plugin.ops import backend
 from m2_plugin.ops.backend import failures
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
 from m2_plugin.ops.gated_long_conv import gated_long_conv
@@ -56,19 +56,19 @@ Run = Callable[[], Tensor]
 @contextlib.contextmanager
 def toeplitz_up_to(length: int) -> Iterator[None]:
     """Moves the length from which the FFT kernel runs, measured or not."""
-    usual = mixer.MAX_TOEPLITZ_LENGTH
-    mixer.MAX_TOEPLITZ_LENGTH = length
+    usual = backend.MAX_TOEPLITZ_LENGTH
+    backend.MAX_TOEPLITZ_LENGTH = length
     try:
         with unittest.mock.patch.dict(os.environ, {"M2_PLUGIN_AUTOTUNE": "0"}):
             yield
     finally:
-        mixer.MAX_TOEPLITZ_LENGTH = usual
+        backend.MAX_TOEPLITZ_LENGTH = usual
 
 
 def algorithm(provider: str, length: int) -> str:
     """Which algorithm a provider of the mixer runs: toeplitz or fft."""
     if provider == "triton":
-        return "toeplitz" if length <= mixer.MAX_TOEPLITZ_LENGTH else "fft"
+        return "toeplitz" if length <= backend.MAX_TOEPLITZ_LENGTH else "fft"
     return provider.removeprefix("triton (").removesuffix(")")
 
 

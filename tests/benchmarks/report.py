@@ -121,7 +121,7 @@ def model_cuda() -> str:
 
 
 def ops_cuda() -> str:
-    from m2_plugin.ops.gated_long_conv import MAX_TOEPLITZ_LENGTH
+    from m2_plugin.ops.backend import MAX_TOEPLITZ_LENGTH
 
     report = load_if_any("ops_cuda")
     found = {(r["op"], r["length"]): r for r in report.get("rows", []) if r["what"] == "forward"}

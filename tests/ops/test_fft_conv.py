@@ -2,12 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2_plugin.ops.fft_conv import (
-    FFTConvFunction,
-    fft_conv,
-    fft_conv_op,
-    fft_conv_reference,
-)
+from m2_plugin.ops.fft_conv import fft_conv
+from m2_plugin.ops.reference.fft_conv import FFTConvFunction, fft_conv_op, fft_conv_reference
 from tests.utils import assert_close, gradients, load_golden, relative_error, with_prefix
 
 UNITS = [u for u in load_golden("units")[0] if u["prefix"].startswith("fftconv")]

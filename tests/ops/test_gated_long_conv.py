@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from m2_plugin.ops.fft_conv import fft_conv_reference
+from m2_plugin.ops import backend
+from m2_plugin.ops.backend import use_long_conv_kernel
 from m2_plugin.ops.gated_long_conv import gated_long_conv, two_sided_taps
-from m2_plugin.ops.short_conv import short_conv_reference
+from m2_plugin.ops.reference.fft_conv import fft_conv_reference
+from m2_plugin.ops.reference.short_conv import short_conv_reference
 from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, assert_close, gradients, relative_error
 
 
@@ -89,11 +91,10 @@ def test_kernel(shape, residual, masked, causal, dtype):
 @pytest.fixture
 def small_fft(monkeypatch):
     """FFTs of 256 points for every length, so that short sequences take several of them."""
-    from m2_plugin.ops import gated_long_conv as op
     from m2_plugin.ops.kernels import monarch_conv
 
     config = monarch_conv.Config(n1=16, n2=16, num_warps=4)
-    monkeypatch.setattr(op, "MAX_TOEPLITZ_LENGTH", 0)
+    monkeypatch.setattr(backend, "MAX_TOEPLITZ_LENGTH", 0)
     monkeypatch.setattr(
         monarch_conv, "CONFIGS", dict.fromkeys(monarch_conv.CONFIGS, ((None, config),))
     )
@@ -158,13 +159,11 @@ def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft
 
 
 def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
-    from m2_plugin.ops import gated_long_conv as op
-
-    monkeypatch.setattr(op, "use_kernel", lambda backend, name, x: True)
-    assert not op.takes_kernel("auto", torch.empty(1, 1025, 3))
-    assert op.takes_kernel("auto", torch.empty(1, 1025, 3, dtype=torch.bfloat16))
-    assert op.takes_kernel("auto", torch.empty(1, 1024, 3))
-    assert op.takes_kernel("triton", torch.empty(1, 1025, 3))
+    monkeypatch.setattr(backend, "use_kernel", lambda backend, name, x: True)
+    assert not use_long_conv_kernel("auto", torch.empty(1, 1025, 3))
+    assert use_long_conv_kernel("auto", torch.empty(1, 1025, 3, dtype=torch.bfloat16))
+    assert use_long_conv_kernel("auto", torch.empty(1, 1024, 3))
+    assert use_long_conv_kernel("triton", torch.empty(1, 1025, 3))
 
 
 def test_algorithm_is_measured_where_it_is_close(monkeypatch):

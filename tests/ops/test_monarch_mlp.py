@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_to_dense, block_shape
-from m2_plugin.ops.monarch_mlp import monarch_mlp, monarch_mlp_reference
+from m2_plugin.ops.monarch_mlp import monarch_mlp
+from m2_plugin.ops.reference.monarch_mlp import monarch_mlp_reference
 from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, assert_close, gradients
 
 SHAPES = [(32, 128, 4), (24, 40, 2), (36, 100, 8), (16, 16, 1), (30, 60, 3)]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from m2_plugin.ops.short_conv import short_conv, short_conv_reference
+from m2_plugin.ops.reference.short_conv import short_conv_reference
+from m2_plugin.ops.short_conv import short_conv
 from tests.utils import assert_close, gradients
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from m2_plugin.ops.backend import run_kernel
 from m2_plugin.ops.kernels import tuning
+from m2_plugin.ops.kernels.launch import dot_precision, tile, torch_gradients
+from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_torch
 
 OP = "block_diagonal_linear"
 
@@ -50,18 +52,6 @@ WEIGHT_GRAD_CONFIGS = {
 # Rows that one program of the weight's gradient sums: fixed, so that results do not depend on the
 # number of multiprocessors.
 ROWS_PER_SPLIT = 8192
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: as PyTorch is told to multiply fp32 matrices."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
-
-
-def tile(size: int, largest: int) -> int:
-    """Returns the tile for a dimension: a power of two, at least 16 as ``tl.dot`` needs."""
-    return min(max(16, triton.next_power_of_2(size)), largest)
 
 
 @triton.jit
@@ -252,18 +242,13 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
 # --- torch.library --------------------------------------------------------------------------------
 
 
-def _torch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear
-
-    return block_diagonal_linear(x, weight, bias, out_features, backend="torch")
-
-
 @torch.library.custom_op("m2_plugin::block_diagonal_linear", mutates_args=())
 def block_diagonal_linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, strict: bool
 ) -> Tensor:
     """Maps x (N, in_features); weight (K, O, I) and bias (out_features,) have its dtype."""
-    return run_kernel(OP, strict, product, _torch_forward, x, weight, bias, out_features)
+    args = x, weight, bias, out_features
+    return run_kernel(OP, strict, product, block_diagonal_linear_torch, *args)
 
 
 @block_diagonal_linear_op.register_fake
@@ -308,10 +293,11 @@ def _torch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     none = x.new_empty(0)
-    with torch.enable_grad():
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        y = _torch_forward(x, weight, None, grad.shape[1])
-        grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal_linear_torch(x, weight, out_features=grad.shape[1])
+
+    grad_x, grad_weight = torch_gradients(product, (x, weight), grad)
     grad_bias = grad.sum(0) if needs[2] else none
     return grad_x if needs[0] else none, grad_weight if needs[1] else none, grad_bias
 

@@ -1,6 +1,7 @@
 """The mixer's core as torch.library ops: which kernels run, and PyTorch where they cannot."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from m2_plugin.ops import gated_long_conv as public
+from m2_plugin.ops import backend
 from m2_plugin.ops.backend import run_kernel
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
-from m2_plugin.ops.kernels.gates import empty_sequence_last
+from m2_plugin.ops.kernels.launch import empty_sequence_last, torch_gradients
+from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 
 OP = "gated_long_conv"
 
@@ -31,7 +33,7 @@ def algorithm(direction: str, x: Tensor, run: Callable[[ModuleType], object]) ->
     """
     batch_size, length, channels = x.shape
     usual, other = "toeplitz", "fft"
-    if length > public.MAX_TOEPLITZ_LENGTH:
+    if length > backend.MAX_TOEPLITZ_LENGTH:
         usual, other = other, usual
     close = length in CROSSOVER and x.dtype != torch.float32
     rows = tuning.row_class(batch_size * length)
@@ -62,39 +64,14 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return run(algorithm("backward", grad, run))
 
 
-def _torch_forward(
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    return public.gated_long_conv_of_taps(p, u, weight, bias, taps, res_taps, mask)
+def _torch_forward(*args: Any) -> Tensor:
+    return gated_long_conv_torch(*args[:-1])  # `causal` tells PyTorch nothing that taps do not
 
 
-def _torch_backward(
-    grad: Tensor,
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors: Any = (p, u, weight, bias, taps, res_taps)
-    with torch.enable_grad():
-        tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        args: Any = (*tensors, mask, False)
-        y = _torch_forward(*args)
-        given = [t for t in tensors if t is not None]
-        grads = iter(torch.autograd.grad(y, given, grad))
-    none = p.new_empty(0)
-    result: Any = tuple(none if t is None else next(grads) for t in tensors)
-    return result
+def _torch_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, mask = args
+    fn = partial(gated_long_conv_torch, mask=mask)
+    return tuple(torch_gradients(fn, tensors, grad))
 
 
 @torch.library.custom_op("m2_plugin::gated_long_conv", mutates_args=())

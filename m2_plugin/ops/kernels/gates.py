@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.block_diagonal_linear import tile
+from m2_plugin.ops.kernels.launch import empty_sequence_last, tile
 
 
 @triton.jit
@@ -92,17 +92,6 @@ def short_conv_grad_kernel(
     tl.store(grad_weight_ptr + c * 3, tl.sum(sum_0))
     tl.store(grad_weight_ptr + c * 3 + 1, tl.sum(sum_1))
     tl.store(grad_weight_ptr + c * 3 + 2, tl.sum(sum_2))
-
-
-def sequence_last(x: Tensor) -> Tensor:
-    """Returns x (B, L, C) with the sequence contiguous in memory."""
-    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
-    """Returns a new (B, L, channels) for ``like`` (B, L, C), the sequence contiguous in memory."""
-    batch, length = like.shape[:2]
-    return like.new_empty(channels, batch, length).permute(1, 2, 0)
 
 
 def short_conv_grad(grad: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

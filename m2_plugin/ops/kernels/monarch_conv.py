@@ -31,15 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.block_diagonal_linear import dot_precision, tile
-from m2_plugin.ops.kernels.gates import (
+from m2_plugin.ops.kernels.gates import gated, short_conv, short_conv_grad
+from m2_plugin.ops.kernels.launch import (
+    device_class,
+    dot_precision,
     empty_sequence_last,
-    gated,
     sequence_last,
-    short_conv,
-    short_conv_grad,
+    tile,
 )
-from m2_plugin.ops.kernels.monarch_mlp import device_class
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.backend import interpreted, run_kernel
+from m2_plugin.ops.backend import run_kernel
 from m2_plugin.ops.kernels import tuning
-from m2_plugin.ops.kernels.block_diagonal_linear import dot_precision, product, tile, weight_grad
+from m2_plugin.ops.kernels.block_diagonal_linear import product, weight_grad
+from m2_plugin.ops.kernels.launch import device_class, dot_precision, tile, torch_gradients
+from m2_plugin.ops.reference.monarch_mlp import monarch_mlp_torch
 
 OP = "monarch_mlp"
 
@@ -44,7 +46,6 @@ class Config:
 # default: by ahead-of-time compilation (`tests/ops/aot.py`) the largest tiles that spill no
 # registers and fit the shared memory. Wider blocks than a table holds are left to the
 # block-diagonal kernel, for which they are large enough products.
-# "large" devices have 227 KB of shared memory to a multiprocessor, others as little as 99 KB.
 FORWARD_CONFIGS = {
     ("large", 2): (
         Config(128, rows=128, chunk=64, num_warps=8, num_stages=3),
@@ -87,19 +88,6 @@ BACKWARD_CONFIGS = {
     ("large", 4): (Config(128, rows=16, chunk=16, num_warps=8, num_stages=1),),
     ("small", 4): (Config(128, rows=16, chunk=16, num_warps=8, num_stages=1),),
 }
-# Compute capabilities whose multiprocessors have the large shared memory: H100 and B200 classes.
-LARGE_CAPABILITIES = (9, 10)
-
-
-def device_class(device: torch.device) -> str:
-    """Returns which configurations a device takes."""
-    if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
-    elif interpreted():
-        return "large"
-    else:  # compiling ahead of time
-        major = triton.runtime.driver.active.get_current_target().arch // 10
-    return "large" if major in LARGE_CAPABILITIES else "small"
 
 
 @torch.compiler.assume_constant_result
@@ -527,24 +515,22 @@ def _torch_forward(
     p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    from m2_plugin.ops.monarch_mlp import monarch_mlp
-
     size = down.shape[0] * down.shape[2]
     if p > 0:  # PyTorch's generator draws other masks than the kernel, so it cannot take its place
         raise RuntimeError(
             f"the Triton kernel of {OP} failed, and a dropout mask of it cannot be drawn again: "
             "start with `backend: torch`"
         )
-    return monarch_mlp(x, up, down, bias, size, glu, backend="torch")
+    return monarch_mlp_torch(x, up, down, bias, size, glu)
 
 
 def _torch_backward(
     grad: Tensor, x: Tensor, up: Tensor, down: Tensor, glu: bool, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        x, up, down = (t.detach().requires_grad_() for t in (x, up, down))
-        y = _torch_forward(x, up, down, None, glu, p, seed)
-        grad_x, grad_up, grad_down = torch.autograd.grad(y, (x, up, down), grad)
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return _torch_forward(x, up, down, None, glu, p, seed)
+
+    grad_x, grad_up, grad_down = torch_gradients(mlp, (x, up, down), grad)
     return grad_x, grad_up, grad_down, grad.sum(0)
 
 

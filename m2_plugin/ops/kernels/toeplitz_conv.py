@@ -15,15 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.block_diagonal_linear import dot_precision, tile
-from m2_plugin.ops.kernels.gates import (
-    empty_sequence_last,
-    gated,
-    sequence_last,
-    short_conv,
-    short_conv_grad,
-    unmasked,
-)
+from m2_plugin.ops.kernels.gates import gated, short_conv, short_conv_grad, unmasked
+from m2_plugin.ops.kernels.launch import dot_precision, empty_sequence_last, sequence_last, tile
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""What the launches of several kernels share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from m2_plugin.ops.backend import interpreted
+
+# Compute capabilities whose multiprocessors have 227 KB of shared memory, the H100 and B200
+# classes: "large" devices. Others have as little as 99 KB.
+LARGE_CAPABILITIES = (9, 10)
+
+
+def device_class(device: torch.device) -> str:
+    """Return which configurations a device takes: `large` or `small`."""
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+    elif interpreted():
+        return "large"
+    else:  # compiling ahead of time
+        major = triton.runtime.driver.active.get_current_target().arch // 10
+    return "large" if major in LARGE_CAPABILITIES else "small"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how `tl.dot` multiplies: as PyTorch is told to multiply fp32 matrices."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def tile(size: int, largest: int) -> int:
+    """Return the tile for a dimension: a power of two, at least 16 as `tl.dot` needs."""
+    return min(max(16, triton.next_power_of_2(size)), largest)
+
+
+def sequence_last(x: Tensor) -> Tensor:
+    """Return x (B, L, C) with the sequence contiguous in memory."""
+    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
+    """Return a new (B, L, channels) for `like` (B, L, C), the sequence contiguous in memory."""
+    batch, length = like.shape[:2]
+    return like.new_empty(channels, batch, length).permute(1, 2, 0)
+
+
+def torch_gradients(
+    fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor
+) -> list[Tensor]:
+    """Return the gradients of `fn(*tensors)` by PyTorch's autograd, empty for a None."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        given = [t for t in leaves if t is not None]
+        grads = iter(torch.autograd.grad(fn(*leaves), given, grad))
+    return [grad.new_empty(0) if t is None else next(grads) for t in leaves]
