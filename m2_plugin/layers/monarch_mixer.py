@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.ops.backend import check_backend, use_long_conv_kernel
 from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.reference.gated_long_conv import gate_and_convolve
 from m2_plugin.ops.short_conv import short_conv
 
 
@@ -142,13 +143,8 @@ class MonarchMixer(nn.Module):
                 backend=self.backend,
             )
             return self.out_proj(y)
-        x1, x2, v = self.short_conv(self.project(u)).chunk(3, dim=-1)
-        w = self.dropout(v * x1)
-        if mask is not None:
-            w, u = w * mask, u * mask
-        y = x2 * self.long_conv(w)
-        if self.residual_conv is not None:
-            y = y + self.residual_conv(u)
+        p = self.short_conv(self.project(u))
+        y = gate_and_convolve(p, self.long_conv, u, self.residual_conv, mask, self.dropout)
         return self.out_proj(self.dropout(y))
 
     def _use_kernel(self, u: Tensor) -> bool:
