@@ -252,7 +252,7 @@ def block_diagonal_linear_op(
 
 
 @block_diagonal_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, strict: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -266,7 +266,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], strict: bool
+    grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if needs[0] else 0),

@@ -551,16 +551,7 @@ def monarch_mlp_op(
 
 
 @monarch_mlp_op.register_fake
-def _(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    glu: bool,
-    dropout_p: float,
-    strict: bool,
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -582,14 +573,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    seed: Tensor | None,
-    glu: bool,
-    dropout_p: float,
-    strict: bool,
+    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = torch.contiguous_format
     return (
