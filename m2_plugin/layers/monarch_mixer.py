@@ -16,11 +16,11 @@ from m2_plugin.ops.short_conv import short_conv
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution, initialised as torch's Conv1d.
+    """Causal depthwise convolution, initialised like PyTorch's Conv1d.
 
     Args:
-        channels: size of the last dimension of the input, (B, L, channels).
-        width: number of taps.
+        channels: Size of the last dimension of the input, (B, L, channels).
+        width: Number of taps.
     """
 
     def __init__(self, channels: int, width: int = 3):
@@ -30,40 +30,46 @@ class ShortConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias from U(±1/√width), Conv1d's default for depthwise kernels."""
+        """Draw weight and bias from U(±1/√width), Conv1d's default for depthwise kernels."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:  # the host can take it away
+        if self.bias is not None:  # llm-foundry can remove it
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, L, C) to (B, L, C)."""
+        """Map (B, L, C) to (B, L, C)."""
         return short_conv(x, self.weight, self.bias)
 
 
 class MonarchMixer(nn.Module):
     """Mixes along the sequence by gated long convolutions (arXiv 2310.12109, section 4.1).
 
-    ``x1, x2, v = short_conv(W_in·u)``; ``y = W_out · (x2 ⊙ conv(v ⊙ x1) + conv'(u))``.
+    With u normed if `pre_norm`, and all products elementwise:
 
-    There is no residual connection round the mixer: the second convolution is the residual path.
+        x1, x2, v = short_conv(W_in · u)             thirds of a causal convolution, width 3
+        w = mask · dropout(v · x1)
+        y = x2 · (k ∗ w + skip · w)                  LongConv, gated on both sides
+            + (k' ∗ (mask · u) + skip' · mask · u)   the residual LongConv, if there is one
+        output = W_out · dropout(y)
+
+    The mixer has no residual connection: the second convolution takes its place.
 
     Args:
         hidden_size: D.
-        max_length: the longest sequence.
-        bidirectional: let the long convolutions see what follows. The short one is causal always.
-        residual_long_conv: add the second convolution, conv'(u).
-        pre_norm: apply a LayerNorm to u first (the reference's ``hyena_training_additions``); the
-            residual convolution then sees the normed u.
-        dropout: probability after the first gate and before the output projection.
-        filter_order: width of the filters' MLPs.
-        filter_emb_dim: positional features of the filters, odd.
-        filter_w: initial frequency of the filters' sines.
-        filter_w_mod: constant factor on these frequencies.
-        backend: ``auto`` (a Triton kernel on CUDA, else PyTorch), ``torch`` or ``triton``.
+        max_length: The longest sequence.
+        bidirectional: Whether the long convolutions see later positions. The short one never does.
+        residual_long_conv: Whether to add the second long convolution.
+        pre_norm: Whether to apply a LayerNorm to u first (`hyena_training_additions` in
+            HazyResearch/m2). The residual convolution then also sees the normed u.
+        dropout: Probability after the first gate and before the output projection.
+        filter_order: Width of the filters' MLPs.
+        filter_emb_dim: Positional features of the filters, odd.
+        filter_w: Initial frequency of the filters' sines.
+        filter_w_mod: Constant factor on these frequencies.
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
 
     Raises:
-        ValueError: if ``backend`` is unknown.
+        ValueError: If `backend` is unknown.
     """
 
     def __init__(
@@ -105,11 +111,11 @@ class MonarchMixer(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def project(self, u: Tensor) -> Tensor:
-        """Maps (B, L, D) to (B, L, 3D), with the sequence last in memory.
+        """Map (B, L, D) to (B, L, 3D), with positions contiguous in memory.
 
-        The product can come out transposed, and everything up to the output projection then runs
-        along contiguous sequences, as FFT and kernel want them. What has replaced the projection,
-        a quantised or an adapted layer, is called as it is.
+        The product is computed transposed, so that FFTs and kernels get contiguous sequences
+        without a copy. If another layer (quantised, or with adapters) has replaced the projection,
+        that layer is simply called.
         """
         if type(self.in_proj) is not nn.Linear:
             return self.in_proj(u)
@@ -119,40 +125,45 @@ class MonarchMixer(nn.Module):
         return p.unflatten(1, u.shape[:2]).permute(1, 2, 0)  # from (3D, B·L)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (B, L, D) to (B, L, D).
+        """Map (B, L, D) to (B, L, D).
 
         Args:
             u: (B, L, D).
-            mask: (B, L, 1) of u's dtype, 1 at tokens and 0 at padding: keeps padding out of the
-                long convolutions, so that an output does not depend on how much of it follows.
+            mask: (B, L, 1) of u's dtype, 1 at tokens and 0 at padding. It keeps padding out of the
+                long convolutions, so that outputs do not depend on the amount of padding.
         """
         u = self.norm(u)
-        if self._use_kernel(u):
-            length = u.shape[1]
-            residual = self.residual_conv
-            weight, bias = self.short_conv.weight, self.short_conv.bias
-            y = gated_long_conv(
-                self.project(u),
-                weight,
-                weight.new_zeros(len(weight)) if bias is None else bias,
-                self.long_conv.taps(length),
-                None if residual is None else u,
-                None if residual is None else residual.taps(length),
-                None if mask is None else mask.squeeze(-1),
-                causal=not self.bidirectional,
-                backend=self.backend,
-            )
-            return self.out_proj(y)
-        p = self.short_conv(self.project(u))
-        y = gate_and_convolve(p, self.long_conv, u, self.residual_conv, mask, self.dropout)
+        use_kernel = self._use_kernel(u)
+        p = self.project(u)
+        if use_kernel:
+            return self.out_proj(self._fused(p, u, mask))
+        y = gate_and_convolve(
+            self.short_conv(p), self.long_conv, u, self.residual_conv, mask, self.dropout
+        )
         return self.out_proj(self.dropout(y))
+
+    def _fused(self, p: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
+        """Compute what lies between the projections by the kernels."""
+        length, residual = u.shape[1], self.residual_conv
+        weight, bias = self.short_conv.weight, self.short_conv.bias
+        return gated_long_conv(
+            p,
+            weight,
+            weight.new_zeros(len(weight)) if bias is None else bias,
+            self.long_conv.taps(length),
+            None if residual is None else u,
+            None if residual is None else residual.taps(length),
+            None if mask is None else mask.squeeze(-1),
+            causal=not self.bidirectional,
+            backend=self.backend,
+        )
 
     def _use_kernel(self, u: Tensor) -> bool:
         if self.training and self.dropout.p > 0:
             if self.backend == "triton":
                 raise RuntimeError(
-                    "backend 'triton' has no dropout in the mixer: set mixer_dropout_prob to 0, or "
-                    "backend to 'auto', which trains in PyTorch then"
+                    "backend 'triton' cannot train with dropout in the mixer: set "
+                    "mixer_dropout_prob to 0, or backend to 'auto', which then trains in PyTorch"
                 )
             return False
         return use_long_conv_kernel(self.backend, u)
