@@ -3,22 +3,9 @@
 Dimension key: B batch, L sequence, D channels, N ≥ 2L − 1 circular length, N = R · M,
 M = N1 · N2 points in one transform, R residues, S = ⌈L / M⌉ segments.
 
-An FFT of M points is two matrix products with a twiddle between them, an order-2 Monarch matrix
-(arXiv 2310.12109, section 3): M positions as a matrix (N1, N2), DFT of its columns, twiddle, DFT of
-its rows. The tensor cores do both, for one channel, with everything in registers.
-
-A sequence of at most M positions is convolved in one launch, two FFTs after each other if N > M. A
-longer one is folded into its residue classes, these are convolved in place, and are unfolded again:
-memory grows linearly. The gates are computed before, in a launch of their own.
-
-Two batch rows are the real and imaginary part of one complex sequence: a real filter keeps them
-apart. The N frequencies fall into R residue classes, f = R · q + r, and class r is an FFT of M
-points of ``z_r[t] = e^{−2πi·rt/N} Σ_s e^{−2πi·rs/R} z[t + M·s]`` over q. So any length will do,
-zeros beyond it cost nothing, and R need not be a power of two. The twist by e^{−2πi·rt/N} is in the
-tables: a DFT over k1 + r/R instead of k1.
-
-Frequencies lie in memory by residue class: (D, real and imaginary, R, N1, N2), with
-``q = k1 + N1 · k2``.
+`ops/README.md` derives the method: FFTs of M points as Monarch matrices, two batch rows as one
+complex sequence, frequencies in R residue classes. Spectra are stored by residue class: (D, real
+and imaginary, R, N1, N2), where frequency R · (k1 + N1 · k2) + r is at (r, k1, k2).
 """
 
 import math
@@ -43,7 +30,7 @@ from m2_plugin.ops.kernels.launch import (
 
 @dataclass(frozen=True)
 class Config:
-    """The factors of a transform, and warps."""
+    """The two factors of a transform, and the number of warps."""
 
     n1: int
     n2: int
@@ -51,12 +38,12 @@ class Config:
 
     @property
     def points(self) -> int:
-        """M."""
+        """M, the points of one transform."""
         return self.n1 * self.n2
 
 
-# By direction, device class and bytes in an element: the largest transforms that spill no registers
-# (`tests/ops/aot.py`), each up to the longest sequence that it is for; the last has no limit.
+# By direction, device class and bytes per element: the largest transforms that spill no registers
+# (`tests/ops/aot.py`), each with the longest sequence that it is for (None: no limit).
 CONFIGS = {
     ("forward", "large", 2): (
         (2048, Config(n1=64, n2=32, num_warps=4)),
@@ -76,9 +63,9 @@ CONFIGS = {
     ("backward", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
     ("backward", "small", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
 }
-# Spectra and sequences in residue classes, of so many channels at a time as this holds.
+# Memory for spectra and folded sequences. As many channels as fit are convolved at a time.
 WORKSPACE_BYTES = 256 << 20
-# Sequences below this are zeros: the reciprocal of the smallest fp32 numbers is infinite.
+# Smaller sequences are not scaled: the reciprocal of the smallest fp32 numbers is infinite.
 SMALLEST_SCALE = tl.constexpr(1e-30)
 # Positions of a residue class that one program folds or unfolds.
 FOLD_BLOCK = 256
@@ -86,7 +73,7 @@ FOLD_BLOCK = 256
 
 @triton.jit
 def _from_left(f, re, im, PRECISION: tl.constexpr):
-    """The complex product f · x; f is its real, imaginary and negated imaginary part."""
+    """Multiply f · x, complex; f is its real, imaginary and negated imaginary part."""
     out_re = tl.dot(f[0], re, input_precision=PRECISION)
     out_im = tl.dot(f[0], im, input_precision=PRECISION)
     out_re = tl.dot(f[2], im, out_re, input_precision=PRECISION)
@@ -95,7 +82,7 @@ def _from_left(f, re, im, PRECISION: tl.constexpr):
 
 @triton.jit
 def _from_right(re, im, f, PRECISION: tl.constexpr):
-    """The complex product x · f."""
+    """Multiply x · f, complex; f as in `_from_left`."""
     out_re = tl.dot(re, f[0], input_precision=PRECISION)
     out_im = tl.dot(im, f[0], input_precision=PRECISION)
     out_re = tl.dot(im, f[2], out_re, input_precision=PRECISION)
@@ -109,7 +96,7 @@ def _operand(x, HALF: tl.constexpr):
 
 @triton.jit
 def _normalised(re, im, HALF: tl.constexpr):
-    """Scales a tile so that half precision holds it and its transform; returns the scale too."""
+    """Scale a tile so that half precision holds it and its transform; also return the scale."""
     scale = 1.0
     if HALF:
         scale = tl.maximum(tl.max(tl.abs(re)), tl.max(tl.abs(im)))
@@ -120,7 +107,7 @@ def _normalised(re, im, HALF: tl.constexpr):
 
 @triton.jit
 def _load_matrix(ptr, SIZE: tl.constexpr):
-    """A DFT matrix (3, SIZE, SIZE): real, imaginary, negated imaginary."""
+    """Load a DFT matrix (3, SIZE, SIZE): real, imaginary, negated imaginary."""
     at = ptr + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     return tl.load(at), tl.load(at + SIZE * SIZE), tl.load(at + 2 * SIZE * SIZE)
 
@@ -130,7 +117,7 @@ def _spectrum(
     re, im, at, f1_ptr, f2_ptr, twiddle_ptr,
     HALF: tl.constexpr, PRECISION: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """The DFT of M points of a complex sequence; ``at`` are their offsets in a table (N1, N2)."""
+    """Compute the DFT of M complex points; `at` are their offsets in a table (N1, N2)."""
     re, im, scale = _normalised(re, im, HALF)
     re, im = _from_left(_load_matrix(f1_ptr, N1), re, im, PRECISION)
     cos, sin = tl.load(twiddle_ptr + at), tl.load(twiddle_ptr + N1 * N2 + at)
@@ -145,9 +132,9 @@ def _signal(
     re, im, at, f1_ptr, f2_ptr, twiddle_ptr,
     HALF: tl.constexpr, PRECISION: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of ``_spectrum``, which is M times its inverse."""
+    """Compute the adjoint of `_spectrum`, which is M times its inverse."""
     re, im, scale = _normalised(re, im, HALF)
-    # Inverse tables, although they are the conjugates: shared ones would wait in registers here.
+    # Separate tables, although they are the conjugates: shared ones would stay in registers.
     re, im = _from_right(re, im, _load_matrix(f2_ptr + 3 * N2 * N2, N2), PRECISION)
     cos, sin = tl.load(twiddle_ptr + 2 * N1 * N2 + at), tl.load(twiddle_ptr + 3 * N1 * N2 + at)
     turned = _operand(re * cos - im * sin, HALF)
@@ -179,7 +166,7 @@ def monarch_conv_kernel(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """Makes y · (k ∗ x) or y + (k ∗ x) of y, for one channel and two batch rows, L ≤ M."""
+    """Replace y by y · (k ∗ x) or y + (k ∗ x), for one channel and two batch rows, L ≤ M."""
     M: tl.constexpr = N1 * N2
     channel = tl.program_id(0).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
@@ -230,7 +217,10 @@ def fold_kernel(
     stride_xc,
     BLOCK: tl.constexpr,
 ):
-    """z_r[t] = Σ_s e^{−2πi·rs/R} x[t + M·s] of two batch rows, (channel, pair, R, re and im, M)."""
+    """Compute z_r[t] = Σ_s e^{−2πi·rs/R} x[t + M·s], where x is a pair of batch rows.
+
+    z is (channel, pair, R, real and imaginary, M).
+    """
     channel = tl.program_id(0).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
     t = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -269,7 +259,7 @@ def unfold_kernel(
     HOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The adjoint of ``fold_kernel``: sets y, or multiplies it, or adds to it."""
+    """Compute the adjoint of `fold_kernel`; set y to it, or multiply y by it, or add it to y."""
     channel = tl.program_id(0).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
     t = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -313,9 +303,9 @@ def cyclic_conv_kernel(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """One residue class of k ∗ z in place, for one channel and two batch rows.
+    """Convolve one residue class in place, for one channel and two batch rows.
 
-    ``TRANSFORM`` makes z its spectrum, ``CONVOLVE`` makes the spectrum of z the signal of k ∗ z.
+    `TRANSFORM` replaces z by its spectrum, `CONVOLVE` replaces a spectrum of z by the signal k ∗ z.
     """
     M: tl.constexpr = N1 * N2
     channel = tl.program_id(0).to(tl.int64)
@@ -353,11 +343,11 @@ def cyclic_correlation_kernel(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """Gradients of k ∗ z for one channel and residue class, that of z in place of ``grad``.
+    """Compute the gradients of k ∗ z for one channel and residue class; that of z replaces `grad`.
 
-    z is given as its spectrum. Both are products with a conjugate spectrum: conj(k) · grad and
-    Σ conj(z) · grad. The sum over pairs of batch rows is right although a pair is one complex
-    sequence: what its rows have in common is the imaginary part of the gradient of k, and not used.
+    z is given as its spectrum. The gradients are products with a conjugate spectrum: conj(k) · grad
+    for z and Σ conj(z) · grad for k, summed over pairs of batch rows. Products of the two rows of a
+    pair only reach the imaginary part of the filter's gradient, which is not used.
     """
     M: tl.constexpr = N1 * N2
     channel = tl.program_id(0).to(tl.int64)
@@ -375,7 +365,7 @@ def cyclic_correlation_kernel(
         z_re, z_im = tl.load(z_ptr + at), tl.load(z_ptr + M + at)
         grad_re = z_re * re + z_im * im
         grad_im = z_re * im - z_im * re
-        # The sum waits in memory: registers are for one sequence at a time.
+        # The sum is kept in memory, because the registers hold only one sequence at a time.
         if pair > 0:
             grad_re += tl.load(grad_spectrum_ptr + at)
             grad_im += tl.load(grad_spectrum_ptr + residues * M + at)
@@ -412,7 +402,7 @@ def gates_kernel(
     HAS_MASK: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """What a gated convolution takes: w = mask · v · x1, and x2, times grad if ``BACKWARD``."""
+    """Compute the gated convolution's input w and its gate x2, times grad if `BACKWARD`."""
     d = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2) * POSITIONS + tl.arange(0, POSITIONS)
@@ -454,7 +444,10 @@ def gates_grad_kernel(
     HAS_MASK: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Gradients (3D, B, L) of x1, x2 and v: dx1 = dw · v, dx2 = grad · (k ∗ w), dv = dw · x1."""
+    """Compute the gradients (3D, B, L) of x1, x2 and v.
+
+    dx1 = dw · v, dx2 = grad · (k ∗ w), dv = dw · x1.
+    """
     d = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2) * POSITIONS + tl.arange(0, POSITIONS)
@@ -479,12 +472,12 @@ def gates_grad_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a length is transformed, and the tables for it."""
+    """How sequences of a length are transformed, and the tables for it."""
 
     config: Config
     residues: int
     segments: int
-    f1: Tensor  # (R, 6, N1, N1): real, imaginary, negated imaginary part; the same of the adjoint
+    f1: Tensor  # (R, 6, N1, N1): real, imaginary, negated imaginary part; then of the adjoint
     f2: Tensor  # (6, N2, N2)
     twiddle: Tensor  # (R, 4, N1, N2), fp32: the twiddles and their conjugates
     phases: Tensor  # (R, S, 2), fp32
@@ -492,7 +485,7 @@ class Plan:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
+        """The compile-time arguments of the kernels."""
         return {
             "HALF": self.dtype != torch.float32,
             "PRECISION": dot_precision(self.dtype),
@@ -504,29 +497,29 @@ class Plan:
 
     @property
     def points(self) -> int:
-        """N."""
+        """N, the circular length."""
         return self.residues * self.config.points
 
 
 def config_for(direction: str, x: Tensor) -> Config:
-    """Returns the configuration for sequences x (B, L, D)."""
+    """Return the configuration for sequences x (B, L, D)."""
     configs = CONFIGS[direction, device_class(x.device), x.element_size()]
     return next(c for longest, c in configs if longest is None or x.shape[1] <= longest)
 
 
 def plan_for(direction: str, x: Tensor) -> Plan:
-    """Returns the plan for sequences x (B, L, D)."""
+    """Return the plan for sequences x (B, L, D)."""
     config, length = config_for(direction, x), x.shape[1]
     residues = triton.cdiv(2 * length - 1, config.points)
     return _plan(config, residues, triton.cdiv(length, config.points), x.dtype, x.device)
 
 
-@lru_cache(maxsize=16)  # of few residues each, whatever lengths come
+@lru_cache(maxsize=16)
 def _plan(
     config: Config, residues: int, segments: int, dtype: torch.dtype, device: torch.device
 ) -> Plan:
-    # The tensor cores multiply half precision where sequences are not fp32: bfloat16 is too coarse
-    # to go through four products.
+    # If sequences are not fp32, the tensor cores multiply float16: bfloat16 is too coarse for four
+    # products in a row.
     operand = torch.float32 if dtype == torch.float32 else torch.float16
     n1, n2 = config.n1, config.n2
 
@@ -557,7 +550,7 @@ def _plan(
 
 
 def spectrum(taps: Tensor, plan: Plan) -> Tensor:
-    """Transforms taps (D, 2L − 1), fp32, to (D, 2, R, N1, N2), divided by N."""
+    """Transform taps (D, 2L − 1), fp32, to (D, 2, R, N1, N2), divided by N."""
     length = (taps.shape[1] + 1) // 2
     between = taps.new_zeros(taps.shape[0], plan.points - taps.shape[1])
     circle = torch.cat([taps[:, length - 1 :], between, taps[:, : length - 1]], 1)
@@ -567,14 +560,14 @@ def spectrum(taps: Tensor, plan: Plan) -> Tensor:
 
 
 def taps_of(grad: Tensor, length: int) -> Tensor:
-    """Transforms the gradient (D, 2, R, N1, N2) of a spectrum back to taps (D, 2L − 1)."""
+    """Transform the gradient (D, 2, R, N1, N2) of a spectrum back to taps (D, 2L − 1)."""
     k = torch.complex(grad[:, 0], grad[:, 1]).permute(0, 3, 2, 1).flatten(1)
     circle = torch.fft.ifft(k).real
     return torch.cat([circle[:, circle.shape[1] - (length - 1) :], circle[:, :length]], 1)
 
 
 def _chunks(channels: int, bytes_each: int) -> list[slice]:
-    """Channels that fit in the workspace together."""
+    """Cut the channels into slices that fit in the workspace."""
     together = min(max(1, WORKSPACE_BYTES // bytes_each), channels)
     return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]
 
@@ -582,7 +575,7 @@ def _chunks(channels: int, bytes_each: int) -> list[slice]:
 def _gates(
     p: Tensor, grad: Tensor | None, weight: Tensor, bias: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns w and x2, times grad if given, both (B, L, D), sequence last."""
+    """Return w and x2 (times grad, if given), (B, L, D) with positions contiguous in memory."""
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
     w = empty_sequence_last(p, channels)
     gate = torch.empty_like(w)
@@ -613,7 +606,7 @@ def _gates(
 
 
 def _fold(x: Tensor, chunk: slice, plan: Plan) -> Tensor:
-    """Returns the residue classes (channels, pairs, R, 2, M) of the sequences (B, L, D), fp32."""
+    """Return the residue classes (channels, pairs, R, 2, M) of sequences (B, L, D), fp32."""
     batch_size, length, _ = x.shape
     pairs, points = triton.cdiv(batch_size, 2), plan.config.points
     shape = chunk.stop - chunk.start, pairs, plan.residues, 2, points
@@ -637,7 +630,7 @@ def _fold(x: Tensor, chunk: slice, plan: Plan) -> Tensor:
 
 
 def _unfold(z: Tensor, y: Tensor, chunk: slice, plan: Plan, how: str) -> None:
-    """Sets, multiplies or adds to channels of y (B, L, D) by what is in residue classes."""
+    """Set, multiply or increase channels of y (B, L, D) by the sequences in residue classes."""
     batch_size, length, _ = y.shape
     points = plan.config.points
     unfold_kernel[z.shape[0], z.shape[1], points // FOLD_BLOCK](
@@ -659,13 +652,13 @@ def _unfold(z: Tensor, y: Tensor, chunk: slice, plan: Plan, how: str) -> None:
 
 
 def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
-    """Multiplies y by taps ∗ x, or adds it, in place.
+    """Multiply y by taps ∗ x, or add it to y, in place.
 
     Args:
-        x: (B, L, D), sequence last.
+        x: (B, L, D), positions contiguous in memory.
         taps: (D, 2L − 1), fp32.
-        y: (B, L, D), sequence last.
-        how: ``multiply`` or ``add``.
+        y: (B, L, D), positions contiguous in memory.
+        how: `multiply` or `add`.
     """
     batch_size, length, channels = x.shape
     plan = plan_for("forward", x)
@@ -711,9 +704,9 @@ def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
 
 
 def _correlate(grad: Tensor, x: Tensor, taps: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and taps under ``grad``, and writes taps ∗ x to ``conv``.
+    """Return the gradients of x and taps, and write taps ∗ x to `conv`.
 
-    All (B, L, D), sequence last, but taps (D, 2L − 1), fp32.
+    taps is (D, 2L − 1), fp32; all others are (B, L, D), positions contiguous in memory.
     """
     batch_size, length, channels = x.shape
     plan = plan_for("backward", x)
@@ -755,7 +748,7 @@ def forward(
     mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Computes what ``gated_long_conv_op`` does, for any length."""
+    """Compute `gated_long_conv_op` for any length."""
     w, y = _gates(sequence_last(p), None, weight, bias, mask)
     _convolve(w, taps, y, "multiply")
     if u is not None and res_taps is not None:
@@ -773,7 +766,7 @@ def backward(
     res_taps: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes what ``backward_op`` does, for any length; the same from run to run."""
+    """Compute `backward_op` for any length, bitwise reproducibly."""
     grad, p = sequence_last(grad), sequence_last(p)
     batch_size, length, channels = grad.shape
     grad_u, grad_res_taps = p.new_empty(0), taps.new_empty(0)

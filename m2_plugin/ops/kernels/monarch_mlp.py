@@ -1,14 +1,13 @@
-"""Triton kernels of the Monarch MLP: one launch forward, the activation never in memory.
+"""Triton kernels of the Monarch MLP: one launch forward; the activation stays in registers.
 
 Dimension key: N rows, D hidden, F intermediate, K blocks, Q = D/K and P = F/K block widths.
 
-Output block j of the down-projection needs activation block j alone, which needs two of the 2K
-half-blocks of the up-projection, number j for the gate and K + j for the up branch; half-block h
-reads input block h // 2. A program computes one output block of a tile of rows: it holds its two
-input blocks, walks over P in chunks, and adds each chunk's contribution to the output in registers.
+`ops/README.md` says which blocks meet. One program computes one output block of a tile of rows: it
+holds its two input blocks, walks over P in chunks, and adds each chunk's contribution to the output
+in registers.
 
-A block width is cut into two powers of two, Q1 ≥ Q2 (192 = 128 + 64), which is what Triton's tiles
-can be: padding it to one would waste a quarter of the products at the published sizes.
+The sides of Triton's tiles are powers of two, so a block width is cut into two of them, Q1 ≥ Q2
+(192 = 128 + 64). Padding it to one would waste a quarter of the products at the published sizes.
 """
 
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ from m2_plugin.ops.reference.monarch_mlp import monarch_mlp_torch
 
 OP = "monarch_mlp"
 
-# The backward pass stores activations and their gradients, for this many rows at a time.
+# The backward pass stores activations and their gradients for this many rows at a time.
 BACKWARD_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and resources of one launch, for block widths up to ``max_width``."""
+    """Tile sizes and resources of one launch, for block widths up to `max_width`."""
 
     max_width: int
     rows: int
@@ -42,10 +41,10 @@ class Config:
     num_stages: int
 
 
-# By device class and bytes in an element. Those of one width are alternatives, and the first is the
-# default: by ahead-of-time compilation (`tests/ops/aot.py`) the largest tiles that spill no
-# registers and fit the shared memory. Wider blocks than a table holds are left to the
-# block-diagonal kernel, for which they are large enough products.
+# By device class and bytes per element. Entries of one width are alternatives. The first is the
+# default: the largest tiles that spill no registers and fit the shared memory, by ahead-of-time
+# compilation (`tests/ops/aot.py`). Wider blocks than these go to the block-diagonal kernel, which
+# is efficient for them.
 FORWARD_CONFIGS = {
     ("large", 2): (
         Config(128, rows=128, chunk=64, num_warps=8, num_stages=3),
@@ -92,26 +91,26 @@ BACKWARD_CONFIGS = {
 
 @torch.compiler.assume_constant_result
 def max_block_width(device: torch.device, dtype: torch.dtype) -> int:
-    """Returns the widest block Q that the fused kernels take on a device in a dtype."""
+    """Return the widest block Q that the fused kernels take on a device in a dtype."""
     return FORWARD_CONFIGS[device_class(device), dtype.itemsize][-1].max_width
 
 
 def choices(
     configs: dict[tuple[str, int], tuple[Config, ...]], x: Tensor, width: int
 ) -> list[Config]:
-    """Returns the configurations for blocks of a width: those of the least width that holds it."""
+    """Return the configurations for a block width: those with the least `max_width` that fits."""
     table = configs[device_class(x.device), x.element_size()]
     least = min(config.max_width for config in table if width <= config.max_width)
     return [config for config in table if config.max_width == least]
 
 
 def shape_class(x: Tensor, down: Tensor, glu: bool, p: float) -> tuple[Any, ...]:
-    """Returns what the fastest configuration depends on."""
+    """Return what the fastest configuration depends on."""
     return tuning.row_class(x.shape[0]), *down.shape, x.dtype, glu, p > 0
 
 
 def split_width(width: int) -> tuple[int, int]:
-    """Cuts a block width into Q1 and Q2 (0 if not needed), powers of two from 16 up."""
+    """Cut a block width into Q1 and Q2 (0 if not needed), powers of two from 16 up."""
     q1 = max(16, 1 << (width.bit_length() - 1))
     rest = width - q1
     if rest <= 0:
@@ -133,9 +132,9 @@ def _gelu_grad(x):
 
 @triton.jit
 def _mix(x):
-    """Hashes 32 bits to 32: two multiplications between shifts (constants: C. Wellons, lowbias32).
+    """Hash 32 bits to 32 bits (constants: C. Wellons, lowbias32).
 
-    Triton's own generator, ten rounds of Philox, would take longer than the products.
+    Triton's own generator, ten rounds of Philox, would take longer than the matrix products.
     """
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -146,7 +145,7 @@ def _mix(x):
 
 @triton.jit
 def _keep_scale(seed, rows, cols, p):
-    """Dropout's factor for activation (row, col): 0 with probability p, else 1/(1 − p)."""
+    """Return dropout's factor of each activation: 0 with probability p, else 1/(1 − p)."""
     by_row = _mix(rows.to(tl.uint32) ^ seed.to(tl.uint32))
     bits = _mix(by_row[:, None] + cols.to(tl.uint32)[None, :] * 0x9E3779B9)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / (1 << 24))
@@ -155,7 +154,7 @@ def _keep_scale(seed, rows, cols, p):
 
 @triton.jit
 def _load_rows(ptr, rows, row_mask, stride, first, width, offset, SIZE: tl.constexpr):
-    """Columns offset … offset + SIZE of the block that begins at column ``first``."""
+    """Load columns offset … offset + SIZE of the block that begins at column `first`."""
     cols = offset + tl.arange(0, SIZE)
     return tl.load(
         ptr + rows[:, None] * stride + first + cols[None, :],
@@ -166,7 +165,7 @@ def _load_rows(ptr, rows, row_mask, stride, first, width, offset, SIZE: tl.const
 
 @triton.jit
 def _load_up(ptr, first_row, chunk, chunk_mask, width, offset, SIZE: tl.constexpr):
-    """(SIZE, chunk): rows of an up-projection half-block, transposed."""
+    """Load rows of an up-projection half-block, transposed: (SIZE, chunk)."""
     cols = offset + tl.arange(0, SIZE)
     return tl.load(
         ptr + (first_row + chunk)[None, :] * width + cols[:, None],
@@ -214,8 +213,8 @@ def mlp_forward_kernel(
     Q1: tl.constexpr,
     Q2: tl.constexpr,
 ):
-    """Y block j = down_j · dropout(gelu(gate_j) ⊙ up_j) + bias_j for one tile of rows."""
-    # The blocks of a tile of rows are neighbours, so that they find each other's x in the L2 cache.
+    """Compute output block j of one tile of rows."""
+    # Programs for one tile of rows are neighbours, so that they share its x in the L2 cache.
     j = tl.program_id(0) % num_blocks
     rows = (tl.program_id(0) // num_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows[:, None] < num_rows
@@ -308,9 +307,9 @@ def activation_grad_kernel(
     Q1: tl.constexpr,
     Q2: tl.constexpr,
 ):
-    """Recomputes the activation (N, F) and writes it, and the gradient of what it came from.
+    """Write the activation (N, F), computed again, and the gradient of the up-projection's output.
 
-    ``first_row`` is that of the pointers in the whole batch: dropout counts from there.
+    `first_row` is the number of the pointers' first row in the whole batch, which dropout needs.
     """
     j = tl.program_id(0) % num_blocks
     rows = (tl.program_id(0) // num_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -440,7 +439,7 @@ def _activation_grad(
     seed: Tensor | None,
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the activation (N, F) and the gradient of the up-projection's output (N, 2F)."""
+    """Return the activation (N, F) and the gradient of the up-projection's output (N, 2F)."""
     num_rows = x.shape[0]
     num_blocks, width, size = down.shape
     act = x.new_empty(num_rows, num_blocks * size)
@@ -516,10 +515,10 @@ def _torch_forward(
     seed: Tensor | None,
 ) -> Tensor:
     size = down.shape[0] * down.shape[2]
-    if p > 0:  # PyTorch's generator draws other masks than the kernel, so it cannot take its place
+    if p > 0:  # the backward pass could not repeat the mask: PyTorch draws others than the kernel
         raise RuntimeError(
-            f"the Triton kernel of {OP} failed, and a dropout mask of it cannot be drawn again: "
-            "start with `backend: torch`"
+            f"The Triton kernel of {OP} failed, and PyTorch cannot draw the kernel's dropout mask. "
+            "Start the run again with `backend: torch`."
         )
     return monarch_mlp_torch(x, up, down, bias, size, glu)
 
@@ -545,7 +544,7 @@ def monarch_mlp_op(
     dropout_p: float,
     strict: bool,
 ) -> Tensor:
-    """Maps x (N, D); up (K, 2P or P, Q), down (K, Q, P), bias (D,) of its dtype; seed (1,)."""
+    """Map x (N, D); up (K, 2P or P, Q), down (K, Q, P), bias (D,) of its dtype; seed (1,)."""
     args = (x, up, down, bias, glu, dropout_p, seed)
     return run_kernel(OP, strict, _forward, _torch_forward, *args)
 
@@ -566,7 +565,7 @@ def backward_op(
     dropout_p: float,
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, up, down and bias."""
+    """Return the gradients of x, up, down and bias."""
     args = (grad, x, up, down, glu, dropout_p, seed)
     return run_kernel(OP, strict, _backward, _torch_backward, *args)
 

@@ -2,10 +2,9 @@
 
 Dimension key: B batch, L sequence, D channels, T = 2L − 1 taps of a two-sided filter.
 
-A convolution of one channel is a product with a Toeplitz matrix, and the batch is what makes it a
-matrix product for the tensor cores: (B × L) · (L × L). A program takes one channel, builds tiles of
-its matrices from the taps, and keeps everything between reading p and u and writing y in registers.
-The sequence is last in memory here, as the input projection can write it.
+`ops/README.md` explains the method. One program computes one channel: it builds tiles of the
+Toeplitz matrices from the taps and keeps everything between p, u and y in registers. Positions are
+contiguous in memory, as the input projection can write them.
 """
 
 from dataclasses import dataclass
@@ -29,23 +28,23 @@ class Config:
     num_stages: int
 
 
-# By bytes in an element, for lengths that 16 divides and for others, whose addresses take more
-# registers: the largest tiles that spill none (`tests/ops/aot.py`).
+# By bytes per element, and by whether 16 divides the length; if not, addresses take more registers.
+# These are the largest tiles that spill no registers (`tests/ops/aot.py`).
 CONFIGS = {
     (2, True): Config(batch=32, positions=64, num_warps=8, num_stages=1),
     (2, False): Config(batch=32, positions=32, num_warps=8, num_stages=1),
     (4, True): Config(batch=16, positions=32, num_warps=4, num_stages=1),
     (4, False): Config(batch=16, positions=16, num_warps=4, num_stages=1),
 }
-# Batch rows that one program of the forward pass walks over with the same Toeplitz tiles.
+# Batch rows for which one program of the forward pass uses the same Toeplitz tiles.
 BATCH_PER_PROGRAM = 256
-# Memory in which the gradient of the taps turns tiles by 45 degrees; channels share it in turn.
+# Scratch memory for the diagonals of tiles (gradient of the taps); channels use it in turn.
 SCRATCH_BYTES = 64 << 20
 
 
 @triton.jit
 def _toeplitz(taps_ptr, lags, length, mask):
-    """The taps at a tile of lags, from −(L − 1) to L − 1."""
+    """Load the taps at a tile of lags, from −(L − 1) to L − 1."""
     inside = mask & (lags < length) & (lags > -length)
     return tl.load(taps_ptr + length - 1 + lags, mask=inside, other=0.0)
 
@@ -77,7 +76,7 @@ def toeplitz_forward_kernel(
     BATCH_TILES: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """y[t] = x2[t] · Σ_s taps[t − s] · w[s] + Σ_s res_taps[t − s] · u[s] for a tile of t."""
+    """Compute y for one channel and a tile of positions t."""
     d = tl.program_id(0).to(tl.int64)
     first_t = tl.program_id(1) * POSITIONS
     t = first_t + tl.arange(0, POSITIONS)[None, :]
@@ -147,10 +146,10 @@ def toeplitz_backward_kernel(
     BATCH: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Gradients of u and of what the short convolution gave, x1, x2 and v, for a tile of r.
+    """Compute the gradients of u and of x1, x2 and v for a tile of positions r.
 
-    With g = grad · x2: dx2 = grad · (taps ∗ w), dw[r] = Σ_t taps[t − r] · g[t], and likewise du of
-    grad itself; dx1 = dw · v and dv = dw · x1.
+    With g = grad · x2: dx2 = grad · (taps ∗ w), dw[r] = Σ_t taps[t − r] · g[t], dx1 = dw · v and
+    dv = dw · x1. du is computed like dw, from grad and the residual taps.
     """
     d = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
@@ -232,12 +231,12 @@ def taps_grad_kernel(
     BATCH: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Σ_b Σ_s g[b, s + lag] · w[b, s] for the lags between two diagonals of tiles.
+    """Compute Σ_b Σ_s g[b, s + lag] · w[b, s] for the lags between two diagonals of tiles.
 
-    Tiles of t and of s that are equally far apart share their lags, so that one sum of outer
-    products serves them all. It is written to scratch memory and read back along its diagonals.
-    Output row j of a channel holds lags (j − tiles) · P + 1 … (j − tiles + 2) · P, as far as this
-    program knows them.
+    Pairs of tiles of t and s with the same distance have the same lags, so they share one sum of
+    outer products. The sum is written to scratch memory and read back along its diagonals.
+    Output row j of a channel holds this program's share of the lags (j − tiles) · P + 1 …
+    (j − tiles + 2) · P, where P is the width of a tile.
     """
     d = first_channel + tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(length, POSITIONS)
@@ -293,12 +292,12 @@ def forward(
     mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Computes what ``gated_long_conv_op`` does."""
+    """Compute `gated_long_conv_op`."""
     p = sequence_last(p)
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
     y = empty_sequence_last(p, channels)
     u = p if u is None else sequence_last(u)
-    taps = taps.to(p.dtype)  # as the tensor cores multiply them
+    taps = taps.to(p.dtype)  # both operands of a product have one dtype
     res_taps = None if res_taps is None else res_taps.to(p.dtype)
     config = CONFIGS[p.element_size(), length % 16 == 0]
     batch = tile(batch_size, config.batch)
@@ -349,7 +348,7 @@ def _taps_grad(
     mask: Tensor | None,
     is_gated: bool,
 ) -> Tensor:
-    """Returns the gradient (D, 2L − 1) of one filter's taps, fp32, the same from run to run."""
+    """Return the gradient (D, 2L − 1) of one filter's taps, fp32, bitwise reproducible."""
     batch_size, length, channels = grad.shape
     config = CONFIGS[p.element_size(), length % 16 == 0]
     positions = tile(length, config.positions)
@@ -386,7 +385,7 @@ def _taps_grad(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    # The upper half of a program's lags is the lower half of the next one's.
+    # The upper half of one program's lags is the lower half of the next program's.
     lags = torch.zeros(channels, 2 * tiles, positions, dtype=torch.float32, device=p.device)
     lags[:, :-1] += out[:, :, 0]
     lags[:, 1:] += out[:, :, 1]
@@ -404,7 +403,7 @@ def backward(
     res_taps: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes what ``backward_op`` does; the same from run to run."""
+    """Compute `backward_op`, bitwise reproducibly."""
     grad, p = sequence_last(grad), sequence_last(p)
     batch_size, length, channels = grad.shape
     residual = res_taps is not None
