@@ -1,4 +1,4 @@
-"""Self-attention with linear biases: the reference's baseline without Monarch mixing.
+"""Self-attention with linear biases: the baseline of HazyResearch/m2 without Monarch mixing.
 
 Dimension key: B batch, L sequence, D hidden, H heads.
 """
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Returns the slope of each head (ALiBi, arXiv 2108.12409).
+    """Return the slope of each head (ALiBi, arXiv 2108.12409).
 
-    A geometric sequence for a power of two; else that of the next smaller power, filled up with
-    every second slope of the next larger one.
+    For a power of two they are a geometric sequence. For other numbers they are the slopes of the
+    next smaller power of two, followed by every second slope of the next larger one.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -24,19 +24,18 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class AlibiAttention(nn.Module):
-    """Bidirectional multi-head attention biased by −slope·|i − j|, post-norm, as in MosaicBERT.
+    """Bidirectional multi-head attention with the bias −slope·|i − j|, post-norm (MosaicBERT).
 
-    ``LayerNorm(dropout(W_o · attention(u)) + u)``
+    `LayerNorm(dropout(W_o · attention(u)) + u)`
 
     Args:
         hidden_size: D.
-        num_heads: H, must divide D.
-        dropout: probability on the output.
-        attention_dropout: probability on the attention weights.
-        layer_norm_eps: epsilon of the LayerNorm.
+        num_heads: H; it must divide D.
+        dropout: Probability of dropping an output feature.
+        attention_dropout: Probability of dropping an attention weight.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide ``hidden_size``.
+        ValueError: If `num_heads` does not divide `hidden_size`.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class AlibiAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def bias(self, length: int, mask: Tensor | None, like: Tensor) -> Tensor:
-        """Returns (1 or B, H, L, L): the distances, and −inf towards padding."""
+        """Return the bias (1 or B, H, L, L): by distance, and the lowest number towards padding."""
         position = torch.arange(length, device=like.device)
         distance = (position[None] - position[:, None]).abs().to(like.dtype)
         slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=like.dtype, device=like.device)
@@ -70,7 +69,7 @@ class AlibiAttention(nn.Module):
         return bias
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens and 0 at padding."""
+        """Map (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens and 0 at padding."""
         length = u.shape[1]
         qkv = self.qkv_proj(u).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Linear layers of block-diagonal matrices: what they share, and the one of a single matrix."""
+"""A linear layer with a block-diagonal matrix, and the base class of such layers."""
 
 import math
 
@@ -10,18 +10,18 @@ from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_sha
 
 
 class BlockLinear(nn.Module):
-    """What the linear layers of block-diagonal matrices have in common.
+    """Base class of linear layers that are made of block-diagonal matrices.
 
     Args:
-        in_features: size of the last dimension of the input, (..., in_features).
-        out_features: size of the last dimension of the output, (..., out_features).
-        nblocks: number K of blocks of each block-diagonal matrix.
-        bias: add a bias of shape (out_features,).
-        backend: ``auto``, ``torch`` or ``triton``, as in ``block_diagonal_linear``.
-        device: where to make the parameters.
+        in_features: Size of the last dimension of the input, (..., in_features).
+        out_features: Size of the last dimension of the output, (..., out_features).
+        nblocks: K, the number of blocks of each block-diagonal matrix.
+        bias: Whether to add a bias of shape (out_features,).
+        backend: `auto`, `torch` or `triton`, as in `block_diagonal_linear`.
+        device: The device of the parameters.
 
     Raises:
-        ValueError: if ``nblocks`` is not between 1 and the smaller of the two sizes, or ``backend``
+        ValueError: If `nblocks` is not between 1 and the smaller of the two sizes, or `backend`
             is unknown.
     """
 
@@ -51,15 +51,15 @@ class BlockLinear(nn.Module):
         self.reset_parameters()
 
     def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Names the weights and gives their shapes."""
+        """Return the names and shapes of the weights."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draws weights and bias."""
+        """Draw the weights and the bias."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Names the sizes when the module is printed."""
+        """Return the sizes, for the module's `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"nblocks={self.nblocks}, bias={self.bias is not None}"
@@ -69,23 +69,22 @@ class BlockLinear(nn.Module):
 class BlockDiagonalLinear(BlockLinear):
     """Linear map whose matrix is block-diagonal: a single factor of a Monarch matrix.
 
-    ``y = x · diag(W_1, …, W_K)ᵀ + b`` (arXiv 2310.12109, section 3). It has 1/K of the weights and
-    of the FLOPs of a dense layer. Features that do not fill whole blocks are padded with zeros.
-
-    See ``BlockLinear`` for the arguments.
+    `y = x · diag(W_1, …, W_K)ᵀ + b` (arXiv 2310.12109, section 3). It has 1/K of a dense layer's
+    weights and FLOPs. If the features do not fill whole blocks, they are padded with zeros.
+    `BlockLinear` lists the arguments.
     """
 
     weight: Tensor
 
     def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns the one weight, (K, O, I)."""
+        """Return the one weight, (K, O, I)."""
         return {"weight": block_shape(self.in_features, self.out_features, self.nblocks)}
 
     def reset_parameters(self) -> None:
-        """Draws the weights of M2-BERT's initialisation.
+        """Draw the weights from U(±1/√I) and the bias from U(±1/√out_features).
 
-        The published one cuts the blocks out of a dense matrix drawn by kaiming_uniform(a=√5),
-        that is U(±1/√(K·I)), and scales them by √K; the same distribution is drawn here.
+        HazyResearch/m2 draws a dense matrix by kaiming_uniform(a=√5), which is U(±1/√(K·I)), takes
+        blocks of it and scales them by √K. That is the same distribution.
         """
         bound = 1 / math.sqrt(self.weight.shape[2])
         nn.init.uniform_(self.weight, -bound, bound)
@@ -94,5 +93,5 @@ class BlockDiagonalLinear(BlockLinear):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         return block_diagonal_linear(x, self.weight, self.bias, self.out_features, self.backend)

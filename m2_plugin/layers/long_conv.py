@@ -19,24 +19,24 @@ DECAY_TARGET = 0.01
 SLOWEST_DECAY = 1.5
 FASTEST_DECAY = 0.3
 
-# Filters kept for inference may take so much memory in each convolution. Longer ones cost little
-# beside the rest of the layer.
+# Largest spectrum that a convolution keeps for inference. To compute a larger one costs little
+# compared with the rest of the layer.
 KEPT_SPECTRUM_BYTES = 4 << 20
 
 
 def positional_features(length: int, emb_dim: int, device: torch.device | None = None) -> Tensor:
-    """Builds the features z of the positions: ``[t, Re e^{-ifw}, Im e^{-ifw}]`` (Hyena, appendix).
+    """Return the features z of the positions: `[t, Re e^{-ifw}, Im e^{-ifw}]` (Hyena, appendix).
 
     Args:
         length: H, the number of positions; w = 2π·arange(H)/H and t = linspace(0, 1, H).
-        emb_dim: E, odd: one linear feature and (E − 1)/2 frequencies f = linspace(1e-4, ·, ·).
-        device: where to build them.
+        emb_dim: E, odd: one linear feature, and a cosine and a sine of each of bands = (E − 1)/2
+            frequencies f = linspace(1e-4, bands − 1, bands).
 
     Returns:
         (H, E) in fp32.
 
     Raises:
-        ValueError: if ``emb_dim`` is even or less than 3.
+        ValueError: If `emb_dim` is even or less than 3.
     """
     _check_emb_dim(emb_dim)
     bands = (emb_dim - 1) // 2
@@ -49,29 +49,29 @@ def positional_features(length: int, emb_dim: int, device: torch.device | None =
 def _check_emb_dim(emb_dim: int) -> None:
     if emb_dim < 3 or emb_dim % 2 == 0:
         raise ValueError(
-            "emb_dim must be odd and at least 3: time, and a cosine and a sine for each frequency; "
-            f"not {emb_dim}"
+            f"emb_dim must be odd and at least 3, not {emb_dim}: the features are time, and a "
+            "cosine and a sine of each frequency"
         )
 
 
 class FilterLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever that of its weights.
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights.
 
-    Being a class of its own it also escapes what is meant for the model's projections:
-    quantisation and adapters.
+    Because it is a class of its own, quantisation and adapters for the model's projections do not
+    change it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class FilterMLP(nn.Module):
-    """The MLP from positional features to taps: three hidden sine layers, a linear map out.
+    """The MLP from positional features to taps: three hidden sine layers and a linear map.
 
-    The sine's frequencies are shared by the layers and, in a bidirectional filter, by both
-    directions, so they are an argument and not a parameter here.
+    All layers, and both directions of a bidirectional filter, share the sine's frequencies.
+    Therefore they are an argument and not a parameter here.
     """
 
     def __init__(self, emb_dim: int, order: int, channels: int):
@@ -82,7 +82,7 @@ class FilterMLP(nn.Module):
         self.out = FilterLinear(order, channels, bias=False)
 
     def forward(self, z: Tensor, freq: Tensor) -> Tensor:
-        """Maps (L, E) with frequencies (O,) to (L, D), in the dtype of z."""
+        """Map (L, E) with frequencies (O,) to (L, D), in the dtype of z."""
         for layer in self.layers:
             z = torch.sin(freq * layer(z))
         return self.out(z)
@@ -91,21 +91,21 @@ class FilterMLP(nn.Module):
 class HyenaFilter(nn.Module):
     """Taps of a convolution as a function of the lag (Hyena, arXiv 2302.10866, section 3.3).
 
-    ``k[t] = MLP(z[t]) · exp(−t·|δ|)`` with sine activations ``sin(w_mod · freq · x)``. A sequence
-    shorter than the maximum uses the first taps: they do not change with the length. Computed in
-    fp32 (fp64 if the parameters are), autocast or not.
+    `k[t] = MLP(z[t]) · exp(−t·|δ|)` with sine activations `sin(w_mod · freq · x)`. A sequence that
+    is shorter than the maximum uses the first taps; taps do not depend on the length. They are
+    computed in fp32 (fp64 if the parameters are fp64), also under autocast.
 
     Args:
-        channels: D, one filter each.
+        channels: D; each has its own filter.
         max_length: H, the longest sequence.
         emb_dim: E, number of positional features, odd.
         order: O, width of the MLP.
-        w: initial frequency of the sines.
-        w_mod: constant factor on the frequencies.
-        bidirectional: generate taps for negative lags too, by a second MLP.
+        w: Initial frequency of the sines.
+        w_mod: Constant factor on the frequencies.
+        bidirectional: Whether a second MLP generates taps for negative lags.
 
     Raises:
-        ValueError: if ``emb_dim`` is even or less than 3.
+        ValueError: If `emb_dim` is even or less than 3.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class HyenaFilter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the positional features and frequencies; the MLPs' layers reset themselves."""
+        """Set the positional features and the frequencies; the MLPs' layers reset themselves."""
         if not self.pos_emb.is_meta:
             features = positional_features(self.max_length, self.emb_dim, self.pos_emb.device)
             with torch.no_grad():
@@ -140,21 +140,21 @@ class HyenaFilter(nn.Module):
         nn.init.constant_(self.freq, self.w)
 
     def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns the window ``exp(−t·|δ|)``, (L, D).
+        """Return the window `exp(−t·|δ|)`, (L, D).
 
-        It is computed anew, not a buffer, which would have no values after meta-device init.
+        It is not a buffer, which would have no values after initialisation on the meta device.
         """
         t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)[:length, None]
         return torch.exp(-t * self.decay_rates(dtype, device))
 
     def decay_rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns ``|δ|``, (D,)."""
+        """Return `|δ|`, (D,)."""
         slowest = abs(math.log(DECAY_TARGET)) / SLOWEST_DECAY
         fastest = abs(math.log(DECAY_TARGET)) / FASTEST_DECAY
         return torch.linspace(slowest, fastest, self.channels, dtype=dtype, device=device)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the taps at lags 0 … L−1 and −1 … −L (or None), each (L, D)."""
+        """Return the taps at lags 0 … L−1, and at −1 … −L or None, each (L, D)."""
         dtype = torch.promote_types(self.pos_emb.dtype, torch.float32)
         with torch.autocast(self.pos_emb.device.type, enabled=False):
             z = self.pos_emb[:length].to(dtype)
@@ -166,17 +166,17 @@ class HyenaFilter(nn.Module):
 
 
 class KeptSpectrum:
-    """A spectrum, and the parameters that it was computed from."""
+    """A filter's spectrum, and the parameters that it was computed from."""
 
     def __init__(self, spectrum: Tensor, length: int, parameters: Sequence[Tensor]):
         self.spectrum = spectrum
         self.length = length
-        # Aliases, not addresses: while they live, no other tensor can have their memory.
+        # Aliases, not addresses: while they exist, no other tensor can take their memory.
         self.sources = [p.detach() for p in parameters]
         self.versions = [p._version for p in parameters]
 
     def holds_for(self, length: int, parameters: Sequence[Tensor]) -> bool:
-        """Whether the parameters are still the same tensors, unchanged."""
+        """Return whether the length and the parameters are still the same, unchanged."""
         return length == self.length and all(
             p.data_ptr() == source.data_ptr() and p._version == version and p.dtype == source.dtype
             for p, source, version in zip(parameters, self.sources, self.versions, strict=True)
@@ -186,13 +186,13 @@ class KeptSpectrum:
 class LongConv(nn.Module):
     """Convolves each channel with its own filter as long as the sequence, and adds a skip.
 
-    ``y = conv(u, k) + skip · u`` (arXiv 2310.12109, section 4.1). In evaluation without gradients
-    on a CPU the transformed filter is kept from call to call until a parameter changes.
+    `y = conv(u, k) + skip · u` (arXiv 2310.12109, section 4.1). On a CPU, in evaluation mode and
+    without gradients, the filter's spectrum is kept between calls until a parameter changes.
 
     Args:
         channels: D.
         max_length: H, the longest sequence.
-        **filter_kwargs: passed on to ``HyenaFilter``.
+        **filter_kwargs: More arguments of `HyenaFilter`.
     """
 
     def __init__(self, channels: int, max_length: int, **filter_kwargs: float | int | bool):
@@ -204,14 +204,14 @@ class LongConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the skip from the standard normal."""
+        """Draw the skip from the standard normal."""
         nn.init.normal_(self.skip)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Maps (B, L, D) to (B, L, D), L ≤ max_length.
+        """Map (B, L, D) to (B, L, D), L ≤ max_length.
 
         Raises:
-            ValueError: if the sequence is longer than the filter.
+            ValueError: If the sequence is longer than the filter.
         """
         length = u.shape[1]
         self._check_length(length)
@@ -222,10 +222,10 @@ class LongConv(nn.Module):
         return fft_conv(u, k_fwd, k_rev, self.skip)
 
     def taps(self, length: int) -> Tensor:
-        """Returns the filter and the skip by lag, (D, 2L − 1) from −(L − 1) to L − 1, fp32.
+        """Return the taps with the skip, ordered by lag from −(L − 1) to L − 1, (D, 2L − 1), fp32.
 
         Raises:
-            ValueError: if the sequence is longer than the filter.
+            ValueError: If the sequence is longer than the filter.
         """
         self._check_length(length)
         k_fwd, k_rev = self.filter(length)
@@ -234,13 +234,13 @@ class LongConv(nn.Module):
     def _check_length(self, length: int) -> None:
         if length > self.filter.max_length:
             raise ValueError(
-                f"the sequence has {length} positions, but the filters reach only "
-                f"long_conv_l_max = {self.filter.max_length}"
+                f"The sequence has {length} positions, but the filters have only "
+                f"long_conv_l_max = {self.filter.max_length}."
             )
 
     def _can_keep(self, u: Tensor) -> bool:
-        # Sharded training rewrites parameters behind their version counters, so whatever trains
-        # goes the other way, which forgets. A graph that is traced must not read this state.
+        # Sharded training changes parameters without their version counters. Therefore a model
+        # that trains never keeps a spectrum. A traced graph must not read this state.
         return not (
             self.training
             or torch.is_grad_enabled()

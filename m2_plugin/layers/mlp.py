@@ -11,14 +11,13 @@ from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 
 class DenseMLP(nn.Module):
-    """``LayerNorm(W_down · dropout(GELU(gate) ⊙ up) + b + x)``, (gate, up) the halves of W_up · x.
+    """`LayerNorm(W_down · dropout(GELU(gate) ⊙ up) + b + x)`, (gate, up) the halves of W_up · x.
 
     Args:
         hidden_size: D.
         intermediate_size: F.
-        glu: gate the activation; else GELU(W_up · x) alone.
-        dropout: probability of dropping an activation.
-        layer_norm_eps: epsilon of the LayerNorm.
+        glu: Whether to gate the activation; if not, it is GELU(W_up · x).
+        dropout: Probability of dropping an activation.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class DenseMLP(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         h = self.up_proj(x)
         if self.glu:
             gate, up = h.chunk(2, dim=-1)
@@ -48,16 +47,15 @@ class DenseMLP(nn.Module):
 
 
 class MonarchMLP(nn.Module):
-    """The same MLP with block-diagonal maps (arXiv 2310.12109, section 4.1).
+    """`DenseMLP` with block-diagonal maps (arXiv 2310.12109, section 4.1).
 
     Args:
         hidden_size: D.
         intermediate_size: F.
         nblocks: K, the number of blocks of each map.
-        glu: gate the activation.
-        dropout: probability of dropping an activation.
-        layer_norm_eps: epsilon of the LayerNorm.
-        backend: ``auto``, ``torch`` or ``triton``, as in ``monarch_mlp``.
+        glu: Whether to gate the activation.
+        dropout: Probability of dropping an activation.
+        backend: `auto`, `torch` or `triton`, as in `monarch_mlp`.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class MonarchMLP(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         y = monarch_mlp(
             x,
             self.up_proj.weight,

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: plain PyTorch, or a Triton kernel."""
+"""Decides which implementation of an op runs: plain PyTorch or a Triton kernel."""
 
 import importlib.util
 import logging
@@ -15,27 +15,27 @@ BACKENDS = ("auto", "torch", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores, and asynchronous copies
 # Longest sequence that `gated_long_conv` convolves by Toeplitz products where nothing is measured.
-# Their operations per token grow with the length, those of an FFT hardly. At 768 both do as many;
-# the product has less to read, write and wait for.
+# Their operations per token grow with the length, those of an FFT hardly. At length 768 both need
+# the same number, but the product reads and writes less.
 MAX_TOEPLITZ_LENGTH = 1024
 
 _failed: dict[str, str] = {}
 
 
 def check_backend(backend: str) -> None:
-    """Raises a ValueError unless ``backend`` is one of ``BACKENDS``."""
+    """Raise a ValueError unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Return whether Triton interprets kernels on CPU tensors (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @torch.compiler.assume_constant_result
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why no Triton kernel can run on such tensors, or None if one can."""
+    """Return why no Triton kernel can run on such tensors, or None if one can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install m2_plugin[gpu])"
     if dtype not in KERNEL_DTYPES:
@@ -53,17 +53,17 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def use_kernel(backend: str, op: str, x: Tensor) -> bool:
-    """Decides between kernel and PyTorch for one call.
+    """Decide between kernel and PyTorch for one call.
 
     Args:
-        backend: ``auto`` takes the kernel on a CUDA device unless it failed before; ``torch`` and
-            ``triton`` take what they say.
-        op: the op's name.
-        x: its input.
+        backend: `auto` takes the kernel on a CUDA device unless it failed before; `torch` always
+            takes PyTorch and `triton` always the kernel.
+        op: The op's name.
+        x: The op's input.
 
     Raises:
-        ValueError: if ``backend`` is none of the three.
-        RuntimeError: if it is ``triton`` and no kernel can run on ``x``.
+        ValueError: If `backend` is not one of `BACKENDS`.
+        RuntimeError: If `backend` is `triton` and no kernel can run on `x`.
     """
     check_backend(backend)
     if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or op in _failed)):
@@ -75,10 +75,11 @@ def use_kernel(backend: str, op: str, x: Tensor) -> bool:
 
 
 def use_long_conv_kernel(backend: str, x: Tensor) -> bool:
-    """Decide as `use_kernel` does for `gated_long_conv` of an input (B, L, ...).
+    """Decide between kernel and PyTorch for `gated_long_conv` of an input (B, L, ...).
 
-    `auto` leaves fp32 sequences beyond `MAX_TOEPLITZ_LENGTH` to torch.fft: the kernels' FFTs are
-    made for the tensor cores, which multiply no fp32.
+    Arguments and errors as in `use_kernel`. With `auto`, fp32 sequences longer than
+    `MAX_TOEPLITZ_LENGTH` go to `torch.fft`: the kernels' FFTs are made for the tensor cores, which
+    do not multiply fp32.
     """
     if backend == "auto" and x.shape[1] > MAX_TOEPLITZ_LENGTH:
         return autocast_dtype(x) != torch.float32 and use_kernel(backend, "gated_long_conv", x)
@@ -88,28 +89,28 @@ def use_long_conv_kernel(backend: str, x: Tensor) -> bool:
 def run_kernel(
     op: str, strict: bool, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any
 ) -> Any:
-    """Calls ``kernel``; if it cannot be built or launched, warns once and calls ``fallback``.
+    """Call `kernel`; if it cannot be built or launched, warn once and call `fallback`.
 
     Args:
-        op: the op's name; after one failure it falls back at once.
-        strict: raise the kernel's error instead.
-        kernel: what launches the kernel.
-        fallback: what computes the same in PyTorch.
-        *args: for either.
+        op: The op's name. After one failure, later calls go straight to the fallback.
+        strict: Raise the kernel's error instead of falling back.
+        kernel: The function that launches the kernel.
+        fallback: The function that computes the same in PyTorch.
+        *args: The arguments of both.
     """
     if op in _failed and not strict:
         return fallback(*args)
     try:
         return kernel(*args)
     except torch.OutOfMemoryError:
-        raise  # PyTorch would need more
+        raise  # PyTorch would need even more memory
     except Exception as error:
         if strict:
             raise
         _failed[op] = f"{type(error).__name__}: {error}"
         log.warning(
-            "The Triton kernel of %s failed (%s). Plain PyTorch, which is slower, computes it from "
-            "now on; `backend: torch` silences this, `backend: triton` makes it an error.",
+            "The Triton kernel of %s failed (%s). From now on plain PyTorch computes it, which is "
+            "slower. `backend: torch` silences this warning, `backend: triton` makes it an error.",
             op,
             _failed[op].splitlines()[0],
         )
@@ -117,12 +118,12 @@ def run_kernel(
 
 
 def failures() -> dict[str, str]:
-    """Returns the ops that fell back to PyTorch in this process, and why."""
+    """Return the ops that fell back to PyTorch in this process, and why."""
     return dict(_failed)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which autocast would run a linear map of x; it does not know our ops."""
+    """Return the dtype in which autocast would run a linear map of x; it does not know our ops."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -16,12 +16,12 @@ from m2_plugin.ops.reference.block_diagonal_linear import (
 
 
 def block_shape(in_features: int, out_features: int, nblocks: int) -> tuple[int, int, int]:
-    """Returns (K, O, I) of a block-diagonal weight, sizes rounded up to whole blocks."""
+    """Return the shape (K, O, I) of a block-diagonal weight, sizes rounded up to whole blocks."""
     return nblocks, math.ceil(out_features / nblocks), math.ceil(in_features / nblocks)
 
 
 def block_diagonal_to_dense(weight: Tensor, in_features: int, out_features: int) -> Tensor:
-    """Expands blocks (K, O, I) to the dense matrix (out_features, in_features) they stand for."""
+    """Return the dense matrix (out_features, in_features) that has these blocks (K, O, I)."""
     return torch.block_diag(*weight)[:out_features, :in_features]
 
 
@@ -32,22 +32,22 @@ def block_diagonal_linear(
     out_features: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Computes ``y = x · diag(W_1, …, W_K)ᵀ + b``.
+    """Compute `y = x · diag(W_1, …, W_K)ᵀ + b`.
 
     Args:
-        x: (..., in_features), any floating dtype. Where ``in_features`` falls short of K·I by less
-            than K, the missing features count as zeros.
+        x: (..., in_features), any floating dtype. If `in_features` is less than K·I, by at most
+            K − 1, the missing features count as zeros.
         weight: (K, O, I), the diagonal blocks.
         bias: (out_features,) or None.
-        out_features: how many of the K·O outputs to keep; all of them by default.
-        backend: ``auto`` (a Triton kernel on CUDA, else PyTorch), ``torch`` or ``triton``.
+        out_features: How many of the K·O outputs to keep; by default all.
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
 
     Returns:
-        (..., out_features) in the dtype that torch gives a linear map of ``x``.
+        (..., out_features) in the dtype that torch gives a linear map of `x`.
 
     Raises:
-        ValueError: if the sizes of ``x``, ``weight`` and ``out_features`` do not fit.
-        RuntimeError: if ``backend`` is ``triton`` and it cannot run on ``x``.
+        ValueError: If the sizes of `x`, `weight` and `out_features` do not fit.
+        RuntimeError: If `backend` is `triton` and it cannot run on `x`.
     """
     if use_kernel(backend, "block_diagonal_linear", x) and x.numel():
         from m2_plugin.ops.kernels.block_diagonal_linear import block_diagonal_linear_op

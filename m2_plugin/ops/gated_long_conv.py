@@ -1,4 +1,6 @@
-"""The mixer's core: a short convolution, gates and long convolutions (arXiv 2310.12109, 4.1).
+"""The mixer's core: a short convolution, gates and long convolutions.
+
+`layers/monarch_mixer.py` has the equation.
 
 Dimension key: B batch, L sequence, D channels.
 """
@@ -11,10 +13,10 @@ from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 
 
 def two_sided_taps(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor) -> Tensor:
-    """Lays a filter out by lag, −(L − 1) … L − 1, the skip added at lag 0.
+    """Order a filter's taps by lag, −(L − 1) … L − 1, and add the skip at lag 0.
 
     Args:
-        k_fwd: (L, D), lags 0 … L − 1, as in ``fft_conv``.
+        k_fwd: (L, D), lags 0 … L − 1, as in `fft_conv`.
         k_rev: (L, D), lags −1 … −L, or None for a causal filter.
         skip: (D,).
 
@@ -37,28 +39,27 @@ def gated_long_conv(
     causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Computes ``y = x2 ⊙ conv(mask · v ⊙ x1, taps) + conv(mask · u, res_taps)``.
-
-    ``x1, x2, v`` are the thirds of a causal depthwise convolution of p with three taps.
+    """Compute what `MonarchMixer` does between its two projections, without dropout.
 
     Args:
-        p: (B, L, 3D), what the input projection gives; fastest with the sequence last in memory.
-        weight: (3D, 3), of the short convolution; the last tap meets the present.
-        bias: (3D,).
+        p: (B, L, 3D), the output of the input projection; fastest if positions are contiguous in
+            memory.
+        weight: (3D, 3), of the short convolution; the last tap is for the present position.
+        bias: (3D,), of the short convolution.
         taps: (D, 2L − 1), the gated filter from lag −(L − 1) to L − 1, its skip in the middle.
-        u: (B, L, D), the input of the residual convolution, or None for none.
-        res_taps: (D, 2L − 1), its filter, given if u is.
-        mask: (B, L), 1 at tokens and 0 at padding.
-        causal: the taps at negative lags are zero, which halves the kernel's work.
-        backend: ``auto`` (Triton kernels on CUDA but for long fp32 sequences, else PyTorch),
-            ``torch`` or ``triton``.
+        u: (B, L, D), the input of the residual convolution, or None for no such convolution.
+        res_taps: (D, 2L − 1), the residual filter; None if u is None.
+        mask: (B, L), 1 at tokens and 0 at padding, or None.
+        causal: Whether all taps at negative lags are zero. This halves the kernel's work.
+        backend: `auto` (Triton kernels on CUDA except for long fp32 sequences, else PyTorch),
+            `torch` or `triton`.
 
     Returns:
-        (B, L, D) in the dtype of ``p``.
+        (B, L, D) in the dtype of `p`.
 
     Raises:
-        ValueError: if shapes do not fit, or one of ``u`` and ``res_taps`` is missing.
-        RuntimeError: if ``backend`` is ``triton`` and it cannot run on ``p``.
+        ValueError: If shapes do not fit, or one of `u` and `res_taps` is missing.
+        RuntimeError: If `backend` is `triton` and it cannot run on `p`.
     """
     length, channels = p.shape[1], p.shape[2] // 3
     if (u is None) != (res_taps is None):

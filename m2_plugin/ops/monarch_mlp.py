@@ -27,10 +27,10 @@ def monarch_mlp(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Computes ``W_down · dropout(GELU(gate) ⊙ up) + b``, (gate, up) the halves of ``W_up · x``.
+    """Compute `W_down · dropout(GELU(gate) ⊙ up) + b`, (gate, up) the halves of `W_up · x`.
 
-    Both maps are block-diagonal, so the gate comes from the first half of the input blocks and the
-    up branch from the second: the halves of x mix (arXiv 2310.12109, appendix on M2-BERT).
+    Both maps are block-diagonal. The gate comes from the first half of the input blocks and the up
+    branch from the second, so that the halves of x mix (arXiv 2310.12109, appendix on M2-BERT).
 
     Args:
         x: (..., D).
@@ -38,15 +38,15 @@ def monarch_mlp(
         down_weight: (K, ⌈D/K⌉, ⌈F/K⌉).
         down_bias: (D,) or None.
         intermediate_size: F.
-        glu: gate the activation; else ``W_down · dropout(GELU(W_up · x)) + b``.
-        dropout_p: probability of dropping an activation (pass 0 in evaluation).
-        backend: ``auto`` (a Triton kernel on CUDA, else PyTorch), ``torch`` or ``triton``.
+        glu: Whether to gate the activation; if not, `W_down · dropout(GELU(W_up · x)) + b`.
+        dropout_p: Probability of dropping an activation (pass 0 in evaluation).
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
 
     Returns:
-        (..., D) in the dtype that torch gives a linear map of ``x``.
+        (..., D) in the dtype that torch gives a linear map of `x`.
 
     Raises:
-        RuntimeError: if ``backend`` is ``triton`` and it cannot run on ``x``.
+        RuntimeError: If `backend` is `triton` and it cannot run on `x`.
     """
     fit = blocks_fit(x, up_weight, down_weight, intermediate_size, glu)
     if fit and use_kernel(backend, "monarch_mlp", x) and x.numel():

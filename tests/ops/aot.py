@@ -84,7 +84,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def launches(capability: int) -> list[dict[str, Any]]:
-    """Compiles what ``cases`` launch; one row for each launch."""
+    """Compile what `cases` launch; one row for each launch."""
     triton.runtime.driver.set_active(NamedTarget(capability))
     rows: list[dict[str, Any]] = []
     case = ""

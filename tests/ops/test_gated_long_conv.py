@@ -27,7 +27,7 @@ def inputs(batch, length, channels, residual=True, causal=False):
 
 
 def run(tensors, dy, backend, dtype, mask=None, causal=False):
-    """Output and gradients, activations in ``dtype``, parameters in fp32 at least."""
+    """Output and gradients, activations in `dtype`, parameters in fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     args = []
     for i, tensor in enumerate(tensors):

@@ -25,7 +25,7 @@ SMALL, LARGE = Config(64), Config(128)
 
 
 class Clock:
-    """Launches take what ``times`` says, or fail with it; ``launched`` counts."""
+    """Launches take what `times` says, or fail with it; `launched` counts."""
 
     def __init__(self, times):
         self.times = times

@@ -1,1 +1,1 @@
-"""Triton kernels of the ops, a file for each op, of its name; imported only where they run."""
+"""Triton kernels of the ops, one file per op. They are imported only where they can run."""

@@ -32,7 +32,7 @@ class Config:
 
 
 # For the product (rows × output features) and for the weight's gradient (outputs × inputs), by
-# bytes in an element; the first is the default. None spills registers (`tests/ops/aot.py`).
+# bytes per element. The first is the default. None spills registers (`tests/ops/aot.py`).
 PRODUCT_CONFIGS = {
     2: (
         Config(rows=128, cols=128, depth=64, num_warps=8, num_stages=3),
@@ -49,8 +49,8 @@ WEIGHT_GRAD_CONFIGS = {
     ),
     4: (Config(rows=64, cols=64, depth=32, num_warps=8, num_stages=3),),
 }
-# Rows that one program of the weight's gradient sums: fixed, so that results do not depend on the
-# number of multiprocessors.
+# Rows that one program of the weight's gradient sums. The number is fixed, so that results do not
+# depend on how many multiprocessors there are.
 ROWS_PER_SPLIT = 8192
 
 
@@ -161,7 +161,7 @@ def weight_grad_kernel(
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiplies rows (N, in_features) by blocks (K, O, I), which may be strided."""
+    """Multiply rows (N, in_features) by blocks (K, O, I), which may be strided."""
     num_rows, in_features = x.shape
     num_blocks, block_out, block_in = weight.shape
     if x.stride(1) != 1:
@@ -169,7 +169,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
     y = x.new_empty(num_rows, out_features)
 
     def launch(config: Config) -> None:
-        # Rows in the first dimension of the grid: the others end at 65,535.
+        # Rows are the first dimension of the grid, because the others are limited to 65,535.
         rows, cols = tile(num_rows, config.rows), tile(block_out, config.cols)
         grid = (triton.cdiv(num_rows, rows), triton.cdiv(block_out, cols), num_blocks)
         product_kernel[grid](
@@ -199,7 +199,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
 
 
 def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
-    """Sums the outer products of grad (N, out_features) and x (N, in_features) in each block.
+    """Sum the outer products of grad (N, out_features) and x (N, in_features) in each block.
 
     Returns:
         (K, O, I) in fp32, the same from run to run.
@@ -246,7 +246,7 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
 def block_diagonal_linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, strict: bool
 ) -> Tensor:
-    """Maps x (N, in_features); weight (K, O, I) and bias (out_features,) have its dtype."""
+    """Map x (N, in_features); weight (K, O, I) and bias (out_features,) have its dtype."""
     args = x, weight, bias, out_features
     return run_kernel(OP, strict, product, block_diagonal_linear_torch, *args)
 
@@ -260,7 +260,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, *_: Any
 def backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; an empty tensor for what is not needed."""
+    """Return the gradients of x, weight and bias; an empty tensor if one is not needed."""
     return run_kernel(OP, strict, _backward, _torch_backward, grad, x, weight, needs)
 
 

@@ -1,4 +1,4 @@
-"""The mixer's core as torch.library ops: which kernels run, and PyTorch where they cannot."""
+"""The mixer's core as torch.library ops, which choose a kernel or fall back to PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,17 +19,16 @@ OP = "gated_long_conv"
 
 
 ALGORITHMS: dict[str, ModuleType] = {"toeplitz": toeplitz_conv, "fft": monarch_conv}
-# Lengths at which either may be faster on a machine; outside them the count of operations decides.
+# Lengths at which either may be faster. Outside this range the number of operations decides.
 CROSSOVER = range(257, 4097)
 
 
 def algorithm(direction: str, x: Tensor, run: Callable[[ModuleType], object]) -> ModuleType:
-    """Chooses the kernels for sequences x (B, L, D): by length, from measurement where it is close.
+    """Choose kernels for sequences x (B, L, D): by length, or by measurement within `CROSSOVER`.
 
     Args:
-        direction: forward or backward.
-        x: the sequences.
-        run: runs one of the two, always with the same outcome.
+        direction: `forward` or `backward`.
+        run: A function that runs one of the two modules; both compute the same.
     """
     batch_size, length, channels = x.shape
     usual, other = "toeplitz", "fft"
@@ -65,7 +64,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _torch_forward(*args: Any) -> Tensor:
-    return gated_long_conv_torch(*args[:-1])  # `causal` tells PyTorch nothing that taps do not
+    return gated_long_conv_torch(*args[:-1])  # without `causal`, which only saves work
 
 
 def _torch_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -86,7 +85,7 @@ def gated_long_conv_op(
     causal: bool,
     strict: bool,
 ) -> Tensor:
-    """Maps p (B, L, 3D) and u (B, L, D), of one dtype, to (B, L, D).
+    """Map p (B, L, 3D) and u (B, L, D), of one dtype, to (B, L, D).
 
     weight (3D, 3), bias (3D,), taps and res_taps (D, 2L − 1) are fp32; mask (B, L) has p's dtype.
     """
@@ -111,7 +110,7 @@ def backward_op(
     mask: Tensor | None,
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of p, u, weight, bias, taps and res_taps; empty where there is no residual."""
+    """Return the gradients of p, u, weight, bias, taps and res_taps; empty for one not given."""
     args = (grad, p, u, weight, bias, taps, res_taps, mask)
     return run_kernel(OP, strict, _backward, _torch_backward, *args)
 

@@ -1,6 +1,6 @@
-"""What surrounds the long convolutions of the mixer, for the kernels that compute them.
+"""The parts of the mixer around its long convolutions, for both kinds of kernels.
 
-Dimension key: B batch, L sequence, D channels. The sequence is last in memory.
+Dimension key: B batch, L sequence, D channels. Positions are contiguous in memory.
 """
 
 import torch
@@ -13,7 +13,7 @@ from m2_plugin.ops.kernels.launch import empty_sequence_last, tile
 
 @triton.jit
 def short_conv(ptr, weight_ptr, bias_ptr, channel, rows, cols, length, mask):
-    """Three causal taps at (rows, cols) of one channel, fp32; ``ptr`` is that of its sequence."""
+    """Convolve one channel causally at (rows, cols), fp32. `ptr` points to its first sequence."""
     w = weight_ptr + channel * 3
     at = ptr + rows + cols
     y = tl.load(w + 2).to(tl.float32) * tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -27,7 +27,7 @@ def gated(
     p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
     rows, batch, cols, length, mask, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """The long convolution's input, mask · v · x1, in fp32; 0 where ``mask`` is false."""
+    """Compute the input w of the gated convolution in fp32; 0 where `mask` is false."""
     x1 = short_conv(p_ptr + d * stride_pc, weight_ptr, bias_ptr, d, rows, cols, length, mask)
     v = 2 * channels + d
     w = x1 * short_conv(p_ptr + v * stride_pc, weight_ptr, bias_ptr, v, rows, cols, length, mask)
@@ -38,7 +38,7 @@ def gated(
 
 @triton.jit
 def unmasked(ptr, mask_ptr, rows, batch, cols, length, mask, HAS_MASK: tl.constexpr):
-    """A tile of a sequence, 0 at padding."""
+    """Load a tile of a sequence, 0 at padding."""
     x = tl.load(ptr + rows + cols, mask=mask, other=0.0)
     if HAS_MASK:
         x *= tl.load(mask_ptr + batch * length + cols, mask=mask, other=0.0)
@@ -62,7 +62,7 @@ def short_conv_grad_kernel(
     BATCH: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Gradients of the short convolution of one channel, of whose output ``grad`` (3D, B, L) is."""
+    """Compute one channel's gradients of the short convolution; grad is (3D, B, L)."""
     c = tl.program_id(0).to(tl.int64)
     w0 = tl.load(weight_ptr + c * 3).to(tl.float32)
     w1 = tl.load(weight_ptr + c * 3 + 1).to(tl.float32)
@@ -95,11 +95,11 @@ def short_conv_grad_kernel(
 
 
 def short_conv_grad(grad: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of p, weight and bias of the short convolution.
+    """Return the gradients of p, weight and bias of the short convolution.
 
     Args:
         grad: (3D, B, L), contiguous.
-        p: (B, L, 3D), sequence last.
+        p: (B, L, 3D), positions contiguous in memory.
         weight: (3D, 3).
     """
     batch_size, length, channels = p.shape

@@ -1,4 +1,4 @@
-"""What the launches of several kernels share."""
+"""Helpers that the launches of several kernels share."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from m2_plugin.ops.backend import interpreted
 
 # Compute capabilities whose multiprocessors have 227 KB of shared memory, the H100 and B200
-# classes: "large" devices. Others have as little as 99 KB.
+# classes. These devices are "large"; others, with as little as 99 KB, are "small".
 LARGE_CAPABILITIES = (9, 10)
 
 
 def device_class(device: torch.device) -> str:
-    """Return which configurations a device takes: `large` or `small`."""
+    """Return which configurations fit a device: `large` or `small`."""
     if device.type == "cuda":
         major = torch.cuda.get_device_capability(device)[0]
     elif interpreted():
@@ -25,7 +25,7 @@ def device_class(device: torch.device) -> str:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return how `tl.dot` multiplies: as PyTorch is told to multiply fp32 matrices."""
+    """Return the precision of `tl.dot`: for fp32, the one set for PyTorch's matrix products."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
@@ -37,12 +37,12 @@ def tile(size: int, largest: int) -> int:
 
 
 def sequence_last(x: Tensor) -> Tensor:
-    """Return x (B, L, C) with the sequence contiguous in memory."""
+    """Return x (B, L, C) with positions contiguous in memory."""
     return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
-    """Return a new (B, L, channels) for `like` (B, L, C), the sequence contiguous in memory."""
+    """Return a new (B, L, channels) for `like` (B, L, C), positions contiguous in memory."""
     batch, length = like.shape[:2]
     return like.new_empty(channels, batch, length).permute(1, 2, 0)
 
@@ -50,7 +50,7 @@ def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
 def torch_gradients(
     fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor]:
-    """Return the gradients of `fn(*tensors)` by PyTorch's autograd, empty for a None."""
+    """Return the gradients of `fn(*tensors)` by autograd; an empty tensor for each None."""
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         given = [t for t in leaves if t is not None]

@@ -1,8 +1,9 @@
-"""Which of a few configurations a kernel is launched with: timed once on a machine, then kept.
+"""Chooses a kernel's configuration: candidates are timed once on a machine, the choice is kept.
 
-``triton.autotune`` forgets with the process; here the choice goes to a file of the user's cache.
-The environment has two settings: ``M2_PLUGIN_AUTOTUNE=0`` takes the defaults and times nothing,
-``M2_PLUGIN_CACHE`` names the folder in place of ``${XDG_CACHE_HOME:-~/.cache}/m2_plugin``.
+`triton.autotune` forgets its choice when the process ends; this module writes it to a file in the
+user's cache. Two environment variables change that: `M2_PLUGIN_AUTOTUNE=0` takes the defaults and
+times nothing; `M2_PLUGIN_CACHE` names a folder to use instead of
+`${XDG_CACHE_HOME:-~/.cache}/m2_plugin`.
 """
 
 import json
@@ -22,17 +23,17 @@ Config = TypeVar("Config")
 
 log = logging.getLogger(__name__)
 
-# To be raised when a kernel changes: what was measured before then no longer holds.
+# Raise this when a kernel changes: older measurements then no longer count.
 VERSION = 1
 WARMUP_MS, MEASURE_MS = 2, 8
-# Few rows leave the device idle whatever the tiles; of many, it sees the same at any number.
+# With fewer rows the device is idle whatever the tiles; with more, the fastest tiles are the same.
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
 
 _chosen: dict[tuple[Any, ...], Any] = {}
 
 
 def row_class(num_rows: int) -> int:
-    """Returns the number of rows up to which a choice holds: one of seven powers of two."""
+    """Return the number of rows up to which a choice holds: one of seven powers of two."""
     return min(max(triton.next_power_of_2(num_rows), FEWEST_ROWS), MOST_ROWS)
 
 
@@ -43,24 +44,23 @@ def best(
     run: Callable[[Config], object],
     device: torch.device,
 ) -> Config:
-    """Returns the fastest candidate for a class of shapes on a device.
+    """Return the fastest candidate for a class of shapes on a device.
 
-    It is timed the first time that the class is met on this machine. For each candidate that takes
-    at most eight launches and 10 ms, beside building it, which Triton does once for a machine; at
-    most four candidates and seven classes of rows bound the whole. The first candidate is returned
-    untimed where there is no choice, without a CUDA device, while a CUDA graph is captured, under
-    ``torch.use_deterministic_algorithms`` and with ``M2_PLUGIN_AUTOTUNE=0``.
+    The candidates are timed when this machine first meets the class of shapes. Each takes at most
+    eight launches and 10 ms, and its compilation, which Triton does once per machine. There are at
+    most four candidates and seven classes of rows. The first candidate is returned without timing
+    if it is the only one, without a CUDA device, while a CUDA graph is captured, under
+    `torch.use_deterministic_algorithms` and with `M2_PLUGIN_AUTOTUNE=0`.
 
     Args:
-        op: the name of what is launched.
-        key: the class of shapes: what the choice depends on, printable.
-        candidates: configurations, the safe one first; dataclasses, or what else has a ``repr``
-            that tells them apart.
-        run: launches one, always with the same outcome.
-        device: the device of the tensors.
+        op: The name of the launch.
+        key: The class of shapes: all that the choice depends on, printable.
+        candidates: Configurations, the safe one first. Their `repr` must tell them apart.
+        run: A function that launches a candidate; all must compute the same.
+        device: The device of the tensors.
 
     Raises:
-        Exception: what the first candidate raised, if none can be built and launched.
+        Exception: The first candidate's error, if no candidate can be built and launched.
     """
     fixed = len(candidates) == 1 or device.type != "cuda"
     if fixed or torch.are_deterministic_algorithms_enabled():
@@ -74,13 +74,13 @@ def best(
         name = f"{op} {' '.join(map(str, key))}"
         try:
             _chosen[entry] = _read(path, name, candidates) or _measure(path, name, candidates, run)
-        except torch.OutOfMemoryError:  # the timer's own buffer: this is not the time to measure
+        except torch.OutOfMemoryError:  # for the timer's own buffer: measure another time
             return candidates[0]
     return _chosen[entry]
 
 
 def cache_file(device_name: str) -> Path:
-    """Returns the file that holds the choices for a device."""
+    """Return the file that holds the choices for a device."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get("M2_PLUGIN_CACHE") or os.path.join(caches, "m2_plugin"))
     name = re.sub(r"[^\w.]+", "-", f"{device_name} triton {triton.__version__} v{VERSION}")
@@ -96,12 +96,12 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning("Kernels are timed anew: %s cannot be read (%s).", path, error)
+        log.warning("Kernels will be timed again: %s cannot be read (%s).", path, error)
         return {}
 
 
 def _read(path: Path, name: str, candidates: Sequence[Config]) -> Config | None:
-    """Returns the choice in a file, if it was among the same candidates."""
+    """Return the choice in a file, if it was made among the same candidates; else None."""
     found = _load(path).get(name)
     names = [repr(config) for config in candidates]
     if not isinstance(found, dict) or found.get("candidates") != names:
@@ -112,7 +112,7 @@ def _read(path: Path, name: str, candidates: Sequence[Config]) -> Config | None:
 def _measure(
     path: Path, name: str, candidates: Sequence[Config], run: Callable[[Config], object]
 ) -> Config:
-    """Times the candidates and adds the choice to the file."""
+    """Time the candidates, add the choice to the file and return it."""
     times: list[float] = []
     errors: list[Exception] = []
     for config in candidates:
@@ -144,7 +144,7 @@ def _measure(
 
 
 def _write(path: Path, name: str, found: dict[str, Any]) -> None:
-    """Adds an entry to a file, which is always whole; what others wrote meanwhile stays."""
+    """Add an entry to a file by replacing it as a whole. Entries of other processes stay."""
     text = json.dumps(_load(path) | {name: found}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

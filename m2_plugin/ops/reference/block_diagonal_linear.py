@@ -33,7 +33,7 @@ def block_diagonal_linear_torch(
     nblocks, _, block_in = weight.shape
     if padding := nblocks * block_in - x.shape[-1]:
         x = F.pad(x, (0, padding))
-    # A GEMM per block on views of x: a batched GEMM needs the blocks side by side in memory, and
+    # One GEMM per block on views of x. A batched GEMM needs the blocks one after another in memory;
     # the copies there and back make it 1.3 to 2 times as slow (768 → 6144, one core).
     blocks = [F.linear(b, w) for b, w in zip(x.split(block_in, -1), weight.unbind(), strict=True)]
     y = torch.cat(blocks, dim=-1)[..., :out_features]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def fft_conv_reference(u: Tensor, k_fwd: Tensor, k_rev: Tensor | None = None) -> Tensor:
-    """Sums over the lags one by one: the definition that ``fft_conv`` is tested against.
+    """Convolve by a sum over the lags: the definition that `fft_conv` is tested against.
 
-    ``y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s]``; shapes as in ``fft_conv``.
+    `y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s]`; shapes as in `fft_conv`.
     """
     length = u.shape[1]
     y = torch.zeros_like(u)
@@ -25,14 +25,14 @@ def fft_conv_reference(u: Tensor, k_fwd: Tensor, k_rev: Tensor | None = None) ->
 
 
 def circular_filter(k_fwd: Tensor, k_rev: Tensor | None) -> Tensor:
-    """Lays both directions out on one circle: lag t at index t, lag −t at index N − t.
+    """Put both directions on one circle: lag t at index t, lag −t at index N − t.
 
     Args:
         k_fwd: (L, D), lags 0 … L−1.
-        k_rev: (L, D), lags −1 … −L, or None. The last one never meets the sequence.
+        k_rev: (L, D), lags −1 … −L, or None. The last lag is longer than any distance: unused.
 
     Returns:
-        (N, D) with N = 2L, a length that torch.fft likes whenever it likes L.
+        (N, D) with N = 2L: if `torch.fft` is fast at L, it is at 2L.
     """
     length = k_fwd.shape[0]
     if k_rev is None:
@@ -41,19 +41,19 @@ def circular_filter(k_fwd: Tensor, k_rev: Tensor | None) -> Tensor:
 
 
 def _rfft(x: Tensor, n: int) -> Tensor:
-    """(B, L, D) → (D, B, n/2 + 1). The padding to n copies, and so lays the sequence out last."""
+    """Transform (B, L, D) to (D, B, n/2 + 1). Padding makes sequences contiguous by a copy."""
     return torch.fft.rfft(x.permute(2, 0, 1), n=n)
 
 
 def _irfft(x: Tensor, n: int, length: int) -> Tensor:
-    """(D, B, n/2 + 1) → (B, length, D), the sequence still last in memory."""
+    """Transform (D, B, n/2 + 1) to (B, length, D); the sequence stays contiguous in memory."""
     return torch.fft.irfft(x, n=n)[..., :length].permute(1, 2, 0)
 
 
 def spectral_conv(u: Tensor, spectrum: Tensor) -> Tensor:
-    """Convolves u (B, L, D), fp32 or fp64, with what ``filter_spectrum`` returns.
+    """Convolve u (B, L, D), fp32 or fp64, with the result of `filter_spectrum`.
 
-    For inference, where the same filters meet many inputs; no gradient reaches them.
+    For inference, where the same filters serve many inputs. The filters get no gradient.
     """
     n = 2 * (spectrum.shape[-1] - 1)
     return _irfft(_rfft(u, n).mul_(spectrum), n, u.shape[1])
@@ -66,7 +66,7 @@ def _conv(u: Tensor, k: Tensor) -> Tensor:
 def _correlate(
     grad: Tensor, u: Tensor, k: Tensor, for_u: bool, for_k: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of u and k, those that are asked for."""
+    """Return the gradients of u and k, or None for one that is not asked for."""
     n = k.shape[0]
     grad_f = _rfft(grad, n)
     grad_u = grad_k = None
@@ -81,34 +81,34 @@ def _correlate(
 class FFTConvFunction(torch.autograd.Function):
     """Circular convolution with one-sided spectra in both directions.
 
-    torch's own backward of rfft goes through a full complex FFT, and would keep both spectra; this
-    one keeps the inputs, which the layer holds anyway, and transforms them again.
+    The backward pass of `torch.fft.rfft` makes a full complex FFT and would keep both spectra. This
+    one keeps only the inputs, which the layer holds anyway, and transforms them again.
     """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, k: Tensor) -> Tensor:
-        """Convolves u (B, L, D) with k (N, D)."""
+        """Convolve u (B, L, D) with k (N, D)."""
         ctx.save_for_backward(u, k)
         return _conv(u, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the correlations of the gradient with k (for u) and with u (for k)."""
+        """Return the correlations of the gradient with k (for u) and with u (for k)."""
         return _correlate(grads[0], *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
-# torch.compile sees one opaque op instead: Inductor has no complex numbers, and expects an FFT to
-# give other strides than it does. Eagerly the Function is as good, and quicker to call.
+# For torch.compile the convolution is one opaque op: Inductor has no complex numbers, and expects
+# other strides of an FFT's output than it has. In eager mode the Function is quicker to call.
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Copies (B, L, D) so that its strides are known ahead: the sequence last, nothing between."""
+    """Copy (B, L, D) so that its strides are known in advance: contiguous as (B, D, L)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.custom_op("m2_plugin::fft_conv", mutates_args=())
 def fft_conv_op(u: Tensor, k: Tensor) -> Tensor:
-    """Convolves u (B, L, D) with k (N, D), both fp32 or fp64."""
+    """Convolve u (B, L, D) with k (N, D), both fp32 or fp64."""
     return _dense(_conv(u, k))
 
 
@@ -119,7 +119,7 @@ def _(u: Tensor, k: Tensor) -> Tensor:
 
 @torch.library.custom_op("m2_plugin::fft_conv_backward", mutates_args=())
 def fft_conv_backward_op(grad: Tensor, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u and k."""
+    """Return the gradients of u and k."""
     grad_u, grad_k = _correlate(grad, u, k, True, True)
     assert grad_u is not None and grad_k is not None
     return _dense(grad_u), grad_k.contiguous()
@@ -143,10 +143,10 @@ fft_conv_op.register_autograd(_fft_conv_autograd, setup_context=_save_inputs)
 
 
 def filter_spectrum(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
-    """Transforms filters once for many calls of ``spectral_conv``.
+    """Transform filters once for many calls of `spectral_conv`.
 
     Args:
-        k_fwd: (L, D), fp32 or fp64, as in ``fft_conv``.
+        k_fwd: (L, D), fp32 or fp64, as in `fft_conv`.
         k_rev: (L, D) or None.
         skip: (D,) or None.
 
@@ -158,7 +158,7 @@ def filter_spectrum(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) ->
 
 
 def _circular_filter_with_skip(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
-    if skip is not None:  # the skip is one more tap at lag 0
+    if skip is not None:  # the skip adds to the tap at lag 0
         k_fwd = torch.cat([k_fwd[:1] + skip, k_fwd[1:]])
     return circular_filter(k_fwd, k_rev)
 
@@ -166,9 +166,9 @@ def _circular_filter_with_skip(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor
 def fft_conv(
     u: Tensor, k_fwd: Tensor, k_rev: Tensor | None = None, skip: Tensor | None = None
 ) -> Tensor:
-    """Convolves every channel with its own filter (arXiv 2310.12109, section 4.1).
+    """Convolve every channel with its own filter (arXiv 2310.12109, section 4.1).
 
-    ``y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s] + skip·u[t]``
+    `y[t] = Σ_{s≤t} k_fwd[t−s]·u[s] + Σ_{s>t} k_rev[s−t−1]·u[s] + skip·u[t]`
 
     Args:
         u: (B, L, D), fp16, bf16, fp32 or fp64; computed in at least fp32.
@@ -177,10 +177,10 @@ def fft_conv(
         skip: (D,), or None.
 
     Returns:
-        (B, L, D) in the dtype of ``u``.
+        (B, L, D) in the dtype of `u`.
 
     Raises:
-        ValueError: if a filter's shape is not (L, D).
+        ValueError: If a filter's shape is not (L, D).
     """
     for name, k in (("k_fwd", k_fwd), ("k_rev", k_rev)):
         if k is not None and k.shape != u.shape[1:]:

@@ -1,4 +1,4 @@
-"""The mixer's core in PyTorch. Its equation stands in `layers/monarch_mixer.py`.
+"""The mixer's core in PyTorch. `layers/monarch_mixer.py` has the equation.
 
 Dimension key: B batch, L sequence, D channels.
 """
@@ -22,7 +22,7 @@ def gate_and_convolve(
     mask: Tensor | None,
     dropout: Map | None = None,
 ) -> Tensor:
-    """Compute the mixer's core from what the short convolution gives.
+    """Compute the mixer's core from the output of its short convolution.
 
     Args:
         projections: (B, L, 3D), x1, x2 and v side by side.
@@ -30,7 +30,7 @@ def gate_and_convolve(
         u: (B, L, D), the input of the residual convolution.
         residual_conv: The residual convolution, or None.
         mask: (B, L, 1), 1 at tokens and 0 at padding, or None.
-        dropout: What is applied after the first gate, or None.
+        dropout: A map to apply after the first gate, or None.
 
     Returns:
         (B, L, D).
@@ -63,7 +63,7 @@ def gated_long_conv_torch(
     res_taps: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Compute `gated_long_conv`; arguments as there. Causal filters have zeros in their taps."""
+    """Compute `gated_long_conv`; arguments as there. A causal filter has zeros at negative lags."""
     return gate_and_convolve(
         short_conv(p, weight, bias),
         lambda w: conv_of_taps(w, taps),

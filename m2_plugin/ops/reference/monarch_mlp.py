@@ -15,7 +15,7 @@ from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_
 def blocks_fit(
     x: Tensor, up_weight: Tensor, down_weight: Tensor, intermediate_size: int, glu: bool
 ) -> bool:
-    """Say whether all features fill whole blocks, so that no map pads or cuts off."""
+    """Return whether all features fill whole blocks, so that no map pads or cuts off."""
     nblocks, block_out, block_in = up_weight.shape
     return (
         x.shape[-1] == nblocks * block_in == nblocks * down_weight.shape[1]
@@ -55,7 +55,10 @@ def monarch_mlp_torch(
     glu: bool = True,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute `monarch_mlp` block by block, if the sizes allow it: nothing is put together."""
+    """Compute `monarch_mlp`; arguments as there.
+
+    If the sizes allow it, it works block by block and never joins the blocks of an activation.
+    """
     nblocks, _, block_in = up_weight.shape
     fit = blocks_fit(x, up_weight, down_weight, intermediate_size, glu)
     if not fit or (glu and nblocks % 2):

@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Sums over the taps one by one: the definition that ``short_conv`` is tested against."""
+    """Convolve by a sum over the taps: the definition that `short_conv` is tested against."""
     length, width = x.shape[1], weight.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     return bias + sum(weight[:, j] * padded[:, j : j + length] for j in range(width))
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, L, C) * (C, W) → (B, L + W − 1, C), zeros beyond both ends.
+    """Convolve x (B, L, C) with weight (C, W) to (B, L + W − 1, C), zeros beyond both ends.
 
-    Reads x as the image that it is in memory, for oneDNN's depthwise kernel (8 times as fast as
-    conv1d on a transposed copy; 512 × 2304, one core): one of height B if the sequence is
-    contiguous, else B of height 1 in torch's channels_last layout.
+    It presents x to oneDNN's depthwise kernel as an image, without a copy: as one image of height B
+    if the sequence is contiguous, else as B images of height 1 in the channels_last layout. This is
+    8 times as fast as conv1d on a transposed copy (512 × 2304, one core).
     """
     channels, width = weight.shape
     kernel = weight[:, None, None, :]
@@ -33,20 +33,21 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ShortConvFunction(torch.autograd.Function):
-    """Depthwise convolution whose backward is again one, and a sum per tap.
+    """Depthwise convolution whose backward is another one for x, and a sum per tap for the weight.
 
-    torch's own weight gradient of a depthwise convolution takes 30 times its forward on a CPU.
+    PyTorch's own weight gradient of a depthwise convolution takes 30 times as long as the forward
+    pass on a CPU.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolves x (B, L, C) with weight (C, W)."""
+        """Convolve x (B, L, C) with weight (C, W)."""
         ctx.save_for_backward(x, weight)
         return _depthwise(x, weight, bias)[:, : x.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of x, weight and bias."""
+        """Return the gradients of x, weight and bias."""
         (grad,) = grads
         x, weight = ctx.saved_tensors
         width = weight.shape[1]
@@ -66,15 +67,15 @@ class ShortConvFunction(torch.autograd.Function):
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes ``y[t] = bias + Σ_j weight[:, j] · x[t − (W − 1) + j]``, with zeros before t = 0.
+    """Compute `y[t] = bias + Σ_j weight[:, j] · x[t − (W − 1) + j]`, with zeros before t = 0.
 
     Args:
         x: (B, L, C), any floating dtype.
-        weight: (C, W); the last tap meets the present position.
+        weight: (C, W); the last tap is for the present position.
         bias: (C,) or None.
 
     Returns:
-        (B, L, C) in the dtype of ``x``.
+        (B, L, C) in the dtype of `x`.
     """
     bias = None if bias is None else bias.to(x.dtype)
     return ShortConvFunction.apply(x, weight.to(x.dtype), bias)
