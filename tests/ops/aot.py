@@ -28,6 +28,7 @@ from m2_plugin.ops.block_diagonal_linear import block_shape
 from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
+from m2_plugin.ops.kernels.gates import Inputs
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Hidden size, blocks, GLU, dropout: the published sizes, and other numbers of blocks.
@@ -169,8 +170,9 @@ def gated_long_conv(kernels: ModuleType, length: int, dtype: torch.dtype) -> Non
     taps = meta(channels, 2 * length - 1, dtype=torch.float32)
     mask = meta(batch, length, dtype=dtype)
     for args in ((p, u, weight, bias, taps, taps, mask), (p, None, weight, bias, taps, None, None)):
-        kernels.forward(*args, causal=args[-1] is None)
-        kernels.backward(u, *args)
+        inputs = Inputs(*args)
+        kernels.forward(inputs, causal=inputs.mask is None)
+        kernels.backward(u, inputs)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from m2_plugin.ops import backend
 from m2_plugin.ops.backend import run_kernel
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
+from m2_plugin.ops.kernels.gates import Inputs
 from m2_plugin.ops.kernels.launch import empty_sequence_last, torch_gradients
 from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 
@@ -47,30 +48,29 @@ def algorithm(direction: str, x: Tensor, run: Callable[[ModuleType], object]) ->
     return ALGORITHMS[name]
 
 
-def _forward(p: Tensor, *args: Any) -> Tensor:
+def _forward(inputs: Inputs, causal: bool) -> Tensor:
     def run(kernels: ModuleType) -> Tensor:
-        y: Tensor = kernels.forward(p, *args)
+        y: Tensor = kernels.forward(inputs, causal)
         return y
 
-    return run(algorithm("forward", p, run))
+    return run(algorithm("forward", inputs.p, run))
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     def run(kernels: ModuleType) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = kernels.backward(grad, *args)
+        grads: tuple[Tensor, ...] = kernels.backward(grad, inputs)
         return grads
 
     return run(algorithm("backward", grad, run))
 
 
-def _torch_forward(*args: Any) -> Tensor:
-    return gated_long_conv_torch(*args[:-1])  # without `causal`, which only saves work
+def _torch_forward(inputs: Inputs, causal: bool) -> Tensor:
+    return gated_long_conv_torch(*inputs)  # without `causal`, which only saves work
 
 
-def _torch_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, mask = args
-    fn = partial(gated_long_conv_torch, mask=mask)
-    return tuple(torch_gradients(fn, tensors, grad))
+def _torch_backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    fn = partial(gated_long_conv_torch, mask=inputs.mask)
+    return tuple(torch_gradients(fn, inputs[:-1], grad))
 
 
 @torch.library.custom_op("m2_plugin::gated_long_conv", mutates_args=())
@@ -89,8 +89,8 @@ def gated_long_conv_op(
 
     weight (3D, 3), bias (3D,), taps and res_taps (D, 2L − 1) are fp32; mask (B, L) has p's dtype.
     """
-    args = (p, u, weight, bias, taps, res_taps, mask, causal)
-    return run_kernel(OP, strict, _forward, _torch_forward, *args)
+    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask)
+    return run_kernel(OP, strict, _forward, _torch_forward, inputs, causal)
 
 
 @gated_long_conv_op.register_fake
@@ -111,8 +111,8 @@ def backward_op(
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of p, u, weight, bias, taps and res_taps; empty for one not given."""
-    args = (grad, p, u, weight, bias, taps, res_taps, mask)
-    return run_kernel(OP, strict, _backward, _torch_backward, *args)
+    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask)
+    return run_kernel(OP, strict, _backward, _torch_backward, grad, inputs)
 
 
 @backward_op.register_fake

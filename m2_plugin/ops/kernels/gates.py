@@ -3,12 +3,26 @@
 Dimension key: B batch, L sequence, D channels. Positions are contiguous in memory.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import empty_sequence_last, tile
+from m2_plugin.ops.kernels.launch import empty_sequence_last, strides, tile
+
+
+class Inputs(NamedTuple):
+    """The tensors of `gated_long_conv_op`."""
+
+    p: Tensor
+    u: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    taps: Tensor
+    res_taps: Tensor | None
+    mask: Tensor | None
 
 
 @triton.jit
@@ -115,10 +129,8 @@ def short_conv_grad(grad: Tensor, p: Tensor, weight: Tensor) -> tuple[Tensor, Te
         grad_bias,
         batch_size,
         length,
-        p.stride(0),
-        p.stride(2),
-        grad_p.stride(0),
-        grad_p.stride(2),
+        *strides(p),
+        *strides(grad_p),
         BATCH=tile(batch_size, 16),
         POSITIONS=tile(length, 128),
         num_warps=4,

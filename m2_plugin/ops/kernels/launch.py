@@ -47,6 +47,11 @@ def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(channels, batch, length).permute(1, 2, 0)
 
 
+def strides(x: Tensor) -> tuple[int, int]:
+    """Return the strides of x (B, L, C) from row to row and from channel to channel."""
+    return x.stride(0), x.stride(2)
+
+
 def torch_gradients(
     fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor]:

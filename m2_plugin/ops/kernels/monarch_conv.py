@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.gates import gated, short_conv, short_conv_grad
+from m2_plugin.ops.kernels.gates import Inputs, gated, short_conv, short_conv_grad
 from m2_plugin.ops.kernels.launch import (
     device_class,
     dot_precision,
     empty_sequence_last,
     sequence_last,
+    strides,
     tile,
 )
 
@@ -572,10 +573,9 @@ def _chunks(channels: int, bytes_each: int) -> list[slice]:
     return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]
 
 
-def _gates(
-    p: Tensor, grad: Tensor | None, weight: Tensor, bias: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return w and x2 (times grad, if given), (B, L, D) with positions contiguous in memory."""
+    p, _, weight, bias, _, _, mask = inputs
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
     w = empty_sequence_last(p, channels)
     gate = torch.empty_like(w)
@@ -591,12 +591,9 @@ def _gates(
         gate,
         length,
         channels,
-        p.stride(0),
-        p.stride(2),
-        given.stride(0),
-        given.stride(2),
-        w.stride(0),
-        w.stride(2),
+        *strides(p),
+        *strides(given),
+        *strides(w),
         BACKWARD=grad is not None,
         HAS_MASK=mask is not None,
         POSITIONS=positions,
@@ -621,8 +618,7 @@ def _fold(x: Tensor, chunk: slice, plan: Plan) -> Tensor:
         plan.residues,
         plan.segments,
         points,
-        x.stride(0),
-        x.stride(2),
+        *strides(x),
         BLOCK=FOLD_BLOCK,
         num_warps=4,
     )
@@ -643,8 +639,7 @@ def _unfold(z: Tensor, y: Tensor, chunk: slice, plan: Plan, how: str) -> None:
         plan.residues,
         plan.segments,
         points,
-        y.stride(0),
-        y.stride(2),
+        *strides(y),
         HOW=how,
         BLOCK=FOLD_BLOCK,
         num_warps=4,
@@ -679,10 +674,8 @@ def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
                 chunk.start,
                 batch_size,
                 length,
-                x.stride(0),
-                x.stride(2),
-                y.stride(0),
-                y.stride(2),
+                *strides(x),
+                *strides(y),
                 MULTIPLY=how == "multiply",
                 RESIDUES=plan.residues,
                 **plan.constants,
@@ -738,42 +731,26 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return sequence_last(x if mask is None else x * mask[..., None])
 
 
-def forward(
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
+def forward(inputs: Inputs, causal: bool) -> Tensor:
     """Compute `gated_long_conv_op` for any length."""
-    w, y = _gates(sequence_last(p), None, weight, bias, mask)
+    _, u, _, _, taps, res_taps, mask = inputs
+    w, y = _gates(inputs._replace(p=sequence_last(inputs.p)), None)
     _convolve(w, taps, y, "multiply")
     if u is not None and res_taps is not None:
         _convolve(_masked(u, mask), res_taps, y, "add")
     return y
 
 
-def backward(
-    grad: Tensor,
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `backward_op` for any length, bitwise reproducibly."""
-    grad, p = sequence_last(grad), sequence_last(p)
+    grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
+    p, u, weight, bias, taps, res_taps, mask = inputs
     batch_size, length, channels = grad.shape
     grad_u, grad_res_taps = p.new_empty(0), taps.new_empty(0)
     if u is not None and res_taps is not None:
         grad_u, grad_res_taps = _correlate(grad, _masked(u, mask), res_taps, None)
         grad_u = grad_u if mask is None else grad_u * mask[..., None]
-    w, gated_grad = _gates(p, grad, weight, bias, mask)
+    w, gated_grad = _gates(inputs, grad)
     conv = torch.empty_like(w)
     grad_w, grad_taps = _correlate(gated_grad, w, taps, conv)
     grad_short = p.new_empty(3 * channels, batch_size, length)
@@ -790,12 +767,9 @@ def backward(
         batch_size,
         length,
         channels,
-        p.stride(0),
-        p.stride(2),
-        grad.stride(0),
-        grad.stride(2),
-        conv.stride(0),
-        conv.stride(2),
+        *strides(p),
+        *strides(grad),
+        *strides(conv),
         HAS_MASK=mask is not None,
         POSITIONS=positions,
         num_warps=4,

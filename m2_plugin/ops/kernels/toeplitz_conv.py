@@ -8,14 +8,21 @@ contiguous in memory, as the input projection can write them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.gates import gated, short_conv, short_conv_grad, unmasked
-from m2_plugin.ops.kernels.launch import dot_precision, empty_sequence_last, sequence_last, tile
+from m2_plugin.ops.kernels.gates import Inputs, gated, short_conv, short_conv_grad, unmasked
+from m2_plugin.ops.kernels.launch import (
+    dot_precision,
+    empty_sequence_last,
+    sequence_last,
+    strides,
+    tile,
+)
 
 
 @dataclass(frozen=True)
@@ -282,76 +289,66 @@ def taps_grad_kernel(
         tl.store(out_ptr + half * POSITIONS + offsets, tl.sum(diagonal, 1))
 
 
-def forward(
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    """Compute `gated_long_conv_op`."""
+def _config(p: Tensor) -> Config:
+    return CONFIGS[p.element_size(), p.shape[1] % 16 == 0]
+
+
+def _constants(p: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    """Return the compile-time arguments that all three kernels have, but for tile sizes."""
+    return {
+        "HAS_MASK": mask is not None,
+        "PRECISION": dot_precision(p.dtype),
+        "num_warps": _config(p).num_warps,
+        "num_stages": _config(p).num_stages,
+    }
+
+
+def _pointers(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return p, u, weight, bias, taps, res_taps and mask for a launch; any tensor for a None."""
+    p, u, weight, bias, taps, res_taps, mask = inputs
     p = sequence_last(p)
-    batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
-    y = empty_sequence_last(p, channels)
     u = p if u is None else sequence_last(u)
     taps = taps.to(p.dtype)  # both operands of a product have one dtype
-    res_taps = None if res_taps is None else res_taps.to(p.dtype)
-    config = CONFIGS[p.element_size(), length % 16 == 0]
-    batch = tile(batch_size, config.batch)
+    res_taps = taps if res_taps is None else res_taps.to(p.dtype)
+    return p, u, weight, bias, taps, res_taps, p if mask is None else mask
+
+
+def forward(inputs: Inputs, causal: bool) -> Tensor:
+    """Compute `gated_long_conv_op`."""
+    pointers = p, u, *_ = _pointers(inputs)
+    batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
+    y = empty_sequence_last(p, channels)
+    batch, positions = tile(batch_size, _config(p).batch), tile(length, _config(p).positions)
     batch_tiles = min(triton.cdiv(batch_size, batch), max(1, BATCH_PER_PROGRAM // batch))
-    positions = tile(length, config.positions)
     grid = (
         channels,
         triton.cdiv(length, positions),
         triton.cdiv(batch_size, batch * batch_tiles),
     )
     toeplitz_forward_kernel[grid](
-        p,
-        u,
-        weight,
-        bias,
-        taps,
-        taps if res_taps is None else res_taps,
-        p if mask is None else mask,
+        *pointers,
         y,
         batch_size,
         length,
         channels,
-        p.stride(0),
-        p.stride(2),
-        u.stride(0),
-        u.stride(2),
-        y.stride(0),
-        y.stride(2),
-        RESIDUAL=res_taps is not None,
+        *strides(p),
+        *strides(u),
+        *strides(y),
+        RESIDUAL=inputs.res_taps is not None,
         CAUSAL=causal,
-        HAS_MASK=mask is not None,
-        PRECISION=dot_precision(p.dtype),
         BATCH=batch,
         BATCH_TILES=batch_tiles,
         POSITIONS=positions,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_constants(p, inputs.mask),
     )
     return y
 
 
-def _taps_grad(
-    grad: Tensor,
-    p: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    is_gated: bool,
-) -> Tensor:
+def _taps_grad(grad: Tensor, inputs: Inputs, is_gated: bool) -> Tensor:
     """Return the gradient (D, 2L − 1) of one filter's taps, fp32, bitwise reproducible."""
+    p, u, weight, bias, _, _, mask = _pointers(inputs)
     batch_size, length, channels = grad.shape
-    config = CONFIGS[p.element_size(), length % 16 == 0]
-    positions = tile(length, config.positions)
+    positions = tile(length, _config(p).positions)
     tiles = triton.cdiv(length, positions)
     together = SCRATCH_BYTES // (4 * (2 * tiles - 1) * positions**2)
     together = min(max(together, 1), channels)
@@ -364,26 +361,20 @@ def _taps_grad(
             u,
             weight,
             bias,
-            p if mask is None else mask,
+            mask,
             scratch,
             out,
             first_channel,
             batch_size,
             length,
             channels,
-            grad.stride(0),
-            grad.stride(2),
-            p.stride(0),
-            p.stride(2),
-            u.stride(0),
-            u.stride(2),
+            *strides(grad),
+            *strides(p),
+            *strides(u),
             GATED=is_gated,
-            HAS_MASK=mask is not None,
-            PRECISION=dot_precision(p.dtype),
-            BATCH=tile(batch_size, config.batch),
+            BATCH=tile(batch_size, _config(p).batch),
             POSITIONS=positions,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **_constants(p, inputs.mask),
         )
     # The upper half of one program's lags is the lower half of the next program's.
     lags = torch.zeros(channels, 2 * tiles, positions, dtype=torch.float32, device=p.device)
@@ -393,58 +384,36 @@ def _taps_grad(
     return lags.flatten(1)[:, first : first + 2 * length - 1]
 
 
-def backward(
-    grad: Tensor,
-    p: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    taps: Tensor,
-    res_taps: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `backward_op`, bitwise reproducibly."""
-    grad, p = sequence_last(grad), sequence_last(p)
+    grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
     batch_size, length, channels = grad.shape
-    residual = res_taps is not None
-    u = p if u is None else sequence_last(u)
-    taps = taps.to(p.dtype)
-    res_taps = None if res_taps is None else res_taps.to(p.dtype)
+    residual = inputs.res_taps is not None
+    p, _, *pointers = _pointers(inputs)
     grad_u = empty_sequence_last(p, channels) if residual else p.new_empty(0, 0, 0)  # unused
     grad_short = p.new_empty(3 * channels, batch_size, length)
-    config = CONFIGS[p.element_size(), length % 16 == 0]
-    batch, positions = tile(batch_size, config.batch), tile(length, config.positions)
+    batch, positions = tile(batch_size, _config(p).batch), tile(length, _config(p).positions)
     grid = (channels, triton.cdiv(length, positions), triton.cdiv(batch_size, batch))
     toeplitz_backward_kernel[grid](
         grad,
         p,
-        weight,
-        bias,
-        taps,
-        taps if res_taps is None else res_taps,
-        p if mask is None else mask,
+        *pointers,
         grad_short,
         grad_u,
         batch_size,
         length,
         channels,
-        grad.stride(0),
-        grad.stride(2),
-        p.stride(0),
-        p.stride(2),
-        grad_u.stride(0),
-        grad_u.stride(2),
+        *strides(grad),
+        *strides(p),
+        *strides(grad_u),
         RESIDUAL=residual,
-        HAS_MASK=mask is not None,
-        PRECISION=dot_precision(p.dtype),
         BATCH=batch,
         POSITIONS=positions,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_constants(p, inputs.mask),
     )
-    grad_p, grad_weight, grad_bias = short_conv_grad(grad_short, p, weight)
-    grad_taps = _taps_grad(grad, p, u, weight, bias, mask, is_gated=True)
+    grad_p, grad_weight, grad_bias = short_conv_grad(grad_short, p, inputs.weight)
+    grad_taps = _taps_grad(grad, inputs, is_gated=True)
     grad_res_taps = grad_taps.new_empty(0)
     if residual:
-        grad_res_taps = _taps_grad(grad, p, u, weight, bias, mask, is_gated=False)
+        grad_res_taps = _taps_grad(grad, inputs, is_gated=False)
     return grad_p, grad_u, grad_weight, grad_bias, grad_taps, grad_res_taps
