@@ -381,6 +381,27 @@ def activation_grad_kernel(
         tl.store(act_ptr + rows[:, None] * intermediate + cols[None, :], act.to(dtype), mask=mask)
 
 
+def _grid(config: Config, x: Tensor, down: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.shape[0], tile(x.shape[0], config.rows)) * down.shape[0],)
+
+
+def _constants(config: Config, x: Tensor, down: Tensor, glu: bool, p: float) -> dict[str, Any]:
+    """Return the compile-time arguments that both kernels have."""
+    _, width, size = down.shape
+    q1, q2 = split_width(width)
+    return {
+        "GLU": glu,
+        "DROPOUT": p > 0,
+        "PRECISION": dot_precision(x.dtype),
+        "ROWS": tile(x.shape[0], config.rows),
+        "CHUNK": tile(size, config.chunk),
+        "Q1": q1,
+        "Q2": q2,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def _forward(
     x: Tensor,
     up: Tensor,
@@ -395,11 +416,9 @@ def _forward(
     up, down = up.contiguous(), down.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    q1, q2 = split_width(width)
 
     def launch(config: Config) -> None:
-        rows = tile(num_rows, config.rows)
-        mlp_forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+        mlp_forward_kernel[_grid(config, x, down)](
             x,
             up,
             down,
@@ -412,16 +431,8 @@ def _forward(
             size,
             x.stride(0),
             p,
-            GLU=glu,
-            DROPOUT=p > 0,
             HAS_BIAS=bias is not None,
-            PRECISION=dot_precision(x.dtype),
-            ROWS=rows,
-            CHUNK=tile(size, config.chunk),
-            Q1=q1,
-            Q2=q2,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **_constants(config, x, down, glu, p),
         )
 
     key = shape_class(x, down, glu, p)
@@ -444,11 +455,9 @@ def _activation_grad(
     num_blocks, width, size = down.shape
     act = x.new_empty(num_rows, num_blocks * size)
     grad_up = x.new_empty(num_rows, num_blocks * size * (2 if glu else 1))
-    q1, q2 = split_width(width)
 
     def launch(config: Config) -> None:
-        rows = tile(num_rows, config.rows)
-        activation_grad_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+        activation_grad_kernel[_grid(config, x, down)](
             grad,
             x,
             up,
@@ -464,15 +473,7 @@ def _activation_grad(
             grad.stride(0),
             x.stride(0),
             p,
-            GLU=glu,
-            DROPOUT=p > 0,
-            PRECISION=dot_precision(x.dtype),
-            ROWS=rows,
-            CHUNK=tile(size, config.chunk),
-            Q1=q1,
-            Q2=q2,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **_constants(config, x, down, glu, p),
         )
 
     key = shape_class(x, down, glu, p)
