@@ -6,6 +6,9 @@ import torch
 from m2_plugin.ops import backend
 from m2_plugin.ops.backend import failures, run_kernel, use_kernel
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear
+from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.monarch_mlp import monarch_mlp
+from tests.utils import KERNEL_DEVICE, gradients
 
 CPU = torch.zeros(2)
 
@@ -61,3 +64,58 @@ def test_out_of_memory_is_not_a_broken_kernel(no_failures):
     with pytest.raises(torch.OutOfMemoryError):
         run_kernel("op", False, full, lambda x: x + 1, 1)
     assert not failures()
+
+
+def linear(x, weight, bias, backend):
+    return block_diagonal_linear(x, weight, bias, backend=backend)
+
+
+def mlp(x, up, down, bias, backend):
+    return monarch_mlp(x, up, down, bias, 24, backend=backend)
+
+
+def mixer(p, weight, bias, taps, u, res_taps, backend):
+    mask = torch.ones_like(u[..., 0])
+    return gated_long_conv(p, weight, bias, taps, u, res_taps, mask, backend=backend)
+
+
+def causal(p, weight, bias, taps, backend):
+    return gated_long_conv(p, weight, bias, taps, causal=True, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (linear, [(3, 8), (2, 5, 4), (10,)]),
+        (mlp, [(3, 8), (2, 24, 4), (2, 4, 12), (8,)]),
+        (mixer, [(2, 5, 9), (9, 3), (9,), (3, 9), (2, 5, 3), (3, 9)]),
+        (causal, [(2, 5, 9), (9, 3), (9,), (3, 9)]),
+    ],
+    ids=["linear", "mlp", "mixer", "causal"],
+)
+def test_fallback_gives_pytorchs_output_and_gradients(op, shapes, monkeypatch):
+    """Through the registered op, whose kernels must not be called."""
+    names = ("block_diagonal_linear", "monarch_mlp", "gated_long_conv")
+    monkeypatch.setattr(backend, "_failed", dict.fromkeys(names, "broken"))
+    monkeypatch.setattr(backend, "why_no_kernel", lambda device, dtype: None)
+    inputs = [torch.randn(shape, device=KERNEL_DEVICE, requires_grad=True) for shape in shapes]
+    if op is causal:
+        inputs[3].data[:, :4] = 0
+
+    def run(name):
+        y = op(*inputs, name)
+        return y, *gradients(y, torch.cos(y.detach()), *inputs)
+
+    plain = run("torch")
+    called = []
+    run_kernel_ = backend.run_kernel
+
+    def not_strict(name, strict, kernel, fallback, *args):
+        called.append(name)
+        return run_kernel_(name, False, kernel, fallback, *args)
+
+    for module in ("block_diagonal_linear", "monarch_mlp", "gated_long_conv"):
+        monkeypatch.setattr(f"m2_plugin.ops.kernels.{module}.run_kernel", not_strict)
+    for ours, theirs in zip(run("triton"), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(called) == 2  # forward and backward

@@ -56,7 +56,11 @@ def torch_gradients(
     fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor]:
     """Return the gradients of `fn(*tensors)` by autograd; an empty tensor for each None."""
-    with torch.enable_grad():
+    # Inside an op of torch.library, PyTorch records nothing for autograd until this is undone.
+    recording = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with recording, torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         given = [t for t in leaves if t is not None]
         grads = iter(torch.autograd.grad(fn(*leaves), given, grad))
