@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from m2_plugin.checkpoints.convert import load_folder
 from m2_plugin.files import check_writable, read_json, write_json
 from m2_plugin.models import M2BertForTextEmbedding
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["embed_file", "main"]
 

@@ -37,6 +37,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from m2_plugin.checkpoints.read import (
+    check_fit,
+    checkpoint_config,
+    is_checkpoint_file,
+    read_checkpoint,
+    shapes_in,
+)
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
@@ -47,13 +54,6 @@ from m2_plugin.foundry.metrics import (
 
 # Importing the package registers model_type m2_bert with transformers' Auto classes.
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
-from m2_plugin.models.weights import (
-    check_fit,
-    checkpoint_config,
-    is_checkpoint_file,
-    read_checkpoint,
-    shapes_in,
-)
 
 __all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertMLM"]
 

@@ -37,7 +37,7 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
-        from m2_plugin.models.convert import import_checkpoint
+        from m2_plugin.checkpoints.convert import import_checkpoint
 
         report = import_checkpoint(
             args.source,
@@ -75,14 +75,14 @@ def main_export(argv: Sequence[str] | None = None) -> int:
 
     def run() -> list[str]:
         if args.hub:
-            from m2_plugin.models.hub import export_hub_folder
+            from m2_plugin.checkpoints.hub import export_hub_folder
 
             return [f"{len(export_hub_folder(args.folder, args.hub))} files", args.hub]
         if args.onnx:
-            from m2_plugin.models.onnx import export_onnx
+            from m2_plugin.checkpoints.onnx import export_onnx
 
             return [f"outputs: {', '.join(export_onnx(args.folder, args.onnx))}", args.onnx]
-        from m2_plugin.models.convert import export_checkpoint
+        from m2_plugin.checkpoints.convert import export_checkpoint
 
         return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
 
@@ -115,7 +115,7 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
-        from m2_plugin.models.extend import extend_folder
+        from m2_plugin.checkpoints.extend import extend_folder
 
         config = extend_folder(args.folder, args.out, args.max_seq_len, args.method)
         return [f"takes up to {config.max_sequence_length} tokens", args.out]

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m2_plugin.checkpoints.convert import WEIGHTS, load_folder
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.convert import WEIGHTS, load_folder
 from m2_plugin.models.sentence_folder import write_modules
 
 __all__ = ["METHODS", "extend", "extend_folder"]

@@ -11,8 +11,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from m2_plugin.checkpoints.convert import load_folder
 from m2_plugin.files import whole
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["export_hub_folder", "flat_sources"]
 

@@ -22,7 +22,7 @@ from torch.serialization import (
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from m2_plugin.models.checkpoint import config_fields, from_reference
+from m2_plugin.checkpoints.names import config_fields, from_reference
 
 __all__ = [
     "check_fit",

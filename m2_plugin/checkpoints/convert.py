@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from m2_plugin.files import whole
-from m2_plugin.models.checkpoint import (
+from m2_plugin.checkpoints.names import (
     config_fields,
     derived_tensors,
     to_reference,
     translate,
 )
+from m2_plugin.checkpoints.read import read_file
+from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import (
     TRANSFORMERS_KEYS,
     M2BertConfig,
@@ -36,7 +37,6 @@ from m2_plugin.models.modeling_m2_bert import (
     M2BertModel,
 )
 from m2_plugin.models.sentence_folder import write_modules
-from m2_plugin.models.weights import read_file
 
 __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint", "load_folder"]
 

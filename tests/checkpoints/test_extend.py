@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import export_checkpoint, import_checkpoint
+from m2_plugin.checkpoints.extend import extend
 from m2_plugin.cli import main
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
-from m2_plugin.models.convert import export_checkpoint, import_checkpoint
-from m2_plugin.models.extend import extend
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER, relative_error
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import m2_plugin.models
+from m2_plugin.checkpoints.convert import load_folder
 from m2_plugin.files import whole
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.layers.monarch_mixer import MonarchMixer
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["INPUTS", "OPSET", "export_onnx"]
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import export_checkpoint, import_checkpoint
+from m2_plugin.checkpoints.names import to_reference, translate
 from m2_plugin.cli import main
 from m2_plugin.models import (
     M2BertConfig,
@@ -19,8 +21,6 @@ from m2_plugin.models import (
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
 )
-from m2_plugin.models.checkpoint import to_reference, translate
-from m2_plugin.models.convert import export_checkpoint, import_checkpoint
 from tests.models.test_golden import NAMES
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER, load_golden, relative_error, with_prefix
@@ -473,7 +473,7 @@ def test_keys_that_are_no_fields_are_named(tmp_path, capsys):
 
 MEASURE = """
 import resource, sys, time
-from m2_plugin.models.convert import import_checkpoint
+from m2_plugin.checkpoints.convert import import_checkpoint
 
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 import_checkpoint(sys.argv[1], sys.argv[2])
