@@ -24,6 +24,7 @@ from m2_plugin.checkpoints.names import (
     translate,
 )
 from m2_plugin.checkpoints.read import read_file
+from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import (
     TRANSFORMERS_KEYS,
@@ -91,7 +92,6 @@ NOT_OURS = {
     "use_flash_mm",
 }
 NOT_THEIRS = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
-VOCAB_MULTIPLE = 8  # to which reference and M2BertConfig pad the vocabulary
 # Fields that no tensor tells, and which change what the model computes.
 UNTOLD = (
     "hyena_w_mod",

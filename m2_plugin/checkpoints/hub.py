@@ -86,6 +86,8 @@ def flat_sources() -> dict[str, str]:
 def _flat(module: str) -> str:
     """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
     room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
+    if not name:  # a module that is in no room
+        return room
     return name if room == "models" else f"{room}_{name}"
 
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from m2_plugin.checkpoints.names import config_fields, from_reference
+from m2_plugin.constants import CHECKPOINT_SUFFIXES
 
 __all__ = [
     "check_fit",
@@ -36,7 +37,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Packages whose objects a Composer checkpoint pickles beside its weights.
 PICKLED = (
     "collections",
@@ -82,7 +82,7 @@ class _Inert(dict):
 
 def is_checkpoint_file(path: str | None) -> bool:
     """Whether a path is meant as a file of weights rather than a folder or a hub's name."""
-    return path is not None and path.endswith(SUFFIXES) and not os.path.isdir(path)
+    return path is not None and path.endswith(CHECKPOINT_SUFFIXES) and not os.path.isdir(path)
 
 
 class Saved(NamedTuple):

@@ -44,6 +44,7 @@ from m2_plugin.checkpoints.read import (
     read_checkpoint,
     shapes_in,
 )
+from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
@@ -59,7 +60,6 @@ __all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertM
 
 log = logging.getLogger(__name__)
 
-VOCAB_MULTIPLE = 8  # as M2-BERT and its BERT baseline are published: 30,522 becomes 30,528
 REGRESSION = "regression"
 SINGLE_LABEL = "single_label_classification"
 

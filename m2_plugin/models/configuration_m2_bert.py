@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from m2_plugin.constants import POOLINGS, VOCAB_MULTIPLE
 from m2_plugin.ops.backend import BACKENDS
 
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
-POOLINGS = ("cls", "mean")
 # Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
 TRANSFORMERS_KEYS = {
     "attn_implementation",
@@ -97,7 +97,7 @@ class M2BertConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-12,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
-        pad_vocab_size_multiple: int = 8,
+        pad_vocab_size_multiple: int = VOCAB_MULTIPLE,
         use_positional_encodings: bool = True,
         sequence_mixer: str = "monarch_mixer",
         long_conv_l_max: int = 128,
