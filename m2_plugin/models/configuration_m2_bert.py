@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import PretrainedConfig
 
 from m2_plugin.constants import POOLINGS, VOCAB_MULTIPLE
 from m2_plugin.ops.backend import BACKENDS
+
+log = logging.getLogger(__name__)
 
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
 # Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
@@ -159,11 +163,40 @@ class M2BertConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         # Before transformers does: newer versions fail on other types in their own words.
         check_values({**vars(self), "tie_word_embeddings": tie_word_embeddings})
-        self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        self.vocab_size = padded_size(vocab_size, pad_vocab_size_multiple)
         super().__init__(
             pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the config that was saved, as `from_pretrained` does.
+
+        Other tools add keys to a config.json, and `resize_token_embeddings` sets any vocabulary
+        size. So, other than the constructor, this keeps unknown keys with one warning, and does not
+        round `vocab_size` up.
+
+        Args:
+            config_dict: The content of a config.json.
+            **kwargs: Fields to replace, and `return_unused_kwargs`, as in transformers.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        unknown = unknown_keys(config_dict)
+        if unknown:
+            _warn_of(tuple(unknown))
+        kept = {key: kwargs.pop(key, config_dict[key]) for key in unknown}
+        if "vocab_size" in config_dict:
+            kept["vocab_size"] = kwargs.pop("vocab_size", config_dict["vocab_size"])
+        fields = {key: value for key, value in config_dict.items() if key not in unknown}
+        result = super().from_dict(fields, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for key, value in kept.items():
+            setattr(config, key, value)
+        config._check()
+        return result
 
     def _check(self) -> None:
         """Raises a ValueError that names the first field whose range or company is not right."""
@@ -273,12 +306,31 @@ def _require(holds: bool, name: str, value: object, accepted: str) -> None:
         raise ValueError(f"M2BertConfig: {name} must be {accepted}, not {value!r}")
 
 
-def _reject_unknown_keys(kwargs: dict[str, Any]) -> None:
+def padded_size(size: int, multiple: int) -> int:
+    """Round a size up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def unknown_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Find the keys that are no field of M2BertConfig and that transformers does not write.
+
+    Returns:
+        Each unknown key, and the known key that is spelt most like it, or an empty string.
+    """
     own = set(inspect.signature(M2BertConfig.__init__).parameters) - {"self", "kwargs"}
     base = set(inspect.signature(PretrainedConfig.__init__).parameters) - {"self", "kwargs"}
     known = own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
-    for key in kwargs:
-        if key not in known and not key.startswith("_"):
-            close = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+    unknown = [key for key in keys if key not in known and not key.startswith("_")]
+    close = {key: difflib.get_close_matches(key, sorted(known), n=1) for key in unknown}
+    return {key: found[0] if found else "" for key, found in close.items()}
+
+
+def _reject_unknown_keys(kwargs: Mapping[str, Any]) -> None:
+    for key, close in unknown_keys(kwargs).items():
+        hint = f"; did you mean {close!r}?" if close else ""
+        raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+
+
+@lru_cache  # a config is read several times when a model is loaded
+def _warn_of(keys: tuple[str, ...]) -> None:
+    log.warning("M2-BERT does not use these keys of a saved config: %s", ", ".join(keys))
