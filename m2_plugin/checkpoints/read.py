@@ -1,17 +1,14 @@
-"""Weights to start from: reading a checkpoint file, and saying why one does not fit."""
+"""Weights to start from: reading a checkpoint file."""
 
 import json
-import logging
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import (
@@ -20,21 +17,16 @@ from torch.serialization import (
     safe_globals,
 )
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
 
 from m2_plugin.checkpoints.names import config_fields, from_reference
 from m2_plugin.constants import CHECKPOINT_SUFFIXES
 
 __all__ = [
-    "check_fit",
     "checkpoint_config",
     "is_checkpoint_file",
     "read_checkpoint",
     "read_file",
-    "shapes_in",
 ]
-
-log = logging.getLogger(__name__)
 
 SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
 # Packages whose objects a Composer checkpoint pickles beside its weights.
@@ -51,20 +43,6 @@ PICKLED = (
     "torchmetrics",
     "transformers",
 )
-
-# The config field that each dimension of a tensor stands for; the first that differs is named.
-FIELDS: list[tuple[str, tuple[str | None, ...]]] = [
-    (r"word_embeddings\.weight", ("vocab_size", "hidden_size")),
-    (r"position_embeddings\.weight", ("max_position_embeddings", "hidden_size")),
-    (r"token_type_embeddings\.weight", ("type_vocab_size", "hidden_size")),
-    (r"filter\.pos_emb", ("long_conv_l_max", "hyena_emb_dim")),
-    (r"filter\.freq", ("hyena_filter_order",)),
-    (r"(up|down)_proj\.weight", ("monarch_mlp_nblocks", "intermediate_size", "intermediate_size")),
-    (r"intermediate\.dense\.weight|up_proj\.weight", ("intermediate_size", "hidden_size")),
-    (r"down_proj\.weight", ("hidden_size", "intermediate_size")),
-]
-
-Shape = tuple[int, ...]
 
 
 class _Inert(dict):
@@ -232,73 +210,3 @@ def checkpoint_config(
             f"{', '.join(list(weights)[:3])}, ... Give a transformers folder instead."
         )
     return AutoConfig.for_model("m2_bert", **config_fields(weights))
-
-
-def shapes_in(path: str) -> dict[str, Shape]:
-    """Shapes of the tensors of a transformers folder or hub name; empty if they are hard to get."""
-    file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return {}
-    with safe_open(file, framework="pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
-def check_fit(
-    path: str,
-    prefix: str,
-    mismatched: Iterable[tuple[str, Shape | None, Shape | None]],
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-) -> None:
-    """Refuse weights that would leave the backbone, or part of it, at random values.
-
-    Args:
-        path: Where the weights are from.
-        prefix: How the names of the backbone begin; the rest is a head, which may be new. So may
-            the pooler: a masked language model is trained without one.
-        mismatched: Name, shape in the checkpoint and shape in the model.
-        missing: Names of the model that the checkpoint lacks.
-        unexpected: Names of the checkpoint that the model lacks.
-
-    Raises:
-        ValueError: Names a tensor and, for a mismatch, both shapes and the field to change.
-    """
-
-    def backbone(names: Iterable[str]) -> list[str]:
-        left_out = (".pooler.", ".position_ids", ".token_type_ids")
-        return [n for n in names if n.startswith(prefix) and not any(p in n for p in left_out)]
-
-    wrong = [entry for entry in mismatched if backbone([entry[0]])]
-    if wrong:
-        raise ValueError(f"{path!r} does not fit the model: {_explain(wrong)}")
-    for names, what in ((missing, "lacks"), (unexpected, "has, and the model lacks,")):
-        names = backbone(names)
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            layers = ".layer" in names[0]
-            field = "num_hidden_layers" if layers else "the sizes and switches"
-            raise ValueError(
-                f"{path!r} {what} weights of the encoder: {', '.join(names[:3])}{more}. Check the "
-                f"model's name and {field} in config_overrides."
-            )
-
-
-def _explain(wrong: list[tuple[str, Shape | None, Shape | None]]) -> str:
-    for pattern, fields in FIELDS:
-        for name, theirs, ours in wrong:
-            if not re.search(pattern, name) or theirs is None or ours is None:
-                continue
-            if not len(theirs) == len(ours) == len(fields):
-                continue
-            for a, b, field in zip(theirs, ours, fields, strict=True):
-                if a != b:
-                    # Blocks of a Monarch matrix do not show the whole size.
-                    value = "" if len(fields) == 3 else f" of {a}"
-                    return (
-                        f"{name} is {theirs} there and {ours} here. The checkpoint has another "
-                        f"{field}{value}: change {field} in config_overrides, or leave it out."
-                    )
-    name, theirs, ours = wrong[0]
-    if theirs is None:
-        return f"{name} has another shape there than {ours}. Check config_overrides."
-    return f"{name} is {theirs} there and {ours} here. Check config_overrides."
