@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from m2_plugin.checkpoints.convert import load_folder
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.files import check_writable, read_json, write_json
 from m2_plugin.models import M2BertForTextEmbedding
 
@@ -177,18 +177,19 @@ def _read_texts(file: str | Path, column: str) -> Dataset:
 
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
-    load_folder(folder)  # says what is wrong with one that is none, or not whole
-    model, info = M2BertForTextEmbedding.from_pretrained(folder, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    config, weights = load_folder(folder)
+    try:
+        model = build_model(M2BertForTextEmbedding, config, weights)
+    except ValueError as error:
         raise ValueError(
-            f"{str(folder)!r} lacks {missing[0]}, which embeddings need: fine-tune it for "
-            "retrieval first (yamls/finetune/retrieval)"
-        )
+            f"{str(folder)!r} cannot embed, {error}: fine-tune it for retrieval first "
+            "(yamls/finetune/retrieval)"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no tokenizer: save one there") from error
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:

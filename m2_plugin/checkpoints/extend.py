@@ -12,13 +12,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from m2_plugin.checkpoints.convert import WEIGHTS, load_folder
+from m2_plugin.checkpoints.folder import load_folder, save_folder
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.sentence_folder import write_modules
 
 __all__ = ["METHODS", "extend", "extend_folder"]
 
@@ -132,11 +130,7 @@ def extend_folder(
     with whole(Path(out)) as temporary:
         rewritten = shutil.ignore_patterns("config.json", "*.safetensors", "*.bin", "*.index.json")
         shutil.copytree(folder, temporary, ignore=rewritten)
-        config.save_pretrained(temporary)
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
-        if (Path(folder) / "modules.json").is_file():
-            write_modules(temporary, config, tensors)
+        save_folder(temporary, config, weights)
         path = temporary / "tokenizer_config.json"
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}

@@ -11,7 +11,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from m2_plugin.checkpoints.convert import load_folder
+from m2_plugin.checkpoints.folder import load_folder
 from m2_plugin.files import whole
 
 __all__ = ["export_hub_folder", "flat_sources"]

@@ -102,7 +102,7 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
     """
     result = Translation()
     for name, tensor in state_dict.items():
-        ours = _renamed(name, RENAMES)
+        ours = our_name(name)
         if ours is not None:
             _check_rank(name, ours, tensor, extra=_extra_dim(ours) is not None)
             result.mapped[name] = ours
@@ -112,6 +112,11 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
         else:
             result.unknown.append(name)
     return result
+
+
+def our_name(name: str) -> str | None:
+    """Give our name of a tensor of the reference, or None if it has none."""
+    return _renamed(name, RENAMES)
 
 
 def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

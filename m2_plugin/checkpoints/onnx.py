@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import m2_plugin.models
-from m2_plugin.checkpoints.convert import load_folder
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.files import whole
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.layers.monarch_mixer import MonarchMixer
@@ -105,7 +105,7 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
     """
     if importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx is not installed: pip install onnx onnxruntime")
-    config, _ = load_folder(folder)
+    config, weights = load_folder(folder)
     if config.sequence_mixer != "monarch_mixer":
         raise ValueError(
             f"only models with sequence_mixer 'monarch_mixer' are exported to ONNX, and that of "
@@ -118,8 +118,9 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
             f"one of the models with a head is needed, as M2BertForMaskedLM"
         )
     with whole(Path(out)) as temporary, torch.no_grad():
-        model = getattr(m2_plugin.models, name).from_pretrained(folder, backend="torch")
-        positional = Positional(_without_fft(model.float().eval()))
+        config.backend = "torch"
+        model = build_model(getattr(m2_plugin.models, name), config, weights)
+        positional = Positional(_without_fft(model))
         # The file holds the decoder's tied weight again, transposed.
         parameters = positional.named_parameters(remove_duplicate=False)
         tensors = [*(tensor for _, tensor in parameters), *positional.buffers()]

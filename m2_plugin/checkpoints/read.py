@@ -1,4 +1,4 @@
-"""Weights to start from: reading a checkpoint file."""
+"""Read the weights in a checkpoint file, without running code in it."""
 
 import json
 import os
@@ -16,17 +16,10 @@ from torch.serialization import (
     get_unsafe_globals_in_checkpoint,
     safe_globals,
 )
-from transformers import AutoConfig, PretrainedConfig
 
-from m2_plugin.checkpoints.names import config_fields, from_reference
 from m2_plugin.constants import CHECKPOINT_SUFFIXES
 
-__all__ = [
-    "checkpoint_config",
-    "is_checkpoint_file",
-    "read_checkpoint",
-    "read_file",
-]
+__all__ = ["Saved", "is_checkpoint_file", "read_file"]
 
 SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
 # Packages whose objects a Composer checkpoint pickles beside its weights.
@@ -164,49 +157,3 @@ def _unpickle(path: str) -> Any:
     inert = [(_Inert, name) for name in names]
     with safe_globals(inert):  # type: ignore[arg-type]
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def read_checkpoint(path: str, m2: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a file as `read_file` does, and translate it.
-
-    Args:
-        path: See there.
-        m2: Whether names of the M2 reference are to be translated to ours.
-
-    Returns:
-        The state dict under the names of our model; and the config that Composer saved, or None.
-
-    Raises:
-        ValueError: As `read_file`, and if the weights are of another architecture.
-    """
-    weights, saved = read_file(path)
-    if m2 and any(name.startswith("bert.encoder.") for name in weights):
-        try:
-            return from_reference(weights), None  # its config is one of transformers' BERT
-        except ValueError as error:
-            raise ValueError(
-                f"{path!r} is no M2-BERT checkpoint ({error}). For a BERT, use the models "
-                f"hf_bert_mlm and hf_bert_classification."
-            ) from error
-    return weights, saved.config
-
-
-def checkpoint_config(
-    path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None
-) -> PretrainedConfig:
-    """The config saved in a checkpoint, or for M2-BERT what the weights' shapes tell.
-
-    Raises:
-        ValueError: If there is no config, and the weights are not M2-BERT's.
-    """
-    if config is not None and "model_type" in config:
-        # What begins with _ is the state of the process that saved it, e.g. how it attended.
-        left_out = ("model_type", "transformers_version")
-        content = {k: v for k, v in config.items() if k not in left_out and not k.startswith("_")}
-        return AutoConfig.for_model(config["model_type"], **content)
-    if "model.embeddings.word_embeddings.weight" not in weights:
-        raise ValueError(
-            f"{path!r} holds no config, and its weights are not named as M2-BERT's: "
-            f"{', '.join(list(weights)[:3])}, ... Give a transformers folder instead."
-        )
-    return AutoConfig.for_model("m2_bert", **config_fields(weights))

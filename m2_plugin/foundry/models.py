@@ -12,7 +12,6 @@ The four registered classes are one implementation; they differ in class attribu
       num_labels: 3
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,8 +40,6 @@ from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_host
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
 
 __all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertMLM"]
-
-log = logging.getLogger(__name__)
 
 REGRESSION = "regression"
 SINGLE_LABEL = "single_label_classification"

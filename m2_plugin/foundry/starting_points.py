@@ -16,9 +16,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from m2_plugin.checkpoints.read import checkpoint_config, is_checkpoint_file, read_checkpoint
+from m2_plugin.checkpoints.config import holds_m2_bert, listed, resolve
+from m2_plugin.checkpoints.names import our_name
+from m2_plugin.checkpoints.read import is_checkpoint_file, read_file
 from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
+from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
 
 __all__ = ["build_from_keys", "prepare_for_host"]
 
@@ -47,20 +50,55 @@ class Weights(NamedTuple):
     config: PretrainedConfig
 
 
-def read_weights(path: str, model_type: str) -> Weights:
-    """Read a checkpoint file of a model of this type.
+def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> Weights:
+    """Read a checkpoint file, and decide which model it holds.
+
+    Args:
+        path: The file.
+        model_type: The type that the YAML's model is made for.
+        overrides: Config fields to replace.
 
     Raises:
-        ValueError: If it cannot be read, or is of another model type.
+        ValueError: If it cannot be read, is of another model type, or `resolve` refuses it.
     """
-    tensors, saved = read_checkpoint(path, m2=model_type == "m2_bert")
-    return Weights(path, tensors, checkpoint_config(path, tensors, saved))
+    tensors, saved = read_file(path)
+    if holds_m2_bert(tensors):
+        _check_fields(M2BertConfig(), overrides)
+        try:
+            found = resolve(tensors, saved.config, overrides, where="the config saved in it")
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+        if found.unknown:
+            raise ValueError(
+                f"{path!r} has, and an M2-BERT has no place for, {listed(found.unknown)}. To leave "
+                f"them out: m2-plugin import --allow-unused"
+            )
+        if found.assumed:
+            values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
+            log.warning("%s: neither weights nor config tell %s: the defaults", path, values)
+        return Weights(path, found.weights, found.config)
+    saved_type = (saved.config or {}).get("model_type")
+    if saved.config is None or saved_type is None:
+        raise ValueError(
+            f"{path!r} holds no config, and its weights are not named as M2-BERT's: "
+            f"{', '.join(list(tensors)[:3])}, ... Give a transformers folder instead."
+        )
+    if model_type == M2BertConfig.model_type and saved_type in ("bert", model_type):
+        other = [name for name in tensors if our_name(name) is None]
+        raise ValueError(
+            f"{path!r} is no M2-BERT checkpoint (it has {listed(other[:3])}). For a BERT, use the "
+            f"models hf_bert_mlm and hf_bert_classification."
+        )
+    # What begins with _ is the state of the process that saved it, e.g. how it attended.
+    content = {key: value for key, value in saved.config.items() if not key.startswith("_")}
+    config = type(AutoConfig.for_model(saved_type)).from_dict(content)
+    return Weights(path, tensors, _replaced(config, overrides))
 
 
 def build_config(
-    source: str | Weights | None, model_type: str, overrides: Mapping[str, Any]
+    source: str | None, model_type: str, overrides: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """The config of a folder, a hub name or a file's weights, or a model type's default.
+    """Build the config of a folder or a hub name, or a model type's default.
 
     Raises:
         ValueError: If a field to replace is unknown to the config, or the folder is not there.
@@ -68,14 +106,16 @@ def build_config(
     if source is None:
         _check_fields(AutoConfig.for_model(model_type), overrides)
         return AutoConfig.for_model(model_type, **overrides)
-    if isinstance(source, Weights):
-        config = source.config
-    else:
-        _check_folder(source)
-        config = AutoConfig.from_pretrained(source)
+    _check_folder(source)
+    return _replaced(AutoConfig.from_pretrained(source), overrides)
+
+
+def _replaced(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """The config with fields replaced, checked against each other by its constructor."""
     _check_fields(config, overrides)
+    if isinstance(config, M2BertConfig):
+        return config.with_overrides(overrides)
     set_config_overrides(config, dict(overrides))
-    # Once more through the constructor, which checks the fields against each other.
     return type(config).from_dict(config.to_dict())
 
 
@@ -273,11 +313,14 @@ def build_from_keys(
     if path is not None and model_type is not None:
         raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
     source: str | Weights | None = path
+    overrides = config_overrides or {}
     if path is not None and is_checkpoint_file(path):
-        source = read_weights(path, default_model_type)
-    config = build_config(source, model_type or default_model_type, config_overrides or {})
+        source = read_weights(path, default_model_type, overrides)
+        config = source.config
+    else:
+        config = build_config(path, model_type or default_model_type, overrides)
     if not pretrained:
-        config.vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        config.vocab_size = padded_size(config.vocab_size, VOCAB_MULTIPLE)
     _check_vocabulary(config, tokenizer)
     # A rank that FSDP will send the weights to needs none of its own.
     load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)

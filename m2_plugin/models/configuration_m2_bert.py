@@ -1,5 +1,6 @@
 """Configuration of M2-BERT."""
 
+import copy
 import difflib
 import inspect
 import logging
@@ -197,6 +198,19 @@ class M2BertConfig(PretrainedConfig):
             setattr(config, key, value)
         config._check()
         return result
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "M2BertConfig":
+        """Copy the config with fields replaced by a user, whose `vocab_size` is rounded up.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        config = copy.deepcopy(self)
+        config.update(dict(overrides))
+        config = M2BertConfig.from_dict(config.to_dict())
+        if "vocab_size" in overrides:
+            config.vocab_size = padded_size(config.vocab_size, config.pad_vocab_size_multiple)
+        return config
 
     def _check(self) -> None:
         """Raises a ValueError that names the first field whose range or company is not right."""
