@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from m2_plugin.constants import CHECKPOINT_SUFFIXES
 __all__ = ["Saved", "is_checkpoint_file", "read_file"]
 
 SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
+# Where training loops of other people keep the weights.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+# Of torch.compile, activation checkpointing and FSDP, at any place in a name.
+INNER_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# Of data parallelism, inside or outside of the model that Composer or Lightning wrap.
+OUTER_WRAPPERS = ("module.", "model.", "module.")
 # Packages whose objects a Composer checkpoint pickles beside its weights.
 PICKLED = (
     "collections",
@@ -97,18 +104,26 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
                 files[name.removesuffix(ending) + ending] = file.get("content")
         config = ((kept.get("model") or {}).get("config") or {}).get("content")
         saved = Saved(config, files)
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(v, Tensor) for v in state.values())
-    ):
+    elif isinstance(content, Mapping):
+        state = next((content[key] for key in STATE_KEYS if _are_weights(content.get(key))), state)
+    if not _are_weights(state):
         found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{path!r} holds no state dict of a model, but {found}.")
-    weights = dict(state)
-    for wrapper in ("module.", "model."):  # of data parallelism, and Composer's of transformers
-        if weights and all(name.startswith(wrapper) for name in weights):
-            weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
-    return weights, saved
+    return _unwrapped(state), saved
+
+
+def _are_weights(value: Any) -> bool:
+    tensors = isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values())
+    return tensors and len(value) > 0
+
+
+def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the names off that wrappers put before or into those of the model."""
+    names = {name: INNER_WRAPPERS.sub("", name) for name in weights}
+    for wrapper in OUTER_WRAPPERS:
+        if all(name.startswith(wrapper) for name in names.values()):
+            names = {name: inner.removeprefix(wrapper) for name, inner in names.items()}
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def _load(path: str) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from m2_plugin.checkpoints.convert import import_checkpoint
-from m2_plugin.checkpoints.names import from_reference
+from m2_plugin.checkpoints.names import from_reference, to_reference
 from m2_plugin.cli import main
 from tests.foundry.test_models import TINY, build, mlm_batch
 from tests.models.test_golden import NAMES
@@ -177,6 +177,35 @@ def test_a_file_is_one_model_by_every_route(name, stated, tmp_path):
         assert torch.equal(logits, imported(**batch).logits)
     if stated != "others":
         assert relative_error(logits, tensors["out/mlm_logits"]) < 1e-5
+
+
+def compiled(name):
+    """A name in a model of which a module was compiled."""
+    return name.replace(".layer", "._orig_mod.layer", 1)
+
+
+@pytest.mark.parametrize("names", ["reference", "own"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
+        lambda w: {f"module._orig_mod.{k}": v for k, v in w.items()},
+        lambda w: {"model_state_dict": {compiled(k): v for k, v in w.items()}, "epoch": 3},
+        lambda w: {"state_dict": {f"model.module.{k}": v for k, v in w.items()}, "epoch": 3},
+        lambda w: {"model": w, "optimizer": {"state": {}, "param_groups": [{"lr": 1.0}]}},
+    ],
+    ids=["compiled", "parallel", "loop", "lightning", "optimizer"],
+)
+def test_a_wrapped_model_is_read_by_every_route(wrap, names, tmp_path):
+    model = build("m2_bert", "mlm").model
+    weights = model.state_dict() if names == "own" else to_reference(model.state_dict())
+    torch.save(wrap(weights), tmp_path / "loop.pt")
+    import_checkpoint(tmp_path / "loop.pt", tmp_path / "m2")
+    imported = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2")
+    path = str(tmp_path / "loop.pt")
+    started = build("m2_bert", "mlm", pretrained_model_name_or_path=path).model
+    for found in (imported, started):
+        assert_same([name for name, _ in model.named_parameters()], found, model)
 
 
 def without(weights, part):
