@@ -178,13 +178,17 @@ def _read_texts(file: str | Path, column: str) -> Dataset:
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
     config, weights = load_folder(folder)
-    try:
-        model = build_model(M2BertForTextEmbedding, config, weights)
-    except ValueError as error:
+    if "pooler.dense.weight" not in weights:
+        advice = "fine-tune it for retrieval first (yamls/finetune/retrieval)"
+        if (Path(folder) / "modules.json").is_file():
+            advice = (
+                "its modules.json names others than sentence-transformers' Pooling (cls or mean), "
+                "Dense with tanh and Normalize, so encode with sentence-transformers"
+            )
         raise ValueError(
-            f"{str(folder)!r} cannot embed, {error}: fine-tune it for retrieval first "
-            "(yamls/finetune/retrieval)"
-        ) from error
+            f"{str(folder)!r} lacks pooler.dense.weight, which embeddings need: {advice}"
+        )
+    model = build_model(M2BertForTextEmbedding, config, weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
