@@ -7,10 +7,10 @@ from typing import Any
 
 
 def main_import(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin import`.
+    """Run `m2-plugin import`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the source was refused.
@@ -53,10 +53,10 @@ def main_import(argv: Sequence[str] | None = None) -> int:
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin export`.
+    """Run `m2-plugin export`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the folder was refused.
@@ -90,10 +90,10 @@ def main_export(argv: Sequence[str] | None = None) -> int:
 
 
 def main_extend(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin extend`.
+    """Run `m2-plugin extend`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the folder was refused.
@@ -124,7 +124,7 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(run: Callable[[], Any]) -> int:
-    """Writes the lines of a result, or of a refusal."""
+    """Write the lines of a result, or of a refusal."""
     try:
         lines = run()
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints in, checkpoints out: the reference's files and Composer's ↔ transformers folders."""
+"""Import checkpoints of the reference and of Composer as transformers folders, and export them."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class ImportReport:
         source: What was read.
         found: What it holds: config, names, and what was assumed.
         missing: Names that the source would have and lacks, as allowed: they start at random.
-        tokenizer: Where that in the folder is from, or None if there is none.
+        tokenizer: Where the tokenizer is from, or None if there is none.
     """
 
     source: str
@@ -52,7 +52,7 @@ class ImportReport:
     tokenizer: str | None = None
 
     def lines(self, verbose: bool = False) -> Iterator[str]:
-        """The report for a reader; `verbose` names every tensor."""
+        """Write the report; `verbose` names every tensor."""
         found, config = self.found, self.found.config
         yield (
             f"{self.source}: {found.model_class.__name__}, {config.num_hidden_layers} layers, "
@@ -91,25 +91,25 @@ def import_checkpoint(
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
 ) -> ImportReport:
-    """Makes a transformers folder of a checkpoint; no code in it is run.
+    """Make a transformers folder of a checkpoint, without running code in it.
 
     Args:
-        source: a Composer checkpoint or bare weights, of the M2 reference or of this package; or a
+        source: A Composer checkpoint or bare weights, of the M2 reference or of this package; or a
             folder with `config.json` and weights under either's names.
-        out: the folder to make. It appears when it is whole.
-        config: a JSON file of the reference's or our fields, in place of the folder's
-            `config.json` or what Composer saved. The weights decide, and what it says otherwise is
-            an error; it tells what they do not.
-        tokenizer: a folder or hub name, to be saved beside; by default the one in the source, if
+        out: The folder to make. It appears when it is whole.
+        config: A JSON file of the reference's or our fields, in place of the folder's
+            `config.json` or what Composer saved. See `resolve`: the weights decide, and it tells
+            what they do not.
+        tokenizer: A folder or hub name, to be saved beside; by default the one in the source, if
             there is any.
-        allow_missing: patterns (`cls.*`) of the names, as the source has them, that it may lack.
-        allow_unused: patterns of names that may be left out.
+        allow_missing: Patterns (`cls.*`) of the names, as the source has them, that it may lack.
+        allow_unused: Patterns of names that may be left out.
 
     Returns:
-        What became of each tensor.
+        The config, and what became of each tensor.
 
     Raises:
-        ValueError: if something cannot be read, contradicts something else, is missing or is not
+        ValueError: If something cannot be read, contradicts something else, is missing or is not
             used; the message names it. Nothing is left behind.
     """
     source, out = str(source), Path(out)
@@ -138,19 +138,19 @@ def import_checkpoint(
 
 
 def export_checkpoint(folder: str | Path, out: str | Path) -> int:
-    """Writes a folder of ours as a Composer checkpoint of the reference.
+    """Write a folder of ours as a Composer checkpoint of the reference.
 
-    The inverse of `import_checkpoint`: every tensor is there again, buffers included.
+    It undoes `import_checkpoint`: the file has every tensor again, buffers included.
 
     Args:
-        folder: a transformers folder with an M2-BERT.
-        out: the `.pt` file to write. It appears when it is whole.
+        folder: A transformers folder with an M2-BERT.
+        out: The `.pt` file to write. It appears when it is whole.
 
     Returns:
         The number of tensors.
 
     Raises:
-        ValueError: if the folder is none, or the reference has no such model.
+        ValueError: If the folder is not one of ours, or the reference has no such model.
     """
     config, weights = load_folder(folder)
     if config.mask_padding:
@@ -214,7 +214,7 @@ def _own_tokenizer(source: str) -> str | None:
 def _save_tokenizer(
     name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
 ) -> None:
-    """Saves a tokenizer by name, or if there are any the one that these files make."""
+    """Save a tokenizer by name, or if there are any the one that these files make."""
     try:
         with TemporaryDirectory() as scratch:
             for file, content in files.items():

@@ -1,4 +1,4 @@
-"""A transformers folder that works where this package is not installed: its code travels along.
+"""Write a transformers folder that brings its code and works without this package.
 
 transformers runs code of a folder (`trust_remote_code=True`) whose modules lie side by side. They
 are generated from the sources here: each becomes a file of its own, and imports between them become
@@ -34,17 +34,17 @@ ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load with
 
 
 def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Copies a transformers folder of ours, with the code that it needs.
+    """Copy a transformers folder of ours, with the code that it needs.
 
     Args:
-        folder: a transformers folder with an M2-BERT.
-        out: the folder to make. It appears when it is whole.
+        folder: A transformers folder with an M2-BERT.
+        out: The folder to make. It appears when it is whole.
 
     Returns:
         The names of its files.
 
     Raises:
-        ValueError: if the folder is none of ours or not whole, or `out` is there already.
+        ValueError: If the folder is none of ours or not whole, or `out` is there already.
     """
     load_folder(folder)  # what is not whole is not passed on
     with whole(Path(out)) as temporary:

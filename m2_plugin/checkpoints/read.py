@@ -46,7 +46,7 @@ PICKLED = (
 
 
 class _Inert(dict):
-    """Stands for every object of a checkpoint that is not a tensor or plain data."""
+    """Stand for every object of a checkpoint that is not a tensor or plain data."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -59,7 +59,7 @@ class _Inert(dict):
 
 
 def is_checkpoint_file(path: str | None) -> bool:
-    """Whether a path is meant as a file of weights rather than a folder or a hub's name."""
+    """Tell whether a path means a file of weights, not a folder or a hub name."""
     return path is not None and path.endswith(CHECKPOINT_SUFFIXES) and not os.path.isdir(path)
 
 
@@ -67,8 +67,8 @@ class Saved(NamedTuple):
     """What Composer saves of a transformers model beside its weights.
 
     Args:
-        config: the content of its ``config.json``, or None.
-        tokenizer: those of the tokenizer's files that are data: name → what a JSON file holds, or
+        config: The content of its `config.json`, or None.
+        tokenizer: Those of the tokenizer's files that are data: name → what a JSON file holds, or
             the lines of a text.
     """
 
@@ -77,20 +77,20 @@ class Saved(NamedTuple):
 
 
 def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
-    """Read the weights of a Composer checkpoint or of a bare state dict, without running its code.
+    """Read the weights of a Composer checkpoint or a state dict, without running code in it.
 
-    What a Composer checkpoint pickles besides (times, random states) is read as empty objects.
+    Other objects that a Composer checkpoint pickles (times, random states) become empty ones.
 
     Args:
         path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors; or the
             index of weights in several files.
 
     Returns:
-        The state dict, mapped from the file where its format allows, under the names that its
-        transformers model had; and what Composer saved beside it, if it did.
+        The state dict, mapped from the file if its format allows that, under the names of the
+        transformers model; and what Composer saved beside it.
 
     Raises:
-        ValueError: If there is no such file, no weights in it, or code that nobody expects there.
+        ValueError: If there is no such file, it holds no weights, or it would run unexpected code.
     """
     content: Any = _read_shards(path) if path.endswith(SHARD_INDEX) else _load(path)
     state, saved = content, Saved()
@@ -132,7 +132,7 @@ def _load(path: str) -> Any:
     try:
         return load_file(path) if path.endswith(".safetensors") else _unpickle(path)
     except Exception as error:
-        # Round the reason torch puts advice to load it unsafely, and where to read more.
+        # torch surrounds the reason with advice to load the file unsafely.
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if len(lines) > 1 else str(error) or type(error).__name__
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error

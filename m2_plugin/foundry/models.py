@@ -67,7 +67,7 @@ class BertComposerModel(HuggingFaceModel):
             reference. None builds from `model_type`.
         pretrained: Load the weights, not only the config, of that folder or name. Defaults to
             True where one is given.
-        model_type: transformers' model type to build where no folder or name is given.
+        model_type: Transformers' model type to build where no folder or name is given.
         config_overrides: Config fields to replace.
         init_device: "cpu", "meta" or "mixed", as the host's models take it.
         metrics: Names of the evaluation metrics, in place of the default ones.

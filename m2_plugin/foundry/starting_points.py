@@ -197,7 +197,7 @@ def load_weights(auto_class: Any, weights: Weights, config: PretrainedConfig) ->
 def fit_state_dict(
     path: str, model: Any, tensors: dict[str, torch.Tensor], prefix: str = ""
 ) -> list[str]:
-    """Drop heads of another shape from a state dict; returns the names that will be new.
+    """Drop heads of another shape from a state dict, and return the names that will be new.
 
     Args:
         path: Where the tensors are from.
@@ -225,9 +225,9 @@ def fit_state_dict(
 
 
 def _check_loading(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before torch loads a state dict: check what Composer loads (`load_path`) as the rest is.
+    """Check what Composer loads (`load_path`), before torch loads it.
 
-    With `load_strict_model_weights: false`, which a new head needs, the host would leave an
+    With `load_strict_model_weights: false`, which a new head needs, Composer would leave an
     encoder that does not match at random values, and would stop at a head for other classes.
     """
     sharded = any(hasattr(m, "_fsdp_wrapped_module") for m in module.modules())
@@ -275,7 +275,7 @@ def build_inner_model(
 
 
 def prepare_for_host(model: Any) -> None:
-    """Let the host check what it loads into a finished model, and shard it."""
+    """Let Composer check what it loads into a finished model, and shard it."""
     model.register_load_state_dict_pre_hook(_check_loading)
     prepare_for_fsdp(model)
 
@@ -299,9 +299,6 @@ def build_from_keys(
         default_model_type: What is built where neither `model_type` nor `path` is given.
         tokenizer: The run's, which the vocabulary must hold; None skips the check.
         path: `pretrained_model_name_or_path`.
-        pretrained: See there.
-        config_overrides: See there.
-        init_device: See there.
 
     Raises:
         ValueError: As `BertComposerModel`.
@@ -328,7 +325,7 @@ def build_from_keys(
 
 
 def shapes_in(path: str) -> dict[str, Shape]:
-    """Shapes of the tensors of a transformers folder or hub name; empty if they are hard to get."""
+    """Read the shapes of the tensors of a folder or hub name; none unless they are in one file."""
     file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return {}

@@ -41,50 +41,50 @@ class M2BertConfig(PretrainedConfig):
     has one that transformers does not.
 
     Args:
-        vocab_size: number of tokens; rounded up to a multiple of ``pad_vocab_size_multiple``.
+        vocab_size: Number of tokens; rounded up to a multiple of `pad_vocab_size_multiple`.
         hidden_size: D, the width of the model.
-        num_hidden_layers: number of layers.
+        num_hidden_layers: Number of layers.
         intermediate_size: F, the width of the MLP's activation.
-        hidden_dropout_prob: dropout after the embeddings and inside the MLP.
-        max_position_embeddings: number of learned positions.
-        type_vocab_size: number of token types.
-        initializer_range: standard deviation of initial linear and embedding weights.
-        layer_norm_eps: epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
-        pad_token_id: id of the padding token; its embedding starts at zero and has no gradient.
-        tie_word_embeddings: share the decoder's weight with the word embeddings.
-        pad_vocab_size_multiple: see ``vocab_size``.
-        use_positional_encodings: add learned positions to the embeddings.
-        sequence_mixer: ``monarch_mixer``, or ``alibi_attention`` for the reference's baseline.
-        long_conv_l_max: the longest sequence that the long convolutions can mix.
-        bidirectional: let the long convolutions see what follows.
-        residual_long_conv: give the mixer its residual path, a second long convolution.
-        hyena_training_additions: a LayerNorm before the mixer.
-        mixer_dropout_prob: dropout inside the mixer.
-        hyena_filter_order: width of the filters' MLPs.
-        hyena_emb_dim: positional features of the filters; odd.
-        hyena_w: initial frequency of the filters' sines.
-        hyena_w_mod: constant factor on that frequency.
-        hyena_extended_from: ascending values that ``long_conv_l_max`` had before the model was
-            extended (``m2-plugin extend``), or None. Taps that it had then keep their decay.
-        mask_padding: keep padding out of the long convolutions, so that an output does not depend
+        hidden_dropout_prob: Dropout after the embeddings and inside the MLP.
+        max_position_embeddings: Number of learned positions.
+        type_vocab_size: Number of token types.
+        initializer_range: Standard deviation of initial linear and embedding weights.
+        layer_norm_eps: Epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
+        pad_token_id: Id of the padding token; its embedding starts at zero and has no gradient.
+        tie_word_embeddings: Share the decoder's weight with the word embeddings.
+        pad_vocab_size_multiple: See `vocab_size`.
+        use_positional_encodings: Add learned positions to the embeddings.
+        sequence_mixer: `monarch_mixer`, or `alibi_attention` for the reference's baseline.
+        long_conv_l_max: The longest sequence that the long convolutions can mix.
+        bidirectional: Let the long convolutions see what follows.
+        residual_long_conv: Give the mixer its residual path, a second long convolution.
+        hyena_training_additions: A LayerNorm before the mixer.
+        mixer_dropout_prob: Dropout inside the mixer.
+        hyena_filter_order: Width of the filters' MLPs.
+        hyena_emb_dim: Positional features of the filters; odd.
+        hyena_w: Initial frequency of the filters' sines.
+        hyena_w_mod: Constant factor on that frequency.
+        hyena_extended_from: Ascending values that `long_conv_l_max` had before the model was
+            extended (`m2-plugin extend`), or None. Taps that it had then keep their decay.
+        mask_padding: Keep padding out of the long convolutions, so that an output does not depend
             on how much padding follows. The released checkpoints were trained without.
-        use_glu_mlp: gate the MLP's activation.
-        use_monarch_mlp: make the MLP's matrices block-diagonal.
-        monarch_mlp_nblocks: number of their blocks. Sizes that do not fill whole blocks are padded.
-        num_attention_heads: heads of ``alibi_attention``; must divide ``hidden_size`` there.
-        attention_probs_dropout_prob: dropout of attention weights in ``alibi_attention``.
-        classifier_pooling: what the pooler reads, for classifiers and embeddings: ``cls``, the
-            first token, or ``mean``, the mean of the tokens that are not padding (the reference's
-            ``pool_all``). Its dense layer and tanh follow either.
-        classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
-        normalize_embeddings: scale text embeddings to length 1 (the reference's
-            ``use_normalized_embeddings``).
-        backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch
-            elsewhere and where one cannot be built), ``torch``, or ``triton`` (or an error).
-        **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
+        use_glu_mlp: Gate the MLP's activation.
+        use_monarch_mlp: Make the MLP's matrices block-diagonal.
+        monarch_mlp_nblocks: Number of their blocks. Sizes that do not fill whole blocks are padded.
+        num_attention_heads: Heads of `alibi_attention`; must divide `hidden_size` there.
+        attention_probs_dropout_prob: Dropout of attention weights in `alibi_attention`.
+        classifier_pooling: What the pooler reads, for classifiers and embeddings: `cls`, the
+            first token, or `mean`, the mean of the tokens that are not padding (the reference's
+            `pool_all`). Its dense layer and tanh follow either.
+        classifier_dropout: Dropout before the classifier; None takes `hidden_dropout_prob`.
+        normalize_embeddings: Scale text embeddings to length 1 (the reference's
+            `use_normalized_embeddings`).
+        backend: What computes the Monarch layers: `auto` (Triton kernels on CUDA, PyTorch
+            elsewhere and where one cannot be built), `torch`, or `triton` (or an error).
+        **kwargs: Further fields of `transformers.PretrainedConfig`, such as `num_labels`.
 
     Raises:
-        ValueError: if a key is unknown or a value is out of its range; the message names both.
+        ValueError: If a key is unknown or a value is out of its range; the message names both.
     """
 
     model_type = "m2_bert"
@@ -213,7 +213,7 @@ class M2BertConfig(PretrainedConfig):
         return config
 
     def _check(self) -> None:
-        """Raises a ValueError that names the first field whose range or company is not right."""
+        """Raise a ValueError that names the first field whose range or company is not right."""
         for name in ("hidden_dropout_prob", "mixer_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
@@ -298,13 +298,13 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_values(fields: Mapping[str, Any]) -> None:
-    """Checks values by themselves, as JSON or a command line may have given them.
+    """Check values by themselves, as JSON or a command line may have given them.
 
     Args:
-        fields: any fields of ``M2BertConfig``; others are passed over.
+        fields: Any fields of `M2BertConfig`; others are passed over.
 
     Raises:
-        ValueError: if one is of another type than the field, or is a size and not positive.
+        ValueError: If one is of another type than the field, or is a size and not positive.
     """
     for name, parameter in inspect.signature(M2BertConfig.__init__).parameters.items():
         if name not in fields or parameter.annotation not in KINDS:
