@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 # Name: what runs it, as an entry point names it, and what it does.
 COMMANDS = {
-    "import": ("m2_plugin.convert:main_import", "make a transformers folder of a checkpoint"),
-    "export": ("m2_plugin.convert:main_export", "write a folder as the reference's checkpoint"),
-    "extend": ("m2_plugin.convert:main_extend", "make a model take longer sequences"),
+    "import": (
+        "m2_plugin.checkpoints.command:main_import",
+        "make a transformers folder of a checkpoint",
+    ),
+    "export": (
+        "m2_plugin.checkpoints.command:main_export",
+        "write a folder as the reference's checkpoint",
+    ),
+    "extend": ("m2_plugin.checkpoints.command:main_extend", "make a model take longer sequences"),
     "embed": ("m2_plugin.embed:main", "write a vector for each text of a file"),
     "doctor": (
         "m2_plugin.doctor:main",

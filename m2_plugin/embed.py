@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.files import check_writable, read_json, write_json
 from m2_plugin.models import M2BertForTextEmbedding
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["embed_file", "main"]
 
@@ -177,18 +177,23 @@ def _read_texts(file: str | Path, column: str) -> Dataset:
 
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
-    load_folder(folder)  # says what is wrong with one that is none, or not whole
-    model, info = M2BertForTextEmbedding.from_pretrained(folder, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    config, weights = load_folder(folder)
+    if "pooler.dense.weight" not in weights:
+        advice = "fine-tune it for retrieval first (yamls/finetune/retrieval)"
+        if (Path(folder) / "modules.json").is_file():
+            advice = (
+                "its modules.json names others than sentence-transformers' Pooling (cls or mean), "
+                "Dense with tanh and Normalize, so encode with sentence-transformers"
+            )
         raise ValueError(
-            f"{str(folder)!r} lacks {missing[0]}, which embeddings need: fine-tune it for "
-            "retrieval first (yamls/finetune/retrieval)"
+            f"{str(folder)!r} lacks pooler.dense.weight, which embeddings need: {advice}"
         )
+    model = build_model(M2BertForTextEmbedding, config, weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no tokenizer: save one there") from error
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:

@@ -96,6 +96,42 @@ def test_as_sentence_transformers_does(folder, tmp_path):
     np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize(
+    "fields", [{}, {"classifier_pooling": "mean", "normalize_embeddings": True}]
+)
+def test_a_folder_that_sentence_transformers_saved(fields, older, tmp_path, capsys):
+    """Its encoder is a model of its own, the pooler lies in 2_Dense; others are refused."""
+    from sentence_transformers import SentenceTransformer
+
+    save(tmp_path / "model", mask_padding=True, **fields)
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    with torch.no_grad():
+        model[2].linear.weight *= 1.5  # as if it had been trained
+    model.save(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "1_Pooling" / "config.json"
+    if older:
+        shutil.copy(tmp_path / "model" / "1_Pooling" / "config.json", path)
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    assert run(tmp_path / "saved", file, out) == 0
+    np.testing.assert_allclose(np.load(out), model.encode(LINES), rtol=0, atol=1e-5)
+    longer = tmp_path / "longer"
+    assert (
+        main(["extend", str(tmp_path / "saved"), "--max-seq-len", "48", "--out", str(longer)]) == 0
+    )
+    assert main(["export", str(longer), "--hub", str(tmp_path / "hub")]) == 0
+    found = SentenceTransformer(str(longer), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), rtol=0, atol=1e-5)
+
+    pooling = json.loads(path.read_text())
+    other = {"pooling_mode_max_tokens": True} if older else {"pooling_mode": "max"}
+    path.write_text(json.dumps(pooling | other))
+    capsys.readouterr()
+    assert run(tmp_path / "saved", file, tmp_path / "other.npy") == 1
+    assert "encode with sentence-transformers" in capsys.readouterr().err
+
+
 def test_without_mask_padding_no_text_is_padded(tmp_path):
     """Padding would change the vectors: a batch of all differs from each text alone."""
     save(tmp_path / "model", mask_padding=False)
@@ -203,7 +239,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
         ("null.jsonl", folder, "row 1 of .*null.jsonl' has no 'text'"),
         ("numbers.jsonl", folder, "column 'text' of .*numbers.jsonl' holds no texts, but .*int64"),
         ("other.jsonl", folder, "no column 'text': give --text-column, one of body"),
-        ("texts.txt", tmp_path / "masked", "lacks pooler.dense.bias, .*retrieval"),
+        ("texts.txt", tmp_path / "masked", "lacks pooler.dense.weight, .*retrieval"),
         ("texts.txt", tmp_path / "bare", "bare' has no tokenizer"),
         ("texts.txt", tmp_path / "cut", "cut/model.safetensors' cannot be read as a checkpoint"),
         ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),

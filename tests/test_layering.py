@@ -1,4 +1,4 @@
-"""Imports run one way: foundry → models → layers → ops → torch, triton."""
+"""Imports run one way: foundry → checkpoints → models → layers → ops → torch, triton."""
 
 import ast
 from pathlib import Path
@@ -9,9 +9,9 @@ import m2_plugin
 
 PACKAGE = Path(m2_plugin.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ["ops", "layers", "models", "foundry"]  # each may import those before it
+ROOMS = ["ops", "layers", "models", "checkpoints", "foundry"]  # each may import those before it
 LIGHT = [
-    *(PACKAGE / name for name in ("cli.py", "curves.py", "files.py")),
+    *(PACKAGE / name for name in ("cli.py", "constants.py", "curves.py", "files.py")),
     *sorted((PACKAGE / "glue").glob("*.py")),
     *sorted((PACKAGE / "train_report").glob("*.py")),
 ]

@@ -22,7 +22,7 @@ from llmfoundry.models.llm_embed.modeling_llm_embed import ContrastiveConfig
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
-from m2_plugin.foundry.models import build_from_keys, prepare_for_host
+from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_host
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
 
 __all__ = ["M2BertContrastive", "orthogonal_projection_loss"]

@@ -18,12 +18,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from m2_plugin.constants import POOLINGS
 from m2_plugin.glue import tasks as glue_tasks
 
 __all__ = ["Recipe", "Sweep", "job_config", "load_sweep", "to_yaml", "write_yamls"]
 
 OPTIMIZERS = ("decoupled_adamw", "torch_adamw")
-POOLINGS = (None, "cls", "mean")
 MNLI = "mnli"
 MODEL_FOLDER = "huggingface/final"  # where the host's hf_checkpointer leaves a job's model
 # Keys of `job` that come from the task or the seed; set in `job` they would not be used.
@@ -238,7 +238,7 @@ def _recipe(name: str, settings: Any, default_seed: int, file: str) -> Recipe:
     )
     for key, accepted in (
         ("optimizer", OPTIMIZERS),
-        ("pooling", POOLINGS),
+        ("pooling", (None, *POOLINGS)),
         ("start", (None, MNLI)),
     ):
         if getattr(recipe, key) not in accepted:

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from m2_plugin.constants import CHECKPOINT_SUFFIXES
 from m2_plugin.files import read_json, write_atomically, write_json
 from m2_plugin.glue import tasks as glue_tasks
 from m2_plugin.glue.recipes import (
@@ -50,7 +51,6 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED, BLOCKED = "finished", "failed", "blocked"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 TAIL_LINES = 30
 THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
 # What a single run wants and a sweep's job does not: it is made anew when it was killed.

@@ -1,18 +1,23 @@
 """Configuration of M2-BERT."""
 
+import copy
 import difflib
 import inspect
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from m2_plugin.constants import POOLINGS, VOCAB_MULTIPLE
 from m2_plugin.ops.backend import BACKENDS
 
+log = logging.getLogger(__name__)
+
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
-POOLINGS = ("cls", "mean")
 # Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
 TRANSFORMERS_KEYS = {
     "attn_implementation",
@@ -36,50 +41,50 @@ class M2BertConfig(PretrainedConfig):
     has one that transformers does not.
 
     Args:
-        vocab_size: number of tokens; rounded up to a multiple of ``pad_vocab_size_multiple``.
+        vocab_size: Number of tokens; rounded up to a multiple of `pad_vocab_size_multiple`.
         hidden_size: D, the width of the model.
-        num_hidden_layers: number of layers.
+        num_hidden_layers: Number of layers.
         intermediate_size: F, the width of the MLP's activation.
-        hidden_dropout_prob: dropout after the embeddings and inside the MLP.
-        max_position_embeddings: number of learned positions.
-        type_vocab_size: number of token types.
-        initializer_range: standard deviation of initial linear and embedding weights.
-        layer_norm_eps: epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
-        pad_token_id: id of the padding token; its embedding starts at zero and has no gradient.
-        tie_word_embeddings: share the decoder's weight with the word embeddings.
-        pad_vocab_size_multiple: see ``vocab_size``.
-        use_positional_encodings: add learned positions to the embeddings.
-        sequence_mixer: ``monarch_mixer``, or ``alibi_attention`` for the reference's baseline.
-        long_conv_l_max: the longest sequence that the long convolutions can mix.
-        bidirectional: let the long convolutions see what follows.
-        residual_long_conv: give the mixer its residual path, a second long convolution.
-        hyena_training_additions: a LayerNorm before the mixer.
-        mixer_dropout_prob: dropout inside the mixer.
-        hyena_filter_order: width of the filters' MLPs.
-        hyena_emb_dim: positional features of the filters; odd.
-        hyena_w: initial frequency of the filters' sines.
-        hyena_w_mod: constant factor on that frequency.
-        hyena_extended_from: ascending values that ``long_conv_l_max`` had before the model was
-            extended (``m2-plugin extend``), or None. Taps that it had then keep their decay.
-        mask_padding: keep padding out of the long convolutions, so that an output does not depend
+        hidden_dropout_prob: Dropout after the embeddings and inside the MLP.
+        max_position_embeddings: Number of learned positions.
+        type_vocab_size: Number of token types.
+        initializer_range: Standard deviation of initial linear and embedding weights.
+        layer_norm_eps: Epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
+        pad_token_id: Id of the padding token; its embedding starts at zero and has no gradient.
+        tie_word_embeddings: Share the decoder's weight with the word embeddings.
+        pad_vocab_size_multiple: See `vocab_size`.
+        use_positional_encodings: Add learned positions to the embeddings.
+        sequence_mixer: `monarch_mixer`, or `alibi_attention` for the reference's baseline.
+        long_conv_l_max: The longest sequence that the long convolutions can mix.
+        bidirectional: Let the long convolutions see what follows.
+        residual_long_conv: Give the mixer its residual path, a second long convolution.
+        hyena_training_additions: A LayerNorm before the mixer.
+        mixer_dropout_prob: Dropout inside the mixer.
+        hyena_filter_order: Width of the filters' MLPs.
+        hyena_emb_dim: Positional features of the filters; odd.
+        hyena_w: Initial frequency of the filters' sines.
+        hyena_w_mod: Constant factor on that frequency.
+        hyena_extended_from: Ascending values that `long_conv_l_max` had before the model was
+            extended (`m2-plugin extend`), or None. Taps that it had then keep their decay.
+        mask_padding: Keep padding out of the long convolutions, so that an output does not depend
             on how much padding follows. The released checkpoints were trained without.
-        use_glu_mlp: gate the MLP's activation.
-        use_monarch_mlp: make the MLP's matrices block-diagonal.
-        monarch_mlp_nblocks: number of their blocks. Sizes that do not fill whole blocks are padded.
-        num_attention_heads: heads of ``alibi_attention``; must divide ``hidden_size`` there.
-        attention_probs_dropout_prob: dropout of attention weights in ``alibi_attention``.
-        classifier_pooling: what the pooler reads, for classifiers and embeddings: ``cls``, the
-            first token, or ``mean``, the mean of the tokens that are not padding (the reference's
-            ``pool_all``). Its dense layer and tanh follow either.
-        classifier_dropout: dropout before the classifier; None takes ``hidden_dropout_prob``.
-        normalize_embeddings: scale text embeddings to length 1 (the reference's
-            ``use_normalized_embeddings``).
-        backend: what computes the Monarch layers: ``auto`` (Triton kernels on CUDA, PyTorch
-            elsewhere and where one cannot be built), ``torch``, or ``triton`` (or an error).
-        **kwargs: further fields of ``transformers.PretrainedConfig``, such as ``num_labels``.
+        use_glu_mlp: Gate the MLP's activation.
+        use_monarch_mlp: Make the MLP's matrices block-diagonal.
+        monarch_mlp_nblocks: Number of their blocks. Sizes that do not fill whole blocks are padded.
+        num_attention_heads: Heads of `alibi_attention`; must divide `hidden_size` there.
+        attention_probs_dropout_prob: Dropout of attention weights in `alibi_attention`.
+        classifier_pooling: What the pooler reads, for classifiers and embeddings: `cls`, the
+            first token, or `mean`, the mean of the tokens that are not padding (the reference's
+            `pool_all`). Its dense layer and tanh follow either.
+        classifier_dropout: Dropout before the classifier; None takes `hidden_dropout_prob`.
+        normalize_embeddings: Scale text embeddings to length 1 (the reference's
+            `use_normalized_embeddings`).
+        backend: What computes the Monarch layers: `auto` (Triton kernels on CUDA, PyTorch
+            elsewhere and where one cannot be built), `torch`, or `triton` (or an error).
+        **kwargs: Further fields of `transformers.PretrainedConfig`, such as `num_labels`.
 
     Raises:
-        ValueError: if a key is unknown or a value is out of its range; the message names both.
+        ValueError: If a key is unknown or a value is out of its range; the message names both.
     """
 
     model_type = "m2_bert"
@@ -97,7 +102,7 @@ class M2BertConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-12,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
-        pad_vocab_size_multiple: int = 8,
+        pad_vocab_size_multiple: int = VOCAB_MULTIPLE,
         use_positional_encodings: bool = True,
         sequence_mixer: str = "monarch_mixer",
         long_conv_l_max: int = 128,
@@ -159,14 +164,56 @@ class M2BertConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         # Before transformers does: newer versions fail on other types in their own words.
         check_values({**vars(self), "tie_word_embeddings": tie_word_embeddings})
-        self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        self.vocab_size = padded_size(vocab_size, pad_vocab_size_multiple)
         super().__init__(
             pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the config that was saved, as `from_pretrained` does.
+
+        Other tools add keys to a config.json, and `resize_token_embeddings` sets any vocabulary
+        size. So, other than the constructor, this keeps unknown keys with one warning, and does not
+        round `vocab_size` up.
+
+        Args:
+            config_dict: The content of a config.json.
+            **kwargs: Fields to replace, and `return_unused_kwargs`, as in transformers.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        unknown = unknown_keys(config_dict)
+        if unknown:
+            _warn_of(tuple(unknown))
+        kept = {key: kwargs.pop(key, config_dict[key]) for key in unknown}
+        if "vocab_size" in config_dict:
+            kept["vocab_size"] = kwargs.pop("vocab_size", config_dict["vocab_size"])
+        fields = {key: value for key, value in config_dict.items() if key not in unknown}
+        result = super().from_dict(fields, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for key, value in kept.items():
+            setattr(config, key, value)
+        config._check()
+        return result
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "M2BertConfig":
+        """Copy the config with fields replaced by a user, whose `vocab_size` is rounded up.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        config = copy.deepcopy(self)
+        config.update(dict(overrides))
+        config = M2BertConfig.from_dict(config.to_dict())
+        if "vocab_size" in overrides:
+            config.vocab_size = padded_size(config.vocab_size, config.pad_vocab_size_multiple)
+        return config
+
     def _check(self) -> None:
-        """Raises a ValueError that names the first field whose range or company is not right."""
+        """Raise a ValueError that names the first field whose range or company is not right."""
         for name in ("hidden_dropout_prob", "mixer_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
@@ -251,13 +298,13 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_values(fields: Mapping[str, Any]) -> None:
-    """Checks values by themselves, as JSON or a command line may have given them.
+    """Check values by themselves, as JSON or a command line may have given them.
 
     Args:
-        fields: any fields of ``M2BertConfig``; others are passed over.
+        fields: Any fields of `M2BertConfig`; others are passed over.
 
     Raises:
-        ValueError: if one is of another type than the field, or is a size and not positive.
+        ValueError: If one is of another type than the field, or is a size and not positive.
     """
     for name, parameter in inspect.signature(M2BertConfig.__init__).parameters.items():
         if name not in fields or parameter.annotation not in KINDS:
@@ -273,12 +320,31 @@ def _require(holds: bool, name: str, value: object, accepted: str) -> None:
         raise ValueError(f"M2BertConfig: {name} must be {accepted}, not {value!r}")
 
 
-def _reject_unknown_keys(kwargs: dict[str, Any]) -> None:
+def padded_size(size: int, multiple: int) -> int:
+    """Round a size up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def unknown_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Find the keys that are no field of M2BertConfig and that transformers does not write.
+
+    Returns:
+        Each unknown key, and the known key that is spelt most like it, or an empty string.
+    """
     own = set(inspect.signature(M2BertConfig.__init__).parameters) - {"self", "kwargs"}
     base = set(inspect.signature(PretrainedConfig.__init__).parameters) - {"self", "kwargs"}
     known = own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
-    for key in kwargs:
-        if key not in known and not key.startswith("_"):
-            close = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+    unknown = [key for key in keys if key not in known and not key.startswith("_")]
+    close = {key: difflib.get_close_matches(key, sorted(known), n=1) for key in unknown}
+    return {key: found[0] if found else "" for key, found in close.items()}
+
+
+def _reject_unknown_keys(kwargs: Mapping[str, Any]) -> None:
+    for key, close in unknown_keys(kwargs).items():
+        hint = f"; did you mean {close!r}?" if close else ""
+        raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+
+
+@lru_cache  # a config is read several times when a model is loaded
+def _warn_of(keys: tuple[str, ...]) -> None:
+    log.warning("M2-BERT does not use these keys of a saved config: %s", ", ".join(keys))

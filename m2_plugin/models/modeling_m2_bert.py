@@ -57,7 +57,7 @@ class M2BertEmbeddings(nn.Module):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        """Embeds (B, L) token ids, or takes (B, L, D) word embeddings, to (B, L, D)."""
+        """Embed (B, L) token ids, or takes (B, L, D) word embeddings, to (B, L, D)."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
             x = x + self.token_type_embeddings.weight[0]
@@ -72,18 +72,18 @@ class M2BertEmbeddings(nn.Module):
 
 
 class ExtendedFilter(HyenaFilter):
-    """A filter that reaches further than it did when it was trained.
+    """A filter that was extended after training to reach further.
 
-    Its window ``exp(−s(t)·|δ|)`` is that of the first length up to there, s = t / (length − 1), and
+    Its window `exp(−s(t)·|δ|)` is that of the first length up to there, s = t / (length − 1), and
     then decays slowly, by half a unit of s for each extension: the taps beyond begin small, and
-    training can use them. (Going on at the first rate would leave nothing: e^{−48} at 2,048 in a
-    model of 128.)
+    training can use them. (At the first rate nothing would be left: e^{−48} at 2,048 in a model
+    of 128.)
 
     Args:
         channels: D, one filter each.
         max_length: H, the longest sequence.
-        extended_from: the maxima that it had before, ascending.
-        **kwargs: as ``HyenaFilter``.
+        extended_from: The maxima that it had before, ascending.
+        **kwargs: As `HyenaFilter`.
     """
 
     def __init__(self, channels: int, max_length: int, extended_from: Sequence[int], **kwargs: Any):
@@ -91,7 +91,7 @@ class ExtendedFilter(HyenaFilter):
         super().__init__(channels, max_length, **kwargs)
 
     def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns the window, (L, D)."""
+        """Return the window, (L, D)."""
         t = torch.arange(length, dtype=dtype, device=device)[:, None]
         s = t / (self.extended_from[0] - 1)
         for i, (before, after) in enumerate(pairwise([*self.extended_from, self.max_length])):
@@ -101,7 +101,7 @@ class ExtendedFilter(HyenaFilter):
 
 
 class M2BertLayer(nn.Module):
-    """One layer: mlp(mixer(x)). Neither residual nor norm stands round a Monarch mixer."""
+    """One layer: mlp(mixer(x)). A Monarch mixer has no residual and no norm round it."""
 
     def __init__(self, config: M2BertConfig):
         super().__init__()
@@ -144,7 +144,7 @@ class M2BertLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens, 0 at padding."""
+        """Map (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens, 0 at padding."""
         return self.mlp(self.mixer(x, mask))
 
 
@@ -173,7 +173,7 @@ class M2BertPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises as the reference does, except that every layer draws its own values."""
+        """Initialise as the reference does, but draw every layer's values anew."""
         # transformers 5 calls this after loading, guards torch's initialisers alone, and marks what
         # it has loaded; positional features and the padding's embedding are not set by those.
         parameters = module.parameters(recurse=False)
@@ -202,7 +202,7 @@ class M2BertModel(M2BertPreTrainedModel):
     """The bare encoder: embeddings and layers, without a head.
 
     Args:
-        config: the model's configuration.
+        config: The model's configuration.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -213,15 +213,15 @@ class M2BertModel(M2BertPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Returns the word embeddings."""
+        """Return the word embeddings."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the word embeddings."""
+        """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
     def _mask(self, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Returns the mask that the mixers need as (B, L, 1), or None where they need none."""
+        """Return the mask that the mixers need as (B, L, 1), or None where they need none."""
         attends = self.config.sequence_mixer == "alibi_attention"
         if attention_mask is None or not (attends or self.config.mask_padding):
             return None
@@ -237,23 +237,23 @@ class M2BertModel(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Tensor, ...]:
-        """Encodes a batch.
+        """Encode a batch.
 
         Args:
-            input_ids: (B, L) token ids; exactly one of this and ``inputs_embeds``.
-            attention_mask: (B, L), 1 at tokens and 0 at padding. Read by ``alibi_attention`` and
-                with ``mask_padding`` only, as in the reference.
+            input_ids: (B, L) token ids; exactly one of this and `inputs_embeds`.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Read by `alibi_attention` and
+                with `mask_padding` only, as in the reference.
             token_type_ids: (B, L), all 0 by default.
             position_ids: (B, L) or (1, L), 0 … L−1 by default.
             inputs_embeds: (B, L, D) word embeddings.
-            output_hidden_states: return the embeddings and every layer's output too.
-            return_dict: return a ``BaseModelOutput`` (the default) rather than a tuple.
+            output_hidden_states: Return the embeddings and every layer's output too.
+            return_dict: Return a `BaseModelOutput` (the default) rather than a tuple.
 
         Returns:
-            ``last_hidden_state`` (B, L, D), and ``hidden_states`` if asked for.
+            `last_hidden_state` (B, L, D), and `hidden_states` if asked for.
 
         Raises:
-            ValueError: if both or none of ``input_ids`` and ``inputs_embeds`` are given, or if the
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the
                 sequence is longer than the model's filters or positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -296,7 +296,7 @@ class M2BertHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         return self.norm(F.gelu(self.dense(x)))
 
 
@@ -304,7 +304,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
     """The encoder with a masked-language-model head, its decoder tied to the word embeddings.
 
     Args:
-        config: the model's configuration.
+        config: The model's configuration.
     """
 
     _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
@@ -317,11 +317,11 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Returns the decoder."""
+        """Return the decoder."""
         return self.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replaces the decoder."""
+        """Replace the decoder."""
         self.decoder = new_embeddings
 
     def forward(
@@ -336,25 +336,19 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
-        """Predicts masked tokens.
+        """Predict masked tokens.
 
         Args:
-            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
-            attention_mask: see there.
-            token_type_ids: see there.
-            position_ids: see there.
-            inputs_embeds: see there.
+            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
             labels: (B, L) token ids, −100 at positions without loss.
-            masked_logits_only: with labels, decode only the positions that have a loss: the logits
-                are (number of such positions, V), in the order of ``labels[labels != -100]``. At
+            masked_logits_only: With labels, decode only the positions that have a loss: the logits
+                are (number of such positions, V), in the order of `labels[labels != -100]`. At
                 15% masking this saves most of the decoder's work. That number depends on the data,
-                so ``torch.compile`` makes two graphs of this.
-            output_hidden_states: see there.
-            return_dict: see there.
+                so `torch.compile` makes two graphs of this.
 
         Returns:
-            ``loss``, the mean cross-entropy in nats over the labelled positions (0 if there are
-            none), and ``logits``, (B, L, V) unless ``masked_logits_only``.
+            `loss`, the mean cross-entropy in nats over the labelled positions (0 if there are
+            none), and `logits`, (B, L, V) unless `masked_logits_only`.
         """
         encoded = self.model(
             input_ids,
@@ -385,7 +379,7 @@ class M2BertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Maps (B, L, D), with a mask (B, L) or None, to (B, D)."""
+        """Map (B, L, D), with a mask (B, L) or None, to (B, D)."""
         if self.pooling == "cls":
             pooled = x[:, 0]
         elif attention_mask is None:
@@ -398,11 +392,11 @@ class M2BertPooler(nn.Module):
 
 @dataclass
 class M2BertEmbeddingOutput(BaseModelOutputWithPooling):
-    """Output of ``M2BertForTextEmbedding``.
+    """Output of `M2BertForTextEmbedding`.
 
     Args:
-        sentence_embedding: (B, D), the embeddings: ``pooler_output``, of length 1 where the config
-            says ``normalize_embeddings``.
+        sentence_embedding: (B, D), the embeddings: `pooler_output`, of length 1 where the config
+            says `normalize_embeddings`.
     """
 
     sentence_embedding: Tensor | None = None
@@ -412,8 +406,8 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
     """The encoder with a pooler: what the released retrieval models are.
 
     Args:
-        config: the model's configuration; ``classifier_pooling`` says what the pooler reads,
-            ``normalize_embeddings`` whether all embeddings have length 1.
+        config: The model's configuration; `classifier_pooling` says what the pooler reads,
+            `normalize_embeddings` whether all embeddings have length 1.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -432,20 +426,15 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> M2BertEmbeddingOutput | tuple[Tensor, ...]:
-        """Embeds texts.
+        """Embed texts.
 
         Args:
-            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
-            attention_mask: see there; ``mean`` pooling reads it too.
-            token_type_ids: see there.
-            position_ids: see there.
-            inputs_embeds: see there.
-            output_hidden_states: see there.
-            return_dict: see there.
+            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
+            attention_mask: See there; `mean` pooling reads it too.
 
         Returns:
-            ``sentence_embedding`` (B, D), ``pooler_output`` (B, D), which is the same before any
-            normalisation, and ``last_hidden_state`` (B, L, D).
+            `sentence_embedding` (B, D), `pooler_output` (B, D), which is the same before any
+            normalisation, and `last_hidden_state` (B, L, D).
         """
         encoded = self.model(
             input_ids,
@@ -475,14 +464,11 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Saves as every model does, and beside it what sentence-transformers reads.
+        """Save as every model does, and beside it what sentence-transformers reads.
 
         Args:
-            save_directory: the folder.
-            is_main_process: as in ``PreTrainedModel.save_pretrained``; others write nothing.
-            state_dict: see there.
-            *args: see there.
-            **kwargs: see there.
+            save_directory: The folder.
+            is_main_process: As in `PreTrainedModel.save_pretrained`; others write nothing.
         """
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         if is_main_process:
@@ -493,8 +479,8 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
     """The encoder with a pooler and a linear classifier or regressor, e.g. for GLUE.
 
     Args:
-        config: the model's configuration; ``num_labels``, ``problem_type``, ``classifier_pooling``
-            and ``classifier_dropout`` shape the head.
+        config: The model's configuration; `num_labels`, `problem_type`, `classifier_pooling`
+            and `classifier_dropout` shape the head.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -517,22 +503,17 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Classifies sequences.
+        """Classify sequences.
 
         Args:
-            input_ids: as in ``M2BertModel.forward``, like the other inputs not named here.
-            attention_mask: see there; ``mean`` pooling reads it too.
-            token_type_ids: see there.
-            position_ids: see there.
-            inputs_embeds: see there.
+            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
+            attention_mask: See there; `mean` pooling reads it too.
             labels: (B,) class ids; (B,) or (B, num_labels) numbers for a regression; or
-                (B, num_labels) zeros and ones for several labels at once. ``config.problem_type``
-                decides; if it is None, ``num_labels`` and the dtype do, as in transformers' BERT.
-            output_hidden_states: see there.
-            return_dict: see there.
+                (B, num_labels) zeros and ones for several labels at once. `config.problem_type`
+                decides; if it is None, `num_labels` and the dtype do, as in transformers' BERT.
 
         Returns:
-            ``loss`` if labels are given, and ``logits`` (B, num_labels).
+            `loss` if labels are given, and `logits` (B, num_labels).
         """
         encoded = self.model(
             input_ids,
@@ -570,7 +551,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
 def _masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of (..., V) logits; 0, with a graph, where nothing is labelled.
 
-    The labelled ones are not indexed, whose number would break the graph of ``torch.compile``.
+    Labelled positions are not indexed: their number would break the graph of `torch.compile`.
     """
     logits, labels = logits.flatten(0, -2).float(), labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")

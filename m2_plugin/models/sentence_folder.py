@@ -16,15 +16,15 @@ TYPES = "sentence_transformers.models."
 
 
 def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
-    """Lets `SentenceTransformer(folder)` compute what `M2BertForTextEmbedding` does.
+    """Let `SentenceTransformer(folder)` compute what `M2BertForTextEmbedding` does.
 
     The encoder is the folder's own; the pooler becomes a `Pooling` and a `Dense`, and
     `normalize_embeddings` a `Normalize`.
 
     Args:
-        folder: where the model is saved.
-        config: its configuration.
-        weights: its tensors; ``pooler.dense.weight`` (D, D) and ``pooler.dense.bias`` (D,) are
+        folder: Where the model is saved.
+        config: Its configuration.
+        weights: Its tensors; `pooler.dense.weight` (D, D) and `pooler.dense.bias` (D,) are
             written again, under the names of `Dense`.
     """
     folder, width = Path(folder), config.hidden_size

@@ -23,8 +23,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
+from m2_plugin.checkpoints.extend import POSITIONS, extend
 from m2_plugin.models import M2BertForMaskedLM
-from m2_plugin.models.extend import POSITIONS, extend
 
 OUT = Path(__file__).parent / "results" / "extension.json"
 LENGTH, EVALUATED = 2048, (128, 512, 2048)

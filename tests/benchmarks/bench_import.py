@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from m2_plugin.checkpoints.names import to_reference
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM, M2BertForTextEmbedding
-from m2_plugin.models.checkpoint import to_reference
 
 RESULT = Path(__file__).parent / "results" / "import_cost.json"
 SIZES = {"80M": (768, 3072), "110M": (960, 3840), "260M": (1536, 6144), "341M": (1792, 7168)}
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    libraries, _ = measured([sys.executable, "-c", "import m2_plugin.models.convert"])
+    libraries, _ = measured([sys.executable, "-c", "import m2_plugin.checkpoints.convert"])
     rows: list[dict] = []
     report = {"date": datetime.date.today().isoformat(), "libraries_mb": libraries, "rows": rows}
     for name, model_class, fields in layouts():

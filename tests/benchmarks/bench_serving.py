@@ -19,8 +19,8 @@ import torch
 from bench_model import SCALES, VOCAB, _cpu_name, seconds
 from report import RESULTS
 
+from m2_plugin.checkpoints.onnx import INPUTS, export_onnx
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
-from m2_plugin.models.onnx import INPUTS, export_onnx
 
 LENGTH = 512
 

@@ -1,6 +1,7 @@
 """What a fine-tune starts from: Composer's checkpoints, the M2 reference's, folders; and errors."""
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from llmfoundry.utils.builders import build_composer_model, build_dataloader
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import import_checkpoint
+from m2_plugin.checkpoints.names import from_reference, to_reference
 from m2_plugin.cli import main
 from tests.foundry.test_models import TINY, build, mlm_batch
-from tests.models.test_golden import MONARCH, golden_config
-from tests.utils import load_golden, max_error, with_prefix
+from tests.models.test_golden import NAMES
+from tests.utils import load_golden, max_error, relative_error, with_prefix
 
 GLUE = Path(__file__).parent / "data" / "glue"
 families = pytest.mark.parametrize("family", list(TINY))
@@ -118,43 +121,130 @@ def test_mnli_fine_tune(family, kind, tmp_path):
     assert torch.equal(same.model.classifier.weight, mnli.model.classifier.weight)
 
 
-@pytest.mark.parametrize("name", MONARCH)
-@pytest.mark.parametrize("kind", ["composer", "bin"])
-def test_reference_checkpoint(name, kind, tmp_path):
-    """Its outputs, from the file alone: the config is read off the weights."""
+STATED = {
+    "all": lambda reference: reference,
+    "shapes_only": lambda reference: None,
+    "others": lambda reference: (
+        reference | {"hyena_w_mod": 1.5, "pool_all": True, "layer_norm_eps": 1e-3}
+    ),
+}
+
+
+def reference_file(path, name, stated) -> tuple[dict, dict]:
+    """A golden model as a Composer checkpoint, or bare; its tensors, and what config is with it."""
     meta, tensors = load_golden(name)
-    if not any("predictions" in key for key in tensors):
-        pytest.skip("holds no whole model")
-    weights = with_prefix(tensors, "sd/")
-    if kind == "composer":
-        content = {"_target": "transformers.BertConfig", "model_type": "bert"}
-        huggingface = {"model": {"config": {"content": content}}}
+    weights, config = with_prefix(tensors, "sd/"), STATED[stated](meta["config"])
+    if config is None:
+        torch.save(weights, path)
+    else:
+        content = {"_target": "transformers.BertConfig", "model_type": "bert"} | config
         state = {f"model.{key}": value for key, value in weights.items()}
-        weights = {"state": {"model": state, "integrations": {"huggingface": huggingface}}}
-    path = str(tmp_path / ("latest-rank0.pt" if kind == "composer" else "pytorch_model.bin"))
-    torch.save(weights, path)
-    config = golden_config(meta)
-    told = {"hyena_w_mod": config.hyena_w_mod, "pad_vocab_size_multiple": 1}
-    if config.intermediate_size % config.monarch_mlp_nblocks and config.use_monarch_mlp:
-        told["intermediate_size"] = config.intermediate_size  # the blocks are padded
-    model = build_composer_model(
-        "m2_bert_mlm", {"pretrained_model_name_or_path": path, "config_overrides": told}, None
-    )
-    found, expected = model.config.to_dict(), config.to_dict()
-    ignored = {"pad_vocab_size_multiple", "hyena_w", "num_attention_heads", "architectures"}
-    ignored |= {"_attn_implementation_autoset"}
-    differ = {k for k in expected if k not in ignored and found.get(k) != expected[k]}
-    if not config.use_monarch_mlp:
-        differ.discard("monarch_mlp_nblocks")
-    if not config.use_positional_encodings:
-        differ.discard("max_position_embeddings")
-    assert not differ
+        huggingface = {"model": {"config": {"content": content}}}
+        state = {"model": state, "integrations": {"huggingface": huggingface}}
+        torch.save({"state": state}, path)
+    return tensors, meta["config"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stated", list(STATED))
+def test_a_file_is_one_model_by_every_route(name, stated, tmp_path):
+    """Imported, or trained from: equal configs and logits, the reference's if its config is there.
+
+    What neither shapes nor a saved config tell, `--config` and `config_overrides` do.
+    """
+    path = tmp_path / "latest-rank0.pt"
+    tensors, reference = reference_file(path, name, stated)
+    told = {}
+    if stated == "shapes_only":
+        keys = ("hyena_w_mod", "use_positional_encodings", "intermediate_size", "layer_norm_eps")
+        told = {key: reference[key] for key in (*keys, "num_attention_heads") if key in reference}
+        (tmp_path / "told.json").write_text(json.dumps(told))
+    import_checkpoint(path, tmp_path / "m2", config=tmp_path / "told.json" if told else None)
+    cfg = {"pretrained_model_name_or_path": str(path), "config_overrides": told}
+    model = build_composer_model("m2_bert_mlm", cfg, None).model.eval()
+    imported = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2").eval()
+    written = ("architectures", "torch_dtype", "_name_or_path", "_attn_implementation_autoset")
+    one, other = ({k: v for k, v in m.config.to_dict().items() if k not in written}
+                  for m in (model, imported))  # fmt: skip
+    assert one == other
+    if stated == "others":
+        assert (one["hyena_w_mod"], one["layer_norm_eps"]) == (1.5, 1e-3)
+        assert one["classifier_pooling"] == "mean"
     inputs = with_prefix(tensors, "in/")
     batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
     with torch.no_grad():
-        logits = model.eval()(batch)["logits"]
-    golden = tensors["out/mlm_logits"]
-    assert (logits - golden).norm() / golden.norm() < 1e-5
+        logits = model(**batch).logits
+        assert torch.equal(logits, imported(**batch).logits)
+    if stated != "others":
+        assert relative_error(logits, tensors["out/mlm_logits"]) < 1e-5
+
+
+def compiled(name):
+    """A name in a model of which a module was compiled."""
+    return name.replace(".layer", "._orig_mod.layer", 1)
+
+
+@pytest.mark.parametrize("names", ["reference", "own"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
+        lambda w: {f"module._orig_mod.{k}": v for k, v in w.items()},
+        lambda w: {"model_state_dict": {compiled(k): v for k, v in w.items()}, "epoch": 3},
+        lambda w: {"state_dict": {f"model.module.{k}": v for k, v in w.items()}, "epoch": 3},
+        lambda w: {"model": w, "optimizer": {"state": {}, "param_groups": [{"lr": 1.0}]}},
+    ],
+    ids=["compiled", "parallel", "loop", "lightning", "optimizer"],
+)
+def test_a_wrapped_model_is_read_by_every_route(wrap, names, tmp_path):
+    model = build("m2_bert", "mlm").model
+    weights = model.state_dict() if names == "own" else to_reference(model.state_dict())
+    torch.save(wrap(weights), tmp_path / "loop.pt")
+    import_checkpoint(tmp_path / "loop.pt", tmp_path / "m2")
+    imported = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2")
+    path = str(tmp_path / "loop.pt")
+    started = build("m2_bert", "mlm", pretrained_model_name_or_path=path).model
+    for found in (imported, started):
+        assert_same([name for name, _ in model.named_parameters()], found, model)
+
+
+def without(weights, part):
+    return {name: tensor for name, tensor in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize("names", ["reference", "own"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: without(w, "position_embeddings"), "there is no embeddings.position_embedd"),
+        (lambda w: without(w, "word_embeddings"), "there is no embeddings.word_embeddings"),
+        (lambda w: w | {next(n for n in w if n.endswith("pos_emb.t")): torch.zeros(1, 32, 1)},
+         "pos_emb.t is not what M2-BERT computes"),
+        (lambda w: w | {next(n for n in w if "in_" in n): torch.zeros(3, 3)}, r"is \(3, 3\) there"),
+    ],
+    ids=["positions", "words", "buffer", "shape"],
+)  # fmt: skip
+def test_a_file_is_refused_alike_by_every_route(names, change, message, tmp_path):
+    path = str(tmp_path / "broken.pt")
+    weights = with_prefix(load_golden("base_bidir_resid_glu_monarch")[1], "sd/")
+    if names == "own":
+        weights = from_reference(weights)
+        if message.startswith("pos_emb.t"):
+            return  # ours has no such buffer
+    torch.save(change(weights), path)
+    said = []
+    for read in (
+        lambda: import_checkpoint(path, tmp_path / "m2"),
+        lambda: build("m2_bert", "mlm", pretrained_model_name_or_path=path),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            read()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    if "position_embeddings" in message:
+        told = {"use_positional_encodings": False}
+        model = build("m2_bert", "mlm", overrides=told, pretrained_model_name_or_path=path)
+        assert model.config.use_positional_encodings is False
 
 
 @families

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
+from m2_plugin.checkpoints.names import from_reference
 from m2_plugin.layers.alibi_attention import AlibiAttention, alibi_slopes
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import HyenaFilter, LongConv
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
-from m2_plugin.models.checkpoint import from_reference
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_to_dense
 from tests.utils import KERNEL_DEVICE, load_golden, max_error, relative_error, with_prefix
 

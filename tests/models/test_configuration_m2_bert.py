@@ -1,11 +1,16 @@
 import inspect
+import json
 import re
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
 
-from m2_plugin.models import M2BertConfig
+from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
 from m2_plugin.models.configuration_m2_bert import KINDS
+from tests.models.test_modeling_m2_bert import small
+from tests.utils import max_error
 
 
 def test_defaults_are_the_published_80m():
@@ -31,6 +36,41 @@ def test_round_trip(tmp_path):
     again = M2BertConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
     assert (again.vocab_size, again.num_labels) == (1008, 3)
+
+
+def test_a_saved_config_may_have_keys_of_other_tools(tmp_path, caplog):
+    """It loads with one warning, and keeps them; values are checked, and a YAML is strict still."""
+    written = {"tool.settings": {"dtype": "q8"}, "some_use_cache": False, "bos_token_id": None}
+    M2BertConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | written))
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert written.items() <= config.to_dict().items()
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("m2_plugin")]
+    assert warning.endswith("keys of a saved config: tool.settings, some_use_cache")
+    assert AutoConfig.from_pretrained(tmp_path, some_use_cache=True).some_use_cache is True
+    with pytest.raises(ValueError, match="no key 'some_use_cache'"):
+        M2BertConfig(some_use_cache=False)
+    with pytest.raises(ValueError, match="hyena_emb_dim must be odd"):
+        M2BertConfig.from_dict(saved | {"hyena_emb_dim": 4})
+    with pytest.raises(ValueError, match="vocab_size must be a positive integer, not 'many'"):
+        M2BertConfig.from_dict(saved | {"vocab_size": "many"})
+
+
+@pytest.mark.parametrize("size", [107, 104, 93])
+def test_a_resized_vocabulary_is_saved_and_loaded(size, tmp_path):
+    """A size in a file is that of the weights; only a new model's size is rounded up."""
+    model = M2BertForMaskedLM(small()).eval()
+    assert model.config.vocab_size == 104
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert again.config.vocab_size == size
+    ids = torch.randint(5, 90, (2, 20))
+    with torch.no_grad():
+        assert max_error(again(ids).logits, model(ids).logits) < 1e-6
+    assert AutoConfig.from_pretrained(tmp_path, vocab_size=50).vocab_size == 50
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from m2_plugin.checkpoints.names import from_reference
 from m2_plugin.models import (
     M2BertConfig,
     M2BertForMaskedLM,
     M2BertForSequenceClassification,
 )
-from m2_plugin.models.checkpoint import from_reference
 from tests.utils import GOLDEN, load_golden, relative_error, with_prefix
 
 NAMES = sorted(p.stem for p in GOLDEN.glob("*.safetensors") if p.stem != "units")

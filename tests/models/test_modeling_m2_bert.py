@@ -12,13 +12,13 @@ from transformers import (
     pipeline,
 )
 
+from m2_plugin.checkpoints.names import from_reference
 from m2_plugin.models import (
     M2BertConfig,
     M2BertForMaskedLM,
     M2BertForSequenceClassification,
     M2BertModel,
 )
-from m2_plugin.models.checkpoint import from_reference
 from tests.utils import GOLDEN, KERNEL_DEVICE, TOKENIZER, max_error
 
 REFERENCE = json.loads((GOLDEN / "reference_80M.json").read_text())

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import import_checkpoint
+from m2_plugin.checkpoints.extend import extend_folder
+from m2_plugin.checkpoints.hub import export_hub_folder
 from m2_plugin.models import M2BertForTextEmbedding
-from m2_plugin.models.convert import import_checkpoint
-from m2_plugin.models.extend import extend_folder
-from m2_plugin.models.hub import export_hub_folder
 from tests.models.test_modeling_m2_bert import small
 from tests.utils import TOKENIZER
 

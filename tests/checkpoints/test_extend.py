@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import export_checkpoint, import_checkpoint
+from m2_plugin.checkpoints.extend import extend
 from m2_plugin.cli import main
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
-from m2_plugin.models.convert import export_checkpoint, import_checkpoint
-from m2_plugin.models.extend import extend
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER, relative_error
 
@@ -99,7 +99,7 @@ def test_a_tiled_model_goes_back_to_the_reference(tmp_path):
     assert main(["extend", str(tmp_path / "short"), *arguments]) == 0
     export_checkpoint(tmp_path / "long", tmp_path / "long.pt")
     report = import_checkpoint(tmp_path / "long.pt", tmp_path / "again")
-    assert report.config.long_conv_l_max == report.config.max_position_embeddings == 72
+    assert report.found.config.long_conv_l_max == report.found.config.max_position_embeddings == 72
 
 
 def test_errors(tmp_path, capsys):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
 
+from m2_plugin.checkpoints.convert import export_checkpoint, import_checkpoint
+from m2_plugin.checkpoints.names import to_reference, translate
 from m2_plugin.cli import main
 from m2_plugin.models import (
     M2BertConfig,
@@ -19,8 +21,6 @@ from m2_plugin.models import (
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
 )
-from m2_plugin.models.checkpoint import to_reference, translate
-from m2_plugin.models.convert import export_checkpoint, import_checkpoint
 from tests.models.test_golden import NAMES
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER, load_golden, relative_error, with_prefix
@@ -53,9 +53,9 @@ def test_import_and_export_of_the_reference(name, tmp_path):
     """The logits of the reference, and every tensor of the file again, buffers included."""
     source, config, weights, tensors = golden_file(tmp_path, name)
     report = import_checkpoint(source, tmp_path / "m2", config=config)
-    assert report.model == "M2BertForMaskedLM"
-    assert len(report.mapped) + len(report.derived) == len(weights)
-    assert not report.unused and not report.missing
+    assert report.found.model_class is M2BertForMaskedLM
+    assert len(report.found.mapped) + len(report.found.derived) == len(weights)
+    assert not report.found.unknown and not report.missing
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2").eval()
     inputs = with_prefix(tensors, "in/")
     batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
@@ -67,7 +67,8 @@ def test_import_and_export_of_the_reference(name, tmp_path):
     content = torch.load(tmp_path / "back.pt", weights_only=True)
     assert_same(content["state"]["model"], {f"model.{k}": v for k, v in weights.items()})
     again = import_checkpoint(tmp_path / "back.pt", tmp_path / "again")
-    assert again.config.to_dict() == report.config.to_dict() and not again.assumed
+    assert again.found.config.to_dict() == report.found.config.to_dict()
+    assert not again.found.assumed
     assert_same(
         load_file(tmp_path / "again" / "model.safetensors"),
         load_file(tmp_path / "m2" / "model.safetensors"),
@@ -89,8 +90,8 @@ def test_hub_layout_of_the_retrieval_models(kind, tmp_path):
         weights = {k: v for k, v in weights.items() if ".freq" not in k or "filter.1." in k}
         save_file(weights, folder / "model.safetensors")
     report = import_checkpoint(folder, tmp_path / "m2")
-    assert report.model == "M2BertForTextEmbedding"
-    assert report.config.classifier_pooling == "mean"
+    assert report.found.model_class is M2BertForTextEmbedding
+    assert report.found.config.classifier_pooling == "mean"
     loaded = AutoModelForTextEncoding.from_pretrained(tmp_path / "m2").eval()
     batch = {"input_ids": ids(), "attention_mask": torch.ones(2, 20).tril(17)}
     with torch.no_grad():
@@ -237,7 +238,7 @@ def test_every_missing_tensor_is_named(tmp_path, capsys):
     three = M2BertForSequenceClassification(small(num_labels=3)).state_dict()
     ours = [name for name in own if "layers.1." not in name]
     for tensors, names in (
-        (weights, report.mapped),
+        (weights, report.found.mapped),
         (own, ours),
         (three, ["classifier.weight", "classifier.bias"]),
     ):
@@ -430,7 +431,7 @@ def test_a_folder_that_is_not_whole_goes_no_further(command, damage, tmp_path, c
         message = f"'{path}' cannot be read as a checkpoint"
     elif damage == "shape":
         weights[name] = weights[name][:-1].clone()
-        message = f"'{folder}': {name} is (3, 16, 4) there, and (4, 16, 4) by its config.json"
+        message = f"'{folder}': {name} is (3, 16, 4) there, and (4, 16, 4) in the model that"
     else:
         del weights[name], weights["head.dense.weight"]
         message = f"'{folder}' is not whole: its weights lack {name}, head.dense.weight"
@@ -473,7 +474,7 @@ def test_keys_that_are_no_fields_are_named(tmp_path, capsys):
 
 MEASURE = """
 import resource, sys, time
-from m2_plugin.models.convert import import_checkpoint
+from m2_plugin.checkpoints.convert import import_checkpoint
 
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 import_checkpoint(sys.argv[1], sys.argv[2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2_plugin.checkpoints import onnx as onnx_export
 from m2_plugin.cli import main
 from m2_plugin.models import (
     M2BertForMaskedLM,
@@ -13,7 +14,6 @@ from m2_plugin.models import (
     M2BertForTextEmbedding,
     M2BertModel,
 )
-from m2_plugin.models import onnx as onnx_export
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import max_error
 

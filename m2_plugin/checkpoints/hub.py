@@ -1,4 +1,4 @@
-"""A transformers folder that works where this package is not installed: its code travels along.
+"""Write a transformers folder that brings its code and works without this package.
 
 transformers runs code of a folder (`trust_remote_code=True`) whose modules lie side by side. They
 are generated from the sources here: each becomes a file of its own, and imports between them become
@@ -11,8 +11,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from m2_plugin.checkpoints.folder import load_folder
 from m2_plugin.files import whole
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["export_hub_folder", "flat_sources"]
 
@@ -34,17 +34,17 @@ ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load with
 
 
 def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Copies a transformers folder of ours, with the code that it needs.
+    """Copy a transformers folder of ours, with the code that it needs.
 
     Args:
-        folder: a transformers folder with an M2-BERT.
-        out: the folder to make. It appears when it is whole.
+        folder: A transformers folder with an M2-BERT.
+        out: The folder to make. It appears when it is whole.
 
     Returns:
         The names of its files.
 
     Raises:
-        ValueError: if the folder is none of ours or not whole, or `out` is there already.
+        ValueError: If the folder is none of ours or not whole, or `out` is there already.
     """
     load_folder(folder)  # what is not whole is not passed on
     with whole(Path(out)) as temporary:
@@ -86,6 +86,8 @@ def flat_sources() -> dict[str, str]:
 def _flat(module: str) -> str:
     """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
     room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
+    if not name:  # a module that is in no room
+        return room
     return name if room == "models" else f"{room}_{name}".replace(".", "_")
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def main_import(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin import`.
+    """Run `m2-plugin import`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the source was refused.
@@ -37,7 +37,7 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
-        from m2_plugin.models.convert import import_checkpoint
+        from m2_plugin.checkpoints.convert import import_checkpoint
 
         report = import_checkpoint(
             args.source,
@@ -53,10 +53,10 @@ def main_import(argv: Sequence[str] | None = None) -> int:
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin export`.
+    """Run `m2-plugin export`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the folder was refused.
@@ -75,14 +75,14 @@ def main_export(argv: Sequence[str] | None = None) -> int:
 
     def run() -> list[str]:
         if args.hub:
-            from m2_plugin.models.hub import export_hub_folder
+            from m2_plugin.checkpoints.hub import export_hub_folder
 
             return [f"{len(export_hub_folder(args.folder, args.hub))} files", args.hub]
         if args.onnx:
-            from m2_plugin.models.onnx import export_onnx
+            from m2_plugin.checkpoints.onnx import export_onnx
 
             return [f"outputs: {', '.join(export_onnx(args.folder, args.onnx))}", args.onnx]
-        from m2_plugin.models.convert import export_checkpoint
+        from m2_plugin.checkpoints.convert import export_checkpoint
 
         return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
 
@@ -90,10 +90,10 @@ def main_export(argv: Sequence[str] | None = None) -> int:
 
 
 def main_extend(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin extend`.
+    """Run `m2-plugin extend`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0, or 1 if the folder was refused.
@@ -115,7 +115,7 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
-        from m2_plugin.models.extend import extend_folder
+        from m2_plugin.checkpoints.extend import extend_folder
 
         config = extend_folder(args.folder, args.out, args.max_seq_len, args.method)
         return [f"takes up to {config.max_sequence_length} tokens", args.out]
@@ -124,7 +124,7 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(run: Callable[[], Any]) -> int:
-    """Writes the lines of a result, or of a refusal."""
+    """Write the lines of a result, or of a refusal."""
     try:
         lines = run()
     except (ValueError, OSError) as error:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import m2_plugin.models
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.files import whole
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.layers.monarch_mixer import MonarchMixer
-from m2_plugin.models.convert import load_folder
 
 __all__ = ["INPUTS", "OPSET", "export_onnx"]
 
@@ -30,25 +30,25 @@ class ToeplitzProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, kernels: Tensor, groups: int) -> Tensor:
-        """Correlates an image (1, D, 2L − 1) with kernels (D·B, 1, L) to (1, D·B, L)."""
+        """Correlate an image (1, D, 2L − 1) with kernels (D·B, 1, L) to (1, D·B, L)."""
         return F.conv1d(image, kernels, groups=groups)
 
     @staticmethod
     def symbolic(g: Any, image: Any, kernels: Any, groups: int) -> Any:
-        """Writes ONNX's Conv, which takes kernels that are computed."""
+        """Write ONNX's Conv, which takes kernels that are computed."""
         y = g.op("Conv", image, kernels, group_i=groups)
         return y.setType(image.type().with_sizes([1, None, None]))
 
 
 class ToeplitzConv(nn.Module):
-    """``LongConv`` for export: taps in place of their MLP, products in place of the FFT.
+    """`LongConv` for export: taps in place of their MLP, products in place of the FFT.
 
     Exact at any length, at a cost that grows with its square. The taps are the image and the batch
     holds the kernels, not the other way round: the runtime then unfolds the taps once for all of a
     batch, into the L × L Toeplitz matrix, without padding.
 
     Args:
-        conv: the layer to replace.
+        conv: The layer to replace.
     """
 
     taps: Tensor
@@ -60,7 +60,7 @@ class ToeplitzConv(nn.Module):
         self.register_buffer("taps", conv.taps(self.max_length)[None])  # (1, D, 2H − 1)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Maps (B, L, D) to (B, L, D), L ≤ H."""
+        """Map (B, L, D) to (B, L, D), L ≤ H."""
         length = u.shape[1]
         image = self.taps[:, :, self.max_length - length : self.max_length + length - 1]
         kernels = u.permute(2, 0, 1).flip(2).reshape(-1, 1, length)
@@ -69,43 +69,43 @@ class ToeplitzConv(nn.Module):
 
 
 class Positional(nn.Module):
-    """A model that takes ``INPUTS`` in their order and returns a tuple of tensors."""
+    """A model that takes `INPUTS` in their order and returns a tuple of tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Takes (B, L) inputs; returns what the model does."""
+        """Take (B, L) inputs; returns what the model does."""
         return self.outputs(*inputs).to_tuple()
 
     def outputs(self, *inputs: Tensor) -> Any:
-        """Returns the model's output, with names."""
+        """Return the model's output, with names."""
         named = dict(zip(INPUTS, inputs, strict=True))
         return self.model(**named, output_hidden_states=False, return_dict=True)
 
 
 def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
-    """Writes the model of a transformers folder as one ONNX file, fp32.
+    """Write the model of a transformers folder as one ONNX file, fp32.
 
-    Its inputs are ``input_ids``, ``attention_mask`` and ``token_type_ids``, each (B, L) int64 and
+    Its inputs are `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64 and
     required, with any B and any L up to the model's longest. Its outputs have the names and shapes
     that the model's have in transformers.
 
     Args:
-        folder: a transformers folder with an M2-BERT.
-        out: the file to write. It appears when it is whole.
+        folder: A transformers folder with an M2-BERT.
+        out: The file to write. It appears when it is whole.
 
     Returns:
         The names of the outputs.
 
     Raises:
-        ValueError: if the folder is none of ours or not whole, has another mixer than Monarch's, or
-            is too large for a file; if `out` is there already; or if ``onnx`` is not installed.
+        ValueError: If the folder is none of ours or not whole, has another mixer than Monarch's, or
+            is too large for a file; if `out` is there already; or if `onnx` is not installed.
     """
     if importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx is not installed: pip install onnx onnxruntime")
-    config, _ = load_folder(folder)
+    config, weights = load_folder(folder)
     if config.sequence_mixer != "monarch_mixer":
         raise ValueError(
             f"only models with sequence_mixer 'monarch_mixer' are exported to ONNX, and that of "
@@ -118,8 +118,9 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
             f"one of the models with a head is needed, as M2BertForMaskedLM"
         )
     with whole(Path(out)) as temporary, torch.no_grad():
-        model = getattr(m2_plugin.models, name).from_pretrained(folder, backend="torch")
-        positional = Positional(_without_fft(model.float().eval()))
+        config.backend = "torch"
+        model = build_model(getattr(m2_plugin.models, name), config, weights)
+        positional = Positional(_without_fft(model))
         # The file holds the decoder's tied weight again, transposed.
         parameters = positional.named_parameters(remove_duplicate=False)
         tensors = [*(tensor for _, tensor in parameters), *positional.buffers()]
@@ -156,7 +157,7 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
 
 
 def _declare_inputs(path: str) -> None:
-    """Adds the inputs that a model does not read: the exporter leaves them out."""
+    """Add the inputs that a model does not read: the exporter leaves them out."""
     import onnx
 
     model = onnx.load(path)

@@ -9,9 +9,9 @@ import sys
 import torch
 from transformers import AutoModelForMaskedLM
 
+from m2_plugin.checkpoints.hub import flat_sources
 from m2_plugin.cli import main
 from m2_plugin.models import M2BertForMaskedLM, M2BertForSequenceClassification
-from m2_plugin.models.hub import flat_sources
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER
 

@@ -12,13 +12,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from m2_plugin.checkpoints.folder import load_folder, save_folder
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.convert import WEIGHTS, load_folder
-from m2_plugin.models.sentence_folder import write_modules
 
 __all__ = ["METHODS", "extend", "extend_folder"]
 
@@ -26,11 +24,11 @@ POSITIONS = "model.embeddings.position_embeddings.weight"
 
 
 def continued_features(z: Tensor, period: int, length: int) -> Tensor:
-    """Appends the features of further positions, on the scale of the length they began with.
+    """Append the features of further positions, on the scale of the length they began with.
 
     Args:
         z: (L, E), the first positions, as trained.
-        period: the length that the model was made with: t is 1 at its last position.
+        period: The length that the model was made with: t is 1 at its last position.
         length: H.
 
     Returns:
@@ -44,7 +42,7 @@ def continued_features(z: Tensor, period: int, length: int) -> Tensor:
 
 
 def tiled(rows: Tensor, length: int) -> Tensor:
-    """Repeats (L, ·) from its start, to (H, ·)."""
+    """Repeat (L, ·) from its start, to (H, ·)."""
     return rows.repeat(-(-length // len(rows)), 1)[:length]
 
 
@@ -70,7 +68,7 @@ METHODS = {"continue": _by_continuing, "tile": _by_tiling}
 def extend(
     config: M2BertConfig, weights: dict[str, Tensor], length: int, method: str = "continue"
 ) -> tuple[M2BertConfig, dict[str, Tensor]]:
-    """Makes a model take longer sequences. Position embeddings repeat from the start.
+    """Make a model take longer sequences. Position embeddings repeat from the start.
 
     `continue` leaves every tap of the filters as it is and appends taps for the lags beyond, small
     ones that training can use: sequences of the old length have the same outputs as before.
@@ -79,16 +77,16 @@ def extend(
     zero; here they are kept.)
 
     Args:
-        config: of the model; not changed.
-        weights: under our names, those of the encoder beginning with `model.`.
+        config: Of the model; not changed.
+        weights: Under our names, those of the encoder beginning with `model.`.
         length: H, the new maximum.
-        method: one of `METHODS`.
+        method: One of `METHODS`.
 
     Returns:
         The new config and weights.
 
     Raises:
-        ValueError: if the model takes such lengths already, or the method is unknown.
+        ValueError: If the model already takes this length, or the method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -113,30 +111,26 @@ def extend(
 def extend_folder(
     folder: str | Path, out: str | Path, length: int, method: str = "continue"
 ) -> M2BertConfig:
-    """Makes a transformers folder with a longer context of another.
+    """Make a transformers folder with a longer context of another.
 
     Args:
-        folder: a transformers folder with an M2-BERT.
-        out: the folder to make. It appears when it is whole.
-        length: the new maximum.
-        method: one of `METHODS`.
+        folder: A transformers folder with an M2-BERT.
+        out: The folder to make. It appears when it is whole.
+        length: The new maximum.
+        method: One of `METHODS`.
 
     Returns:
         The new config.
 
     Raises:
-        ValueError: as `extend`, and if the folder is none of ours or not whole, or `out` is there
+        ValueError: As `extend`, and if the folder is none of ours or not whole, or `out` is there
             already.
     """
     config, weights = extend(*load_folder(folder), length, method)
     with whole(Path(out)) as temporary:
         rewritten = shutil.ignore_patterns("config.json", "*.safetensors", "*.bin", "*.index.json")
         shutil.copytree(folder, temporary, ignore=rewritten)
-        config.save_pretrained(temporary)
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
-        if (Path(folder) / "modules.json").is_file():
-            write_modules(temporary, config, tensors)
+        save_folder(temporary, config, weights)
         path = temporary / "tokenizer_config.json"
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}

@@ -1,4 +1,4 @@
-"""Names of the released checkpoints (HazyResearch/m2, ``bert/``) and ours, in one table."""
+"""Names of the released checkpoints (HazyResearch/m2, `bert/`) and ours, in one table."""
 
 import math
 import re
@@ -46,10 +46,10 @@ for _ours, _theirs in CONVOLUTIONS.items():
             RENAMES[_from + _layer] = _to + rf"filter.{_ours}.layers.{_i}.\2"
         RENAMES[_from + rf"{_theirs}\.6\.weight"] = _to + f"filter.{_ours}.out.weight"
 
-# The dimension of size 1 that the reference's tensor has and ours has not, by the end of our name.
+# The dimension of size 1 that only the reference's tensor has, by the end of our name.
 EXTRA_DIM = {"filter.pos_emb": 0, "filter.freq": 0, "short_conv.weight": 1}
 
-# How many dimensions those of our tensors have that tell a model's sizes, by the end of their name.
+# The number of dimensions of our tensors that show a model's sizes, by the end of their name.
 RANKS: dict[str, tuple[int, ...]] = {
     "word_embeddings.weight": (2,),
     "position_embeddings.weight": (2,),
@@ -74,13 +74,13 @@ DERIVED = re.compile(
 
 @dataclass
 class Translation:
-    """What became of the tensors of a reference state dict.
+    """The tensors of a reference state dict, sorted by what they are to us.
 
     Args:
-        weights: under our names; views of the tensors given.
-        mapped: reference name → ours.
-        derived: reference names of tensors that our model computes.
-        unknown: names that the reference has not.
+        weights: Under our names; views of the tensors given.
+        mapped: Reference name → ours.
+        derived: Reference names of tensors that our model computes.
+        unknown: Names that are not the reference's.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -90,19 +90,19 @@ class Translation:
 
 
 def translate(state_dict: Mapping[str, Tensor]) -> Translation:
-    """Renames the reference's state dict to ours, and says what became of each tensor.
+    """Rename the reference's state dict to ours, and list what became of each tensor.
 
     Args:
-        state_dict: of a reference ``BertForMaskedLM`` or ``BertForSequenceClassification``, names
-            beginning with ``bert.``, ``cls.`` or ``classifier.``.
+        state_dict: Of a reference `BertForMaskedLM` or `BertForSequenceClassification`, names
+            beginning with `bert.`, `cls.` or `classifier.`.
 
     Raises:
-        ValueError: if a tensor has another number of dimensions than the reference's; the message
+        ValueError: If a tensor has another number of dimensions than the reference's; the message
             names it.
     """
     result = Translation()
     for name, tensor in state_dict.items():
-        ours = _renamed(name, RENAMES)
+        ours = our_name(name)
         if ours is not None:
             _check_rank(name, ours, tensor, extra=_extra_dim(ours) is not None)
             result.mapped[name] = ours
@@ -114,18 +114,23 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
     return result
 
 
+def our_name(name: str) -> str | None:
+    """Give our name of a tensor of the reference, or None if it has none."""
+    return _renamed(name, RENAMES)
+
+
 def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the reference's state dict to ours.
+    """Rename the reference's state dict to ours.
 
     Args:
-        state_dict: see ``translate``.
+        state_dict: See `translate`.
 
     Returns:
-        Names and tensors for ``M2BertForMaskedLM`` or ``M2BertForSequenceClassification``; the
+        Names and tensors for `M2BertForMaskedLM` or `M2BertForSequenceClassification`; the
         tensors are views of those given.
 
     Raises:
-        ValueError: as ``translate``, and if a name is not one of the reference's; the message names
+        ValueError: As `translate`, and if a name is not one of the reference's; the message names
             it.
     """
     result = translate(state_dict)
@@ -135,18 +140,18 @@ def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames our state dict to the reference's, and adds what it stores and we compute.
+    """Rename our state dict to the reference's, and add what it stores and we compute.
 
-    The inverse of ``from_reference``: buffers are rebuilt, in the dtype of the filter's features.
+    The inverse of `from_reference`: buffers are rebuilt, in the dtype of the filter's features.
 
     Args:
-        state_dict: weights of one of our models; names of a bare encoder begin with ``model.`` too.
+        state_dict: Weights of one of our models; names of a bare encoder begin with `model.` too.
 
     Returns:
         The reference's names and tensors; shared tensors share their memory.
 
     Raises:
-        ValueError: if a name has no counterpart in the reference; the message names it.
+        ValueError: If a name has no counterpart in the reference; the message names it.
     """
     attends = any(".mixer.qkv_proj." in name for name in state_dict)
     inverse = _inverse_renames(attends)
@@ -160,10 +165,10 @@ def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def derived_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Computes what the reference stores beside the weights: buffers, and its shared tensors again.
+    """Compute what the reference stores beside the weights: buffers, and its shared tensors again.
 
     Args:
-        state_dict: weights under our names.
+        state_dict: Weights under our names.
 
     Returns:
         Under the reference's names, as its constructors make them.
@@ -246,16 +251,16 @@ def _check_rank(name: str, ours: str, tensor: Tensor, extra: bool = False) -> No
 
 
 def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | str]:
-    """The fields of ``M2BertConfig`` that the weights' names and shapes tell.
+    """Read the fields of `M2BertConfig` that names and shapes of the weights show.
 
-    Not among them are dropout, pooling, ``mask_padding`` and ``hyena_w_mod``. Where a Monarch MLP's
-    blocks are padded, its sizes come out as multiples of ``monarch_mlp_nblocks``.
+    Not among them are dropout, pooling, `mask_padding` and `hyena_w_mod`. Where a Monarch MLP's
+    blocks are padded, its sizes come out as multiples of `monarch_mlp_nblocks`.
 
     Args:
-        state_dict: weights under our names, as ``from_reference`` gives them.
+        state_dict: Weights under our names, as `from_reference` gives them.
 
     Raises:
-        ValueError: if there is no tensor that tells one of the sizes, or it has another number of
+        ValueError: If there is no tensor that tells one of the sizes, or it has another number of
             dimensions; the message names it.
     """
     for name, tensor in state_dict.items():

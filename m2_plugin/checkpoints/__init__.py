@@ -1,0 +1,1 @@
+"""Checkpoints: everything that reads or writes weights and model folders."""

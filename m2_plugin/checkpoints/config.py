@@ -1,0 +1,361 @@
+"""Decide which model a checkpoint holds: the one place that every way to read one goes through."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m2_plugin.checkpoints.names import config_fields, derived_tensors, our_name, translate
+from m2_plugin.constants import VOCAB_MULTIPLE
+from m2_plugin.models.configuration_m2_bert import (
+    M2BertConfig,
+    check_values,
+    padded_size,
+    unknown_keys,
+)
+from m2_plugin.models.modeling_m2_bert import (
+    M2BertForMaskedLM,
+    M2BertForSequenceClassification,
+    M2BertForTextEmbedding,
+    M2BertModel,
+)
+
+__all__ = [
+    "Resolved",
+    "expected_tensors",
+    "holds_m2_bert",
+    "listed",
+    "model_class_of",
+    "reference_config",
+    "resolve",
+]
+
+TOKEN_TYPE_IDS = "bert.embeddings.token_type_ids"
+WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
+POSITIONS = "embeddings.position_embeddings.weight"
+# The beginning of names that only models with this head have; the first that occurs counts.
+HEADS: list[tuple[str, type[PreTrainedModel]]] = [
+    ("head.", M2BertForMaskedLM),
+    ("decoder.", M2BertForMaskedLM),
+    ("classifier.", M2BertForSequenceClassification),
+    ("pooler.", M2BertForTextEmbedding),
+    ("", M2BertModel),
+]
+OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
+LABEL_FIELDS = ("problem_type", "id2label", "label2id")
+# Flags of the reference: our field, and its values for true and false.
+REFERENCE_FLAGS: dict[str, tuple[str, Any, Any]] = {
+    "monarch_mixer_sequence_mixing": ("sequence_mixer", "monarch_mixer", "alibi_attention"),
+    "pool_all": ("classifier_pooling", "mean", "cls"),
+    "use_normalized_embeddings": ("normalize_embeddings", True, False),
+}
+# Fields of the reference of which one value only is implemented here.
+REQUIRED_VALUES = {
+    "hidden_act": "gelu",
+    "attention_pooling": False,
+    "sequence_token_planting": False,
+}
+# Its other fields: how it was trained, run and evaluated, and what else a BERT's config holds.
+# use_cls_token and gather_sentence_embeddings ask for what we compute anyway: the pooler's output,
+# of the first token unless pool_all.
+IGNORED_FIELDS = {
+    "alibi_starting_size",
+    "expand_positional_embeddings",
+    "gather_sentence_embeddings",
+    "gradient_checkpointing",
+    "hyena_filter_dropout",
+    "hyena_lr_pos_emb",
+    "hyena_wd",
+    "long_conv_kernel_learning_rate",
+    "performing_BEIR_evaluation",
+    "position_embedding_type",
+    "use_cache",
+    "use_cls_token",
+    "use_flash_fft",
+    "use_flash_mm",
+}
+# Our fields that the reference does not have.
+NOT_EXPORTED = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
+# Fields that change what the model computes and that no tensor shows. A default is assumed if no
+# config gives them.
+ASSUMED_FIELDS = (
+    "hyena_w_mod",
+    "mask_padding",
+    "layer_norm_eps",
+    "classifier_pooling",
+    "normalize_embeddings",
+)
+
+
+@dataclass
+class Resolved:
+    """The model that a checkpoint holds.
+
+    Args:
+        config: Its configuration.
+        weights: Its weights under our names; views of the tensors in the checkpoint.
+        mapped: Name in the checkpoint → our name.
+        derived: Names in the checkpoint of tensors that our model computes; they are equal.
+        rounded: Those of `derived` that differ in their last bits.
+        unknown: Names in the checkpoint that no M2-BERT has.
+        unread: Keys of the saved config that no M2-BERT has, such as misspelt ones.
+        assumed: Fields that neither weights nor config tell, and the default values taken.
+    """
+
+    config: M2BertConfig
+    weights: dict[str, Tensor]
+    mapped: dict[str, str]
+    derived: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class of the model, by the names of its weights."""
+        return model_class_of(self.weights)
+
+
+def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
+    """Find the model that weights of these names, ours, are for."""
+    names = list(names)
+    return next(c for part, c in HEADS if any(name.startswith(part) for name in names))
+
+
+def holds_m2_bert(names: Iterable[str]) -> bool:
+    """Tell whether tensors of these names, the reference's or ours, are an M2-BERT.
+
+    Its layers have both a mixer and an MLP: a BERT of transformers shares the reference's names of
+    embeddings and heads, and other models have an MLP of our name.
+    """
+    layer = re.compile(r"(?:model\.)?layers\.\d+\.(mixer|mlp)\.")
+    matches = [layer.match(our_name(name) or name) for name in names]
+    return {match[1] for match in matches if match} == {"mixer", "mlp"}
+
+
+def resolve(
+    weights: Mapping[str, Tensor],
+    saved_config: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    where: str = "the saved config",
+) -> Resolved:
+    """Decide which model a checkpoint holds.
+
+    The tensors decide what their names and shapes show. The saved config tells the rest and must
+    not contradict them. Fields that neither shows take their defaults. At last the overrides
+    replace fields; whether the weights fit those is for the caller to check.
+
+    Args:
+        weights: Tensors under the names of the M2 reference or of this package.
+        saved_config: The config that belongs to them, in the reference's fields or ours.
+        overrides: Our fields to replace. They also tell what neither weights nor config show.
+        where: What error messages call the saved config.
+
+    Returns:
+        The config, and the weights under our names.
+
+    Raises:
+        ValueError: If the tensors are no M2-BERT, have another shape or value than the model that
+            the other tensors make, contradict the saved config, or do not show the whole model (as
+            when the position embeddings are lost); the message names the tensor or the field.
+    """
+    if not holds_m2_bert(weights):
+        other = [name for name in weights if our_name(name) is None] or list(weights)
+        raise ValueError(
+            f"it is no M2-BERT: it has weights of other names, {', '.join(other[:3])} ..."
+        )
+    result = _translated(weights)
+    result.unread = _unread(saved_config or {})
+    result.config, result.assumed = _config(
+        result.weights, saved_config or {}, overrides or {}, where
+    )
+    computed = derived_tensors(result.weights)
+    # The buffer of a module that is not there has no place in the model either.
+    for name in [n for n in result.derived if n not in computed and n != TOKEN_TYPE_IDS]:
+        result.derived.remove(name)
+        result.unknown.append(name)
+    _untie(result)
+    _check_shapes(result)
+    _check_derived(result, weights, computed)
+    if overrides:
+        result.config = result.config.with_overrides(overrides)
+    return result
+
+
+def reference_config(config: M2BertConfig) -> dict[str, Any]:
+    """Write a config in the reference's fields."""
+    fields = {key: getattr(config, key) for key in OWN_FIELDS if key not in NOT_EXPORTED}
+    fields["monarch_mixer_sequence_mixing"] = fields.pop("sequence_mixer") == "monarch_mixer"
+    fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
+    fields["use_normalized_embeddings"] = fields.pop("normalize_embeddings")
+    return fields | {"model_type": "bert"}
+
+
+def expected_tensors(model_class: type[PreTrainedModel], config: M2BertConfig) -> dict[str, Tensor]:
+    """List the tensors that a folder of such a model holds, without values."""
+    with torch.device("meta"):
+        expected = with_prefix(model_class(config).state_dict())
+    if config.tie_word_embeddings:
+        expected.pop(DECODER, None)
+    return expected
+
+
+def with_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a bare encoder as they are named in the models with a head."""
+    parts = ("embeddings.", "layers.")
+    return {f"model.{n}" if n.startswith(parts) else n: t for n, t in weights.items()}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first five, and count the others."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _translated(weights: Mapping[str, Tensor]) -> Resolved:
+    if any(name.startswith("bert.") for name in weights):
+        found = translate(weights)
+        return Resolved(
+            M2BertConfig(), found.weights, found.mapped, found.derived, unknown=found.unknown
+        )
+    ours = with_prefix(weights)
+    return Resolved(M2BertConfig(), ours, dict(zip(weights, ours, strict=True)))
+
+
+def _config(
+    weights: Mapping[str, Tensor],
+    saved: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    where: str,
+) -> tuple[M2BertConfig, dict[str, Any]]:
+    """The config of the weights as they are, and the values in it that were assumed."""
+    try:
+        saved = _our_fields(saved)
+        check_values(saved)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    shown = config_fields(weights)
+    stated = {**saved, **overrides}
+    # Lost or never there: the other weights look the same.
+    if (
+        not shown["use_positional_encodings"]
+        and stated.get("use_positional_encodings") is not False
+    ):
+        raise ValueError(
+            f"there is no {POSITIONS}. If the model has none, a config must say so "
+            f"(use_positional_encodings: false)"
+        )
+    nblocks = int(shown.get("monarch_mlp_nblocks", 1))
+    # What a size is padded to a multiple of: a config may hold it as it was before.
+    multiples = {
+        "vocab_size": saved.get("pad_vocab_size_multiple", VOCAB_MULTIPLE),
+        "intermediate_size": nblocks,
+    }
+
+    def fits(key: str, value: Any) -> bool:
+        if key in multiples and isinstance(value, int):
+            return shown[key] in (value, padded_size(value, multiples[key]))
+        return bool(value == shown[key])
+
+    for key, value in shown.items():
+        if key in saved and not fits(key, saved[key]):
+            raise ValueError(f"{key} is {saved[key]!r} in {where}, and {value!r} by the weights")
+    told = {k: v for k, v in overrides.items() if k not in shown and k != "num_labels"}
+    fields: dict[str, Any] = {**saved, **told, **shown}
+    size, up = fields["intermediate_size"], weights.get("model.layers.0.mlp.up_proj.weight")
+    if fits("intermediate_size", stated.get("intermediate_size")):
+        fields["intermediate_size"] = stated["intermediate_size"]
+    elif up is not None and nblocks * up.shape[-2] not in (size, 2 * size):
+        raise ValueError(
+            "the blocks of the MLP are padded, so the weights do not tell intermediate_size: a "
+            "config must (--config of m2-plugin import, config_overrides in a YAML)"
+        )
+    for name in ("classifier.bias", "classifier.weight"):
+        if name in weights:
+            fields["num_labels"] = len(weights[name])
+    config = M2BertConfig.from_dict(fields)
+    assumed = [*ASSUMED_FIELDS, "num_attention_heads"]
+    if config.sequence_mixer != "alibi_attention":
+        assumed.pop()
+    return config, {key: getattr(config, key) for key in assumed if key not in stated}
+
+
+def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a saved config, the reference's or ours, under the names of ours."""
+    if saved.get("model_type") == M2BertConfig.model_type and not REFERENCE_FLAGS.keys() & saved:
+        # What begins with _ is the state of the process that saved it, e.g. how it attended.
+        left_out = ("model_type", "transformers_version")
+        return {k: v for k, v in saved.items() if k not in left_out and not k.startswith("_")}
+    fields = {k: v for k, v in saved.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
+    for theirs, (ours, true, false) in REFERENCE_FLAGS.items():
+        if theirs in saved:
+            if not isinstance(saved[theirs], bool):
+                raise ValueError(f"{theirs} must be true or false, not {saved[theirs]!r}")
+            fields[ours] = true if saved[theirs] else false
+    for key, value in REQUIRED_VALUES.items():
+        if saved.get(key, value) != value:
+            raise ValueError(f"{key} is {saved[key]!r}, and only {value!r} is supported here")
+    return fields
+
+
+def _unread(saved: Mapping[str, Any]) -> list[str]:
+    """The keys of a config that neither the reference nor transformers has: slips, perhaps."""
+    known = {*REFERENCE_FLAGS, *REQUIRED_VALUES, *IGNORED_FIELDS}
+    return [key for key in unknown_keys(saved) if key not in known]
+
+
+def _untie(result: Resolved) -> None:
+    """Drop the decoder's weight if it repeats the word embeddings; else untie the two."""
+    both = DECODER in result.weights and WORDS in result.weights
+    if not (both and result.config.tie_word_embeddings):
+        return
+    if _equal(result.weights[DECODER], result.weights[WORDS]):
+        theirs = next(name for name, ours in result.mapped.items() if ours == DECODER)
+        del result.weights[DECODER], result.mapped[theirs]
+        result.derived.append(theirs)
+    else:
+        result.config.tie_word_embeddings = False
+
+
+def _check_shapes(result: Resolved) -> None:
+    expected = expected_tensors(result.model_class, result.config)
+    for name, ours in result.mapped.items():
+        if ours in expected and result.weights[ours].shape != expected[ours].shape:
+            found, right = tuple(result.weights[ours].shape), tuple(expected[ours].shape)
+            raise ValueError(
+                f"{name} is {found} there, and {right} in the model that the other tensors make"
+            )
+
+
+def _check_derived(
+    result: Resolved, raw: Mapping[str, Tensor], computed: Mapping[str, Tensor]
+) -> None:
+    """Compare what the reference stores with what the model computes in its place."""
+    for name in result.derived:
+        if name.endswith(DECODER):  # `_untie` has compared it
+            continue
+        found = raw[name]
+        right = torch.zeros_like(found) if name == TOKEN_TYPE_IDS else computed[name]
+        if found.shape != right.shape:
+            raise ValueError(
+                f"{name} is {tuple(found.shape)} there, and {tuple(right.shape)} in the model that "
+                f"the other tensors make"
+            )
+        if _equal(found, right):
+            continue
+        bound = 4 * torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+        if not torch.allclose(found.float(), right.float(), rtol=bound, atol=1e-6):
+            raise ValueError(f"{name} is not what M2-BERT computes in its place")
+        result.rounded.append(name)
+
+
+def _equal(found: Tensor, other: Tensor) -> bool:
+    if found.shape != other.shape or found.dtype != other.dtype:
+        return False
+    return found.data_ptr() == other.data_ptr() or torch.equal(found, other)

@@ -1,0 +1,236 @@
+"""Import checkpoints of the reference and of Composer as transformers folders, and export them."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from m2_plugin.checkpoints.config import (
+    Resolved,
+    expected_tensors,
+    listed,
+    reference_config,
+    resolve,
+)
+from m2_plugin.checkpoints.folder import (
+    load_folder,
+    read_json_object,
+    save_folder,
+    weights_file,
+)
+from m2_plugin.checkpoints.names import to_reference
+from m2_plugin.checkpoints.read import read_file
+from m2_plugin.files import whole
+from m2_plugin.models.configuration_m2_bert import M2BertConfig
+
+__all__ = ["ImportReport", "export_checkpoint", "import_checkpoint"]
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+@dataclass
+class ImportReport:
+    """What an import did.
+
+    Args:
+        source: What was read.
+        found: What it holds: config, names, and what was assumed.
+        missing: Names that the source would have and lacks, as allowed: they start at random.
+        tokenizer: Where the tokenizer is from, or None if there is none.
+    """
+
+    source: str
+    found: Resolved
+    missing: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+
+    def lines(self, verbose: bool = False) -> Iterator[str]:
+        """Write the report; `verbose` names every tensor."""
+        found, config = self.found, self.found.config
+        yield (
+            f"{self.source}: {found.model_class.__name__}, {config.num_hidden_layers} layers, "
+            f"hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size}, "
+            f"up to {config.max_sequence_length or 'any number of'} tokens"
+        )
+        yield (
+            f"{len(found.mapped)} tensors mapped, {len(found.derived)} derived, "
+            f"{len(found.unknown)} unused, {len(self.missing)} missing"
+        )
+        if verbose:
+            width = max(map(len, found.mapped), default=0)
+            yield from (f"  {name:{width}}  {ours}" for name, ours in found.mapped.items())
+            yield from (f"  {name:{width}}  derived" for name in found.derived)
+        if found.rounded:
+            yield (
+                f"{len(found.rounded)} derived differ in their last bits from what M2-BERT "
+                f"computes, which an export will write: {listed(found.rounded)}"
+            )
+        yield from (f"  {name}: unused" for name in found.unknown)
+        yield from (f"  {name}: missing, starts at random" for name in self.missing)
+        if self.tokenizer is None:
+            yield "no tokenizer came with it: --tokenizer saves one beside"
+        if found.unread:
+            yield f"keys of the config that no M2-BERT has, not read: {', '.join(found.unread)}"
+        if found.assumed:
+            values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
+            yield f"not told by weights or config, so by default: {values}"
+
+
+def import_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+) -> ImportReport:
+    """Make a transformers folder of a checkpoint, without running code in it.
+
+    Args:
+        source: A Composer checkpoint or bare weights, of the M2 reference or of this package; or a
+            folder with `config.json` and weights under either's names.
+        out: The folder to make. It appears when it is whole.
+        config: A JSON file of the reference's or our fields, in place of the folder's
+            `config.json` or what Composer saved. See `resolve`: the weights decide, and it tells
+            what they do not.
+        tokenizer: A folder or hub name, to be saved beside; by default the one in the source, if
+            there is any.
+        allow_missing: Patterns (`cls.*`) of the names, as the source has them, that it may lack.
+        allow_unused: Patterns of names that may be left out.
+
+    Returns:
+        The config, and what became of each tensor.
+
+    Raises:
+        ValueError: If something cannot be read, contradicts something else, is missing or is not
+            used; the message names it. Nothing is left behind.
+    """
+    source, out = str(source), Path(out)
+    file, given, where = _find(source, config)
+    raw, saved = read_file(file)
+    if given is None and saved.config is not None:
+        given, where = saved.config, f"the config saved in {file}"
+    try:
+        found = resolve(raw, given, where=where)
+    except ValueError as error:
+        raise ValueError(f"{source!r}: {error}") from error
+    report = ImportReport(source, found)
+    _check_names(report, allow_missing, allow_unused)
+    found.config.architectures = [found.model_class.__name__]
+    dtypes = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
+    found.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    report.tokenizer, files = tokenizer or _own_tokenizer(source), {}
+    if report.tokenizer is None and any(name in saved.tokenizer for name in TOKENIZER_FILES):
+        report.tokenizer, files = file, saved.tokenizer
+    with whole(out) as temporary:
+        temporary.mkdir()
+        save_folder(temporary, found.config, found.weights)
+        if report.tokenizer is not None:
+            _save_tokenizer(report.tokenizer, files, found.config, temporary)
+    return report
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> int:
+    """Write a folder of ours as a Composer checkpoint of the reference.
+
+    It undoes `import_checkpoint`: the file has every tensor again, buffers included.
+
+    Args:
+        folder: A transformers folder with an M2-BERT.
+        out: The `.pt` file to write. It appears when it is whole.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ValueError: If the folder is not one of ours, or the reference has no such model.
+    """
+    config, weights = load_folder(folder)
+    if config.mask_padding:
+        raise ValueError(
+            f"{str(folder)!r} has mask_padding: true, which the reference cannot compute"
+        )
+    if config.hyena_extended_from:
+        raise ValueError(
+            f"{str(folder)!r} was extended by the method 'continue': the reference's filters decay "
+            f"otherwise (hyena_extended_from: {config.hyena_extended_from})"
+        )
+    tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
+    content = reference_config(config)
+    integrations = {"huggingface": {"model": {"config": {"content": content}}}}
+    with whole(Path(out)) as temporary:
+        torch.save(
+            {"state": {"model": tensors, "integrations": integrations}, "rng": []}, temporary
+        )
+    return len(tensors)
+
+
+def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] | None, str]:
+    """The file of weights, the config given with it, and where that stands."""
+    if not os.path.isdir(source):
+        given = None if config is None else read_json_object(Path(config))
+        return source, given, str(config)
+    config = Path(config or os.path.join(source, "config.json"))
+    return weights_file(source), read_json_object(config), str(config)
+
+
+def _check_names(
+    report: ImportReport, allow_missing: Sequence[str], allow_unused: Sequence[str]
+) -> None:
+    """Refuse what is missing or has no place, unless allowed; drop what has no place."""
+    found = report.found
+    expected = expected_tensors(found.model_class, found.config)
+    # Names are given as the source has, or would have them.
+    reference = any(name.startswith("bert.") for name in found.mapped)
+    names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
+    report.missing = [names[ours] for ours in expected if ours not in found.weights]
+    for theirs in [name for name, ours in found.mapped.items() if ours not in expected]:
+        del found.weights[found.mapped.pop(theirs)]
+        found.unknown.append(theirs)
+    for tensors, allowed, what, option in (
+        (report.missing, allow_missing, "lacks", "allow-missing"),
+        (found.unknown, allow_unused, "has, and an M2-BERT has no place for,", "allow-unused"),
+    ):
+        refused = [n for n in tensors if not any(fnmatch(n, pattern) for pattern in allowed)]
+        if refused:
+            raise ValueError(
+                f"{report.source!r} {what} {listed(refused)}. To import it all the same: "
+                f"--{option} {refused[0]!r}"
+            )
+
+
+def _own_tokenizer(source: str) -> str | None:
+    there = any(os.path.isfile(os.path.join(source, name)) for name in TOKENIZER_FILES)
+    return source if there else None
+
+
+def _save_tokenizer(
+    name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
+) -> None:
+    """Save a tokenizer by name, or if there are any the one that these files make."""
+    try:
+        with TemporaryDirectory() as scratch:
+            for file, content in files.items():
+                text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
+                (Path(scratch) / os.path.basename(file)).write_text(text, encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(
+                scratch if files else name, trust_remote_code=False
+            )
+    except Exception as error:  # its files may be anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {name!r} has {len(tokenizer)} entries, the model's vocab_size is "
+            f"{config.vocab_size}"
+        )
+    if config.max_sequence_length is not None:
+        tokenizer.model_max_length = config.max_sequence_length
+    tokenizer.save_pretrained(folder)

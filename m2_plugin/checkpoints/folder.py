@@ -1,0 +1,157 @@
+"""Read and write transformers folders that hold an M2-BERT."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m2_plugin.checkpoints.config import HEADS, expected_tensors, listed, model_class_of, resolve
+from m2_plugin.checkpoints.read import read_file
+from m2_plugin.constants import POOLINGS
+from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding, M2BertModel
+from m2_plugin.models.sentence_folder import write_modules
+
+__all__ = ["load_folder", "build_model", "read_json_object", "save_folder", "weights_file"]
+
+WEIGHTS = (  # in the order they are looked for
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.bin",
+)
+# Modules of sentence-transformers that compute what M2BertForTextEmbedding does.
+MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
+
+
+def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
+    """Read a transformers folder of ours without building the model.
+
+    Returns:
+        Its config; and its weights, mapped from the file, with names as in the models with a head:
+        those of the encoder begin with `model.`.
+
+    Raises:
+        ValueError: If it is no such folder, its config and weights contradict each other, or a
+            tensor is missing, which transformers would draw at random.
+    """
+    path = Path(folder) / "config.json"
+    saved = read_json_object(path)
+    if saved.get("model_type") != M2BertConfig.model_type:
+        raise ValueError(
+            f"{str(folder)!r} holds no M2-BERT: model_type in its config.json is "
+            f"{saved.get('model_type')!r}, not {M2BertConfig.model_type!r}"
+        )
+    tensors = read_file(weights_file(str(folder)))[0]
+    try:
+        found = resolve(tensors, saved, where=str(path))
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}") from error
+    if found.model_class is M2BertModel and (embedder := _read_modules(Path(folder))):
+        found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
+        found.weights.update(embedder.weights)
+    expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
+    if missing := listed([name for name in expected if name not in found.weights]):
+        raise ValueError(f"{str(folder)!r} is not whole: its weights lack {missing}")
+    return found.config, found.weights
+
+
+def build_model(
+    model_class: type[PreTrainedModel], config: M2BertConfig, weights: Mapping[str, Tensor]
+) -> Any:
+    """Build a model with the weights that `load_folder` returned; others are left out.
+
+    Returns:
+        The model, in fp32, in evaluation mode.
+
+    Raises:
+        ValueError: If the model has a tensor that the weights lack; the message names it.
+    """
+    if missing := [n for n in expected_tensors(model_class, config) if n not in weights]:
+        raise ValueError(f"there is no {missing[0]}")
+    model = model_class(config)
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write config and weights, and what sentence-transformers reads if it is an embedder."""
+    config.save_pretrained(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
+    if model_class_of(weights) is M2BertForTextEmbedding:
+        write_modules(folder, config, tensors)
+
+
+def weights_file(folder: str) -> str:
+    """Find the file of weights, or of their index, in a folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    there = [path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))]
+    if not there:
+        raise ValueError(f"{folder!r} has none of {', '.join(WEIGHTS)}")
+    return there[0]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object")
+    return content
+
+
+class _Embedder(NamedTuple):
+    """What sentence-transformers saves of an M2BertForTextEmbedding beside its encoder."""
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def _read_modules(folder: Path) -> _Embedder | None:
+    """Read the pooler from the folders of sentence-transformers' modules.
+
+    Returns:
+        None if there are none, or if they compute something else than M2BertForTextEmbedding.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if kinds not in (MODULES, MODULES[:3]) or modules[0]["path"]:
+        return None
+    pooling, dense = (read_json_object(folder / m["path"] / "config.json") for m in modules[1:3])
+    flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
+    read = [pooling["pooling_mode"]] if "pooling_mode" in pooling else []
+    read += [
+        flags.get(k) for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True
+    ]
+    tanh = str(dense.get("activation_function")).endswith(".Tanh")
+    if len(read) != 1 or read[0] not in POOLINGS or not tanh:
+        return None
+    tensors = read_file(weights_file(str(folder / modules[2]["path"])))[0]
+    weights = {name.replace("linear.", "pooler.dense."): t for name, t in tensors.items()}
+    fields = {"classifier_pooling": read[0], "normalize_embeddings": kinds == MODULES}
+    return _Embedder(fields, weights)
+
+
+def _class_of(config: M2BertConfig) -> type[PreTrainedModel] | None:
+    """The model that the config names."""
+    by_name = {model_class.__name__: model_class for _, model_class in HEADS}
+    return by_name.get((config.architectures or [""])[0])

@@ -1,0 +1,394 @@
+"""What a model starts from, and how it gets there: key → source → config → weights → fit."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from composer.utils import dist
+from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
+from llmfoundry.models.utils import init_empty_weights
+from llmfoundry.utils.config_utils import set_config_overrides
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from m2_plugin.checkpoints.config import holds_m2_bert, listed, resolve
+from m2_plugin.checkpoints.names import our_name
+from m2_plugin.checkpoints.read import is_checkpoint_file, read_file
+from m2_plugin.constants import VOCAB_MULTIPLE
+from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
+from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
+
+__all__ = ["build_from_keys", "prepare_for_host"]
+
+log = logging.getLogger(__name__)
+
+# The config field that each dimension of a tensor stands for; the first that differs is named.
+FIELDS: list[tuple[str, tuple[str | None, ...]]] = [
+    (r"word_embeddings\.weight", ("vocab_size", "hidden_size")),
+    (r"position_embeddings\.weight", ("max_position_embeddings", "hidden_size")),
+    (r"token_type_embeddings\.weight", ("type_vocab_size", "hidden_size")),
+    (r"filter\.pos_emb", ("long_conv_l_max", "hyena_emb_dim")),
+    (r"filter\.freq", ("hyena_filter_order",)),
+    (r"(up|down)_proj\.weight", ("monarch_mlp_nblocks", "intermediate_size", "intermediate_size")),
+    (r"intermediate\.dense\.weight|up_proj\.weight", ("intermediate_size", "hidden_size")),
+    (r"down_proj\.weight", ("hidden_size", "intermediate_size")),
+]
+
+Shape = tuple[int, ...]
+
+
+class Weights(NamedTuple):
+    """What a checkpoint file holds, and the config that belongs to it."""
+
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    config: PretrainedConfig
+
+
+def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> Weights:
+    """Read a checkpoint file, and decide which model it holds.
+
+    Args:
+        path: The file.
+        model_type: The type that the YAML's model is made for.
+        overrides: Config fields to replace.
+
+    Raises:
+        ValueError: If it cannot be read, is of another model type, or `resolve` refuses it.
+    """
+    tensors, saved = read_file(path)
+    if holds_m2_bert(tensors):
+        _check_fields(M2BertConfig(), overrides)
+        try:
+            found = resolve(tensors, saved.config, overrides, where="the config saved in it")
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+        if found.unknown:
+            raise ValueError(
+                f"{path!r} has, and an M2-BERT has no place for, {listed(found.unknown)}. To leave "
+                f"them out: m2-plugin import --allow-unused"
+            )
+        if found.assumed:
+            values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
+            log.warning("%s: neither weights nor config tell %s: the defaults", path, values)
+        return Weights(path, found.weights, found.config)
+    saved_type = (saved.config or {}).get("model_type")
+    if saved.config is None or saved_type is None:
+        raise ValueError(
+            f"{path!r} holds no config, and its weights are not named as M2-BERT's: "
+            f"{', '.join(list(tensors)[:3])}, ... Give a transformers folder instead."
+        )
+    if model_type == M2BertConfig.model_type and saved_type in ("bert", model_type):
+        other = [name for name in tensors if our_name(name) is None]
+        raise ValueError(
+            f"{path!r} is no M2-BERT checkpoint (it has {listed(other[:3])}). For a BERT, use the "
+            f"models hf_bert_mlm and hf_bert_classification."
+        )
+    # What begins with _ is the state of the process that saved it, e.g. how it attended.
+    content = {key: value for key, value in saved.config.items() if not key.startswith("_")}
+    config = type(AutoConfig.for_model(saved_type)).from_dict(content)
+    return Weights(path, tensors, _replaced(config, overrides))
+
+
+def build_config(
+    source: str | None, model_type: str, overrides: Mapping[str, Any]
+) -> PretrainedConfig:
+    """Build the config of a folder or a hub name, or a model type's default.
+
+    Raises:
+        ValueError: If a field to replace is unknown to the config, or the folder is not there.
+    """
+    if source is None:
+        _check_fields(AutoConfig.for_model(model_type), overrides)
+        return AutoConfig.for_model(model_type, **overrides)
+    _check_folder(source)
+    return _replaced(AutoConfig.from_pretrained(source), overrides)
+
+
+def _replaced(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """The config with fields replaced, checked against each other by its constructor."""
+    _check_fields(config, overrides)
+    if isinstance(config, M2BertConfig):
+        return config.with_overrides(overrides)
+    set_config_overrides(config, dict(overrides))
+    return type(config).from_dict(config.to_dict())
+
+
+def _check_folder(path: str) -> None:
+    if path.startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise ValueError(f"pretrained_model_name_or_path: there is no folder {path!r}.")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        inside = [f"{path}/latest-rank0.pt", f"{path}/huggingface/final"]
+        there = [repr(name) for name in inside if os.path.exists(name)]
+        hint = f" Did you mean {' or '.join(there)}?" if there else ""
+        raise ValueError(
+            f"pretrained_model_name_or_path: {path!r} is no transformers folder, it has no "
+            f"config.json.{hint}"
+        )
+
+
+def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    for key in overrides:
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"config_overrides: {type(config).__name__} has no field {key!r}.{hint}"
+            )
+
+
+def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"The model's vocab_size {config.vocab_size} is smaller than the tokenizer's "
+            f"{len(tokenizer)} entries ({tokenizer.name_or_path!r}): set "
+            f"config_overrides.vocab_size to {len(tokenizer)} or more."
+        )
+
+
+def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Load weights, letting only the task head be new.
+
+    Raises:
+        ValueError: If backbone weights are missing or of another shape: transformers would start
+            them at random with a warning.
+    """
+    model, info = auto_class.from_pretrained(
+        path,
+        config=config,
+        torch_dtype=torch.float32,  # master weights; the trainer's precision casts
+        ignore_mismatched_sizes=True,  # a head for another number of labels; checked below
+        output_loading_info=True,
+    )
+    # Some versions of transformers give the shapes beside the names, some do not.
+    names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *names})
+    theirs = shapes_in(path) if names else {}
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [(name, theirs.get(name), ours[name]) for name in names]
+    backbone = f"{model.base_model_prefix}."
+    check_fit(path, backbone, mismatched, info["missing_keys"], info["unexpected_keys"])
+    if new:
+        log.warning("Newly initialised (not in %s): %s", path, ", ".join(new))
+    return model
+
+
+def load_weights(auto_class: Any, weights: Weights, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model and give it the weights of a file, letting only the task head be new.
+
+    Raises:
+        ValueError: As `load_pretrained`.
+    """
+    model = auto_class.from_config(config)
+    tensors = dict(weights.tensors)
+    new = fit_state_dict(weights.path, model, tensors)
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    if new:
+        log.warning("Newly initialised (not in %s): %s", weights.path, ", ".join(new))
+    return model
+
+
+def fit_state_dict(
+    path: str, model: Any, tensors: dict[str, torch.Tensor], prefix: str = ""
+) -> list[str]:
+    """Drop heads of another shape from a state dict, and return the names that will be new.
+
+    Args:
+        path: Where the tensors are from.
+        model: The transformers model they are for.
+        tensors: Changed in place.
+        prefix: How the model's names begin in it.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, too many, or of another shape.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {
+        name.removeprefix(prefix): tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    mismatched = [(n, found[n], own[n]) for n in own if n in found and found[n] != own[n]]
+    tied = set(model._tied_weights_keys or ())  # to tensors that are there
+    missing = [name for name in own if name not in found and name not in tied]
+    unexpected = [name for name in found if name not in own]
+    check_fit(path, f"{model.base_model_prefix}.", mismatched, missing, unexpected)
+    for name, _, _ in mismatched:
+        del tensors[prefix + name]
+    return sorted([*missing, *(name for name, _, _ in mismatched)])
+
+
+def _check_loading(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Check what Composer loads (`load_path`), before torch loads it.
+
+    With `load_strict_model_weights: false`, which a new head needs, Composer would leave an
+    encoder that does not match at random values, and would stop at a head for other classes.
+    """
+    sharded = any(hasattr(m, "_fsdp_wrapped_module") for m in module.modules())
+    if sharded or not any(name.startswith(prefix) for name in state_dict):
+        return  # FSDP gives each rank its part
+    new = fit_state_dict("load_path", module, state_dict, prefix)
+    if new:
+        log.warning("Newly initialised (not in load_path): %s", ", ".join(new))
+
+
+def build_inner_model(
+    auto_class: Any,
+    config: PretrainedConfig,
+    source: str | Weights | None,
+    pretrained: bool,
+    init_device: str,
+) -> PreTrainedModel:
+    """Build on the CPU, or without storage where FSDP is to make or send the weights.
+
+    Raises:
+        ValueError: If pretrained weights are asked for on the meta device, or the device is
+            unknown.
+    """
+    if init_device not in ("cpu", "meta", "mixed"):
+        raise ValueError(f"init_device must be cpu, meta or mixed, got {init_device!r}.")
+    if pretrained and init_device == "meta":
+        raise ValueError("Pretrained weights need init_device cpu or mixed, not meta.")
+    if hf_get_init_device(init_device) == "meta":
+        rng_state = torch.get_rng_state()
+        with init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(config)
+        model.tie_weights()  # the tie made in the constructor is lost on the meta device
+        model.param_init_fn = (
+            MetaInitializer(model, lambda: auto_class.from_config(config), rng_state)
+            if init_device == "meta"
+            else lambda module: None  # rank 0 sends the values
+        )
+        return model
+    if pretrained:
+        assert source is not None
+        if isinstance(source, Weights):
+            return load_weights(auto_class, source, config)
+        return load_pretrained(auto_class, source, config)
+    return auto_class.from_config(config)
+
+
+def prepare_for_host(model: Any) -> None:
+    """Let Composer check what it loads into a finished model, and shard it."""
+    model.register_load_state_dict_pre_hook(_check_loading)
+    prepare_for_fsdp(model)
+
+
+def build_from_keys(
+    auto_class: Any,
+    model_type: str | None,
+    default_model_type: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | None,
+    pretrained: bool | None,
+    config_overrides: Mapping[str, Any] | None,
+    init_device: str,
+) -> PreTrainedModel:
+    """Build a transformers model from the keys that all models of this package take in a YAML.
+
+    Args:
+        auto_class: The Auto class whose model it is.
+        model_type: As in `BertComposerModel`, which documents the keys.
+        default_model_type: What is built where neither `model_type` nor `path` is given.
+        tokenizer: The run's, which the vocabulary must hold; None skips the check.
+        path: `pretrained_model_name_or_path`.
+
+    Raises:
+        ValueError: As `BertComposerModel`.
+    """
+    if pretrained is None:
+        pretrained = path is not None
+    if pretrained and path is None:
+        raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
+    if path is not None and model_type is not None:
+        raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
+    source: str | Weights | None = path
+    overrides = config_overrides or {}
+    if path is not None and is_checkpoint_file(path):
+        source = read_weights(path, default_model_type, overrides)
+        config = source.config
+    else:
+        config = build_config(path, model_type or default_model_type, overrides)
+    if not pretrained:
+        config.vocab_size = padded_size(config.vocab_size, VOCAB_MULTIPLE)
+    _check_vocabulary(config, tokenizer)
+    # A rank that FSDP will send the weights to needs none of its own.
+    load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
+    return build_inner_model(auto_class, config, source, load, init_device)
+
+
+def shapes_in(path: str) -> dict[str, Shape]:
+    """Read the shapes of the tensors of a folder or hub name; none unless they are in one file."""
+    file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def check_fit(
+    path: str,
+    prefix: str,
+    mismatched: Iterable[tuple[str, Shape | None, Shape | None]],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+) -> None:
+    """Refuse weights that would leave the backbone, or part of it, at random values.
+
+    Args:
+        path: Where the weights are from.
+        prefix: How the names of the backbone begin; the rest is a head, which may be new. So may
+            the pooler: a masked language model is trained without one.
+        mismatched: Name, shape in the checkpoint and shape in the model.
+        missing: Names of the model that the checkpoint lacks.
+        unexpected: Names of the checkpoint that the model lacks.
+
+    Raises:
+        ValueError: Names a tensor and, for a mismatch, both shapes and the field to change.
+    """
+
+    def backbone(names: Iterable[str]) -> list[str]:
+        left_out = (".pooler.", ".position_ids", ".token_type_ids")
+        return [n for n in names if n.startswith(prefix) and not any(p in n for p in left_out)]
+
+    wrong = [entry for entry in mismatched if backbone([entry[0]])]
+    if wrong:
+        raise ValueError(f"{path!r} does not fit the model: {_explain(wrong)}")
+    for names, what in ((missing, "lacks"), (unexpected, "has, and the model lacks,")):
+        names = backbone(names)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            layers = ".layer" in names[0]
+            field = "num_hidden_layers" if layers else "the sizes and switches"
+            raise ValueError(
+                f"{path!r} {what} weights of the encoder: {', '.join(names[:3])}{more}. Check the "
+                f"model's name and {field} in config_overrides."
+            )
+
+
+def _explain(wrong: list[tuple[str, Shape | None, Shape | None]]) -> str:
+    for pattern, fields in FIELDS:
+        for name, theirs, ours in wrong:
+            if not re.search(pattern, name) or theirs is None or ours is None:
+                continue
+            if not len(theirs) == len(ours) == len(fields):
+                continue
+            for a, b, field in zip(theirs, ours, fields, strict=True):
+                if a != b:
+                    # Blocks of a Monarch matrix do not show the whole size.
+                    value = "" if len(fields) == 3 else f" of {a}"
+                    return (
+                        f"{name} is {theirs} there and {ours} here. The checkpoint has another "
+                        f"{field}{value}: change {field} in config_overrides, or leave it out."
+                    )
+    name, theirs, ours = wrong[0]
+    if theirs is None:
+        return f"{name} has another shape there than {ours}. Check config_overrides."
+    return f"{name} is {theirs} there and {ours} here. Check config_overrides."
