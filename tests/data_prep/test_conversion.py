@@ -122,7 +122,7 @@ def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypat
     """Each large compressed file is cut for itself; what is left over is joined at the end."""
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.LANE_BYTES", 1)
+    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.STREAM_BYTES", 1)
     files = []
     for i in range(5):
         plain = write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 20 : i * 20 + 20])
@@ -141,9 +141,9 @@ def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypat
 
 
 def test_cut_tokens():
-    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
-    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=True) == ([0], 3)
-    assert cut_tokens([], carry=4, length=5, no_wrap=True) == ([], 4)
+    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
+    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=True) == ([0], 3)
+    assert cut_tokens([], left_over=4, length=5, no_wrap=True) == ([], 4)
 
 
 def test_max_chars(tmp_path, jsonl, c4_texts):
@@ -346,7 +346,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
     [
         (b'{"text": "cut', "not JSON"),
         (b'{"body": "other key"}', "no key 'text'"),
-        (b'{"text": 7}', "int, not a string"),
+        (b'{"text": 7}', "'text' should be a text, got int 7"),
         (b'["text"]', "not a JSON object"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
@@ -388,7 +388,7 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--splits", "trian"], "unknown split trian; known: train, train_small, val, val_small"),
         (["--local_files", "/no/such/file.jsonl"], "'/no/such/file.jsonl' does not exist"),
         (["--concat_tokens", "128"], "--concat_tokens needs a --tokenizer"),
-        (["--concat_tokens", "128", "--tokenizer", "/no/such"], "--tokenizer /no/such: cannot be"),
+        (["--concat_tokens", "128", "--tokenizer", "/no/such"], "'/no/such' has no tokenizer"),
         (["--tokenizer", "bert-base-uncased"], "only used with --concat_tokens"),
         (["--splits", "train_small", "val"], "--val_fraction 0.01"),
         (["--local_files", "val=SAMPLE"], "nothing for the split 'train'"),

@@ -47,10 +47,10 @@ def test_writes_what_the_hosts_dataloader_reads(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROWS[0], {"query": "q"}], "bad.jsonl:2: no key 'passage' (--passage_column)"),
-        ([ROWS[0], ROWS[1] | {"passage": 3}], "bad.jsonl:2: 3 where a text is wanted"),
-        ([ROWS[0], ROWS[1] | {"query": " "}], "bad.jsonl:2: ' ' where a text is wanted"),
-        ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, the lines before"),
+        ([ROWS[0], {"query": "q"}], "bad.jsonl:2: no column 'passage' (--passage_column)"),
+        ([ROWS[0], ROWS[1] | {"passage": 3}], "bad.jsonl:2: 'passage' should be a text"),
+        ([ROWS[0], ROWS[1] | {"query": " "}], "bad.jsonl:2: ' ' is an empty text"),
+        ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, but the rows"),
         ([ROWS[0], ROWS[1] | {"negatives": "n"}], "bad.jsonl:2: 'negatives' is str, not a list"),
         ([ROWS[0], ["q", "p"]], "bad.jsonl:2: not a JSON object"),
         ([], "no pairs for"),
