@@ -20,6 +20,7 @@ __all__ = [
     "COMPRESSIONS",
     "ENDINGS",
     "FORMATS",
+    "BrokenFileError",
     "DataError",
     "check_file",
     "file_format",
@@ -61,6 +62,10 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
 class DataError(ValueError):
     """A file that cannot be read; the message names it."""
+
+
+class BrokenFileError(DataError):
+    """A file that cannot be read to its end; the message does not name it."""
 
 
 def is_remote(path: str) -> bool:
@@ -198,9 +203,8 @@ def read_bytes(path: str) -> Iterator[bytes]:
     """Yield the bytes of a file, decompressed, about a MiB at a time.
 
     Raises:
-        DataError: If there is no file, or its compression is broken. In that case all that
-            comes before the break is yielded first, and the message does not name the file:
-            the caller knows the line.
+        DataError: If there is no file.
+        BrokenFileError: If its compression is broken; all that comes before is yielded first.
     """
     with open_bytes(path) as file:
         # read1 returns what comes before the place where a broken file breaks.
@@ -211,7 +215,7 @@ def read_bytes(path: str) -> Iterator[bytes]:
             except Exception as error:
                 if not is_corrupt(error):
                     raise
-                raise DataError(f"cannot be read any further: {error}") from error
+                raise BrokenFileError(f"cannot be read any further: {error}") from error
             if not data:
                 return
             yield data

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from m2_plugin.data.formats import (
+    BrokenFileError,
     DataError,
     check_file,
     file_format,
@@ -181,7 +182,7 @@ def _as_object(value: Any) -> dict[str, Any]:
 # Lines
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes | DataError]]:
+def _lines(path: str) -> Iterator[tuple[int, bytes | BrokenFileError]]:
     r"""Yield lines, which end at \n alone, and their numbers; last, why a broken file breaks."""
     number = 1
     pending: list[bytes] = []
@@ -197,7 +198,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes | DataError]]:
                 yield number, line[skip:] if mark else line
                 number += 1
             pending = [others[-1]]
-    except DataError as error:
+    except BrokenFileError as error:
         yield number, error
         return
     last = b"".join(pending)
@@ -206,8 +207,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes | DataError]]:
         yield number, last
 
 
-def _text_line(line: bytes | DataError) -> str:
-    if isinstance(line, DataError):
+def _text_line(line: bytes | BrokenFileError) -> str:
+    if isinstance(line, BrokenFileError):
         raise line
     return decode(line.removesuffix(b"\r"))
 
@@ -222,7 +223,7 @@ def _text_rows(path: str, column: str) -> Iterator[_Numbered]:
 
 def _json_lines(path: str) -> Iterator[_Numbered]:
     for number, line in _lines(path):
-        if isinstance(line, DataError):
+        if isinstance(line, BrokenFileError):
             yield number, line
         elif line.strip():
             try:
@@ -271,11 +272,11 @@ class _CsvLines:
 
     def __init__(self, path: str):
         self._lines = _lines(path)
-        self.problem: DataError | None = None
+        self.problem: BrokenFileError | None = None
 
     def __iter__(self) -> Iterator[str]:
         for _, line in self._lines:
-            if isinstance(line, DataError):
+            if isinstance(line, BrokenFileError):
                 self.problem = line
                 return
             text = line.decode("utf-8", "surrogateescape")
