@@ -197,14 +197,22 @@ def test_what_is_refused(folder, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1000])
     for file, model, message in [
         ("none.txt", folder, "there is no file .*none.txt"),
-        ("texts.doc", folder, "ends in none of .txt, .json"),
-        ("empty.jsonl", folder, "empty.jsonl"),
-        ("bad.jsonl", folder, "bad.jsonl' cannot be read as json"),
-        ("null.jsonl", folder, "row 1 of .*null.jsonl' has no 'text'"),
-        ("numbers.jsonl", folder, "column 'text' of .*numbers.jsonl' holds no texts, but .*int64"),
-        ("other.jsonl", folder, "no column 'text': give --text-column, one of body"),
+        ("texts.doc", folder, "texts.doc: unknown kind of file; the endings known are .txt .text"),
+        ("empty.jsonl", folder, "empty.jsonl' has no texts"),
+        ("bad.jsonl", folder, "bad.jsonl:2: not JSON"),
+        ("null.jsonl", folder, "null.jsonl:2: 'text' should be a text, got NoneType None"),
+        ("numbers.jsonl", folder, "numbers.jsonl:1: 'text' should be a text, got int 1"),
+        (
+            "other.jsonl",
+            folder,
+            r"other.jsonl:1: no column 'text' \(--text-column\); the row has 'body'",
+        ),
         ("texts.txt", tmp_path / "masked", "lacks pooler.dense.bias, .*retrieval"),
-        ("texts.txt", tmp_path / "bare", "bare' has no tokenizer"),
+        (
+            "texts.txt",
+            tmp_path / "bare",
+            r"bare' has no tokenizer .*\(the folder has no tokenizer.json",
+        ),
         ("texts.txt", tmp_path / "cut", "cut/model.safetensors' cannot be read as a checkpoint"),
         ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),
     ]:
