@@ -176,6 +176,86 @@ def test_kinds_of_file(tmp_path, jsonl, c4_texts, suffix):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "json", "json.xz", "arrow", "saved"])
+def test_files_that_are_read_from_the_beginning(tmp_path, c4_texts, suffix):
+    """The main process reads them; the output still does not depend on the workers."""
+    texts = [text.replace("\n", " ").replace("\t", " ") for text in c4_texts[:200]]
+    path = tmp_path / f"docs [1].{suffix}"
+    kind = suffix.split(".")[0]
+    if kind in ("csv", "tsv"):
+        rows = [text if kind == "tsv" else '"' + text.replace('"', '""') + '"' for text in texts]
+        separator = "\t" if kind == "tsv" else ";"
+        lines = [f"id{separator}text", *(f"7{separator}{row}" for row in rows)]
+        data = "".join(line + "\r\n" for line in lines).encode()
+    else:
+        data = json.dumps([{"n": 1, "text": text} for text in texts], indent=2).encode()
+    if kind in ("arrow", "saved"):
+        import datasets
+
+        folder = path if kind == "saved" else tmp_path / "folder"
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(folder), num_shards=1)
+        if kind == "arrow":
+            os.rename(next(folder.glob("*.arrow")), path)
+    else:
+        compress = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.split(".")[-1], bytes)
+        path.write_bytes(compress(data))
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert run_text(out, path, flags=["--num_workers", workers, "--verify"]) == 0
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert read(tmp_path / "1" / "train") == texts
+    assert len(list((tmp_path / "1" / "train").glob("*.mds"))) > 5
+
+
+def test_bad_rows_are_counted(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,a,\n2,b\rc\n3,caf\xe9\n4,d\n")
+    assert run_text(tmp_path / "out", path) == 1
+    assert f"{path}:2: 3 columns where there should be 2" in caplog.text
+    caplog.clear()
+    assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0
+    assert "skipped 2 bad documents" in caplog.text and f"{path}:4: not UTF-8" in caplog.text
+    assert read(tmp_path / "out" / "train") == ["b\rc", "d"]
+
+
+def test_returns_and_marks_inside_a_text_stay(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffa\rb\r\n\ufeffc\r\r\n\r\nd".encode())
+    expected = {
+        "file": ["a\rb\n\ufeffc\r\n\nd"],
+        "line": ["a\rb", "\ufeffc\r", "d"],
+        "paragraph": ["a\rb\n\ufeffc\r", "d"],
+    }
+    for mode, texts in expected.items():
+        assert run_text(tmp_path / mode, path, flags=["--txt_documents", mode]) == 0
+        assert read(tmp_path / mode / "train") == texts
+
+
+def test_which_files_a_path_means(tmp_path):
+    """A file or folder that exists is no pattern; a pattern may lie below such a folder."""
+    for name in ("a[1].txt", "a1.txt", "b[1]/c1.txt", "b1/c1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for i, (path, expected) in enumerate([
+        ("a[1].txt", ["a[1].txt"]),
+        ("a[12].txt", ["a1.txt"]),
+        ("b[1]", ["b[1]/c1.txt"]),
+        ("b[1]/*.txt", ["b[1]/c1.txt"]),
+        ("b*/c[0-9].txt", ["b1/c1.txt", "b[1]/c1.txt"]),
+    ]):  # fmt: skip
+        assert run_text(tmp_path / str(i), tmp_path / path) == 0
+        assert read(tmp_path / str(i) / "train") == expected
+
+
+def test_a_folder_is_not_read_in_place_of_the_hub(tmp_path, monkeypatch, caplog):
+    (tmp_path / "imdb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dataset", "imdb", "--splits", "train", "--out_root", str(tmp_path / "out")]
+    assert cli.main_text(arguments) == 1
+    assert "--dataset imdb: there is a folder of this name here" in caplog.text
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_text_files(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes("\ufeffone\r\nzwei — 2\r\n\r\n\r\nthree\r\n".encode())
