@@ -75,12 +75,12 @@ def embed_file(
         raise ValueError(f"{str(out)!r} is there already: give another name, or --overwrite")
     if batch_tokens < 1:
         raise ValueError(f"--batch-tokens must be at least 1, not {batch_tokens}")
-    count = _count_texts(file, text_column)
+    count, digest = _survey(file, text_column)
     encoder, tokenizer = _load(model)
     place = _move(encoder, device)
     size = count, encoder.config.hidden_size
     job = {
-        "file": _digest(Path(file)),
+        "file": digest,
         "model": _digest(Path(model)),
         "text_column": text_column,
         "batch_tokens": batch_tokens,
@@ -160,12 +160,17 @@ def _read_texts(file: str | Path, column: str) -> Iterator[str]:
         yield text
 
 
-def _count_texts(file: str | Path, column: str) -> int:
-    """Count the texts of a file, and check all of them before the first is embedded."""
-    count = sum(1 for _ in _read_texts(file, column))
+def _survey(file: str | Path, column: str) -> tuple[int, str]:
+    """Count the texts of a file and hash them; check all before the first is embedded."""
+    count, state = 0, hashlib.sha256()
+    for text in _read_texts(file, column):
+        data = text.encode()
+        state.update(b"%d\n" % len(data))
+        state.update(data)
+        count += 1
     if not count:
         raise ValueError(f"{str(file)!r} has no texts")
-    return count
+    return count, state.hexdigest()
 
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:

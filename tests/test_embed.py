@@ -110,7 +110,7 @@ def test_texts_are_those_of_the_file_as_it_is(folder, tmp_path):
 def test_a_file_that_changes_meanwhile(folder, tmp_path, capsys, monkeypatch):
     file = tmp_path / "texts.txt"
     file.write_text("one\ntwo\n")
-    monkeypatch.setattr("m2_plugin.embed._count_texts", lambda *_: 3)
+    monkeypatch.setattr("m2_plugin.embed._survey", lambda *_: (3, "of three texts"))
     assert run(folder, file, tmp_path / "v.npy") == 1
     assert "was changed while it was read" in capsys.readouterr().err
 
