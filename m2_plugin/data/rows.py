@@ -34,6 +34,7 @@ __all__ = [
     "is_json_stream",
     "open_parquet",
     "parse_object",
+    "read_row_groups",
     "read_rows",
     "text_bytes",
     "text_of",
@@ -92,7 +93,7 @@ def read_rows(
     kind = file_format(path)
     check_file(path)
     if kind in ("parquet", "arrow", "dataset"):
-        numbered, mark = _arrow_rows(path, kind, split, columns), ", row "
+        numbered, mark = _batch_rows(_arrow_batches(path, kind, split, columns)), ", row "
     else:
         mark = ":"
         if kind == "text":
@@ -105,11 +106,34 @@ def read_rows(
             numbered = _JsonStream(path).rows()
         else:
             numbered = _json_lines(path)
+    return _rows(numbered, path + mark)
+
+
+def read_row_groups(path: str, start: int, end: int, column: str) -> Iterator[Row]:
+    """Yield one column of some row groups of a Parquet file, as `read_rows` does of all.
+
+    Args:
+        path: The file.
+        start: The first row group.
+        end: One past the last.
+        column: The column, which must be there.
+
+    Raises:
+        DataError: If it is not a whole Parquet file.
+    """
+    file = open_parquet(path)
+    first = sum(file.metadata.row_group(i).num_rows for i in range(start))
+    groups = list(range(start, end))
+    batches = file.iter_batches(BATCH_ROWS, groups, columns=[column], use_threads=False)
+    return _rows(_batch_rows(batches, first), f"{path}, row ")
+
+
+def _rows(numbered: Iterator[_Numbered], place: str) -> Iterator[Row]:
     for number, values in numbered:
         if isinstance(values, dict):
-            yield Row(f"{path}{mark}{number}", values)
+            yield Row(f"{place}{number}", values)
         else:
-            yield Row(f"{path}{mark}{number}", {}, str(values))
+            yield Row(f"{place}{number}", {}, str(values))
 
 
 # Values
@@ -532,13 +556,9 @@ def _arrow_batches(
             yield batch.select(chosen) if chosen else batch
 
 
-def _arrow_rows(
-    path: str, kind: str, split: str | None, columns: Sequence[str]
-) -> Iterator[_Numbered]:
+def _batch_rows(batches: Iterator[Any], number: int = 0) -> Iterator[_Numbered]:
     import pyarrow
 
-    number = 0
-    batches = _arrow_batches(path, kind, split, columns)
     while True:
         try:
             batch = next(batches, None)

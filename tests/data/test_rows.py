@@ -14,7 +14,7 @@ import zstandard
 
 from m2_plugin.data import formats
 from m2_plugin.data.formats import DataError
-from m2_plugin.data.rows import class_names, read_rows
+from m2_plugin.data.rows import class_names, read_row_groups, read_rows
 
 # What a reader may change: types, empty texts, white space, quotes, separators, line ends.
 TEXTS = [
@@ -221,8 +221,14 @@ def test_not_utf8_in_arrow(tmp_path):
     path = tmp_path / "a.arrow"
     with pyarrow.ipc.new_file(path, pyarrow.schema({"text": pyarrow.string()})) as writer:
         writer.write_batch(pyarrow.record_batch({"text": bad}))
-    found, rest = problems(path)
-    assert found[0][0] == ", row 1" and "utf-8" in found[0][1] and rest == ["a", "c"]
+    other = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), other, row_group_size=1)
+    for file in (path, other):
+        found, rest = problems(file)
+        assert found[0][0] == ", row 1" and "utf-8" in found[0][1] and rest == ["a", "c"]
+    groups = list(read_row_groups(str(other), 1, 3, "text"))
+    assert [row.place.removeprefix(str(other)) for row in groups] == [", row 1", ", row 2"]
+    assert "utf-8" in groups[0].problem and groups[1].values == {"text": "c"}
 
 
 @pytest.mark.parametrize("name", ["a [1].txt", "a*.txt", "a?.txt", "file:{x}.txt", "a::b.csv"])

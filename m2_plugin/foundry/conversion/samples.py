@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_plugin.data.formats import DataError, is_corrupt, open_bytes
-from m2_plugin.data.rows import decode, open_parquet, parse_object, text_bytes
+from m2_plugin.data.rows import decode, parse_object, read_row_groups, text_bytes
 from m2_plugin.data.tokenizer import load_tokenizer
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 from m2_plugin.foundry.conversion.sources import MAX_DOCUMENT_BYTES, Block, Documents
@@ -150,16 +150,8 @@ def _file_items(documents: Documents) -> Iterator[Item]:
 
 
 def _row_items(documents: Documents, column: str) -> Iterator[Item]:
-    file = open_parquet(documents.path)
-    row = sum(file.metadata.row_group(i).num_rows for i in range(documents.start))
-    groups = list(range(documents.start, documents.end))
-    batches = file.iter_batches(
-        batch_size=512, row_groups=groups, columns=[column], use_threads=False
-    )
-    for batch in batches:
-        for text in batch.column(0).to_pylist():
-            yield f"{documents.path}, row {row}", text
-            row += 1
+    for row in read_row_groups(documents.path, documents.start, documents.end, column):
+        yield row.place, ValueError(row.problem) if row.problem else row.values[column]
 
 
 def _items(documents: Documents, column: str) -> Iterator[Item]:
