@@ -7,17 +7,20 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Value, load_dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.checkpoints.folder import build_model, load_folder
+from m2_plugin.data.formats import ENDINGS
+from m2_plugin.data.rows import read_rows, text_of
+from m2_plugin.data.tokenizer import load_tokenizer
 from m2_plugin.files import check_writable, read_json, write_json
 from m2_plugin.models import M2BertForTextEmbedding
 
@@ -25,14 +28,6 @@ __all__ = ["embed_file", "main"]
 
 log = logging.getLogger(__name__)
 
-# Ending of a file, less a .gz: who reads it in `datasets`, and how.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),  # else the text "None" would be no text
-    ".parquet": ("parquet", {}),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHUNK = 1024  # texts between two notes of what is done; batches do not cross them
 
@@ -47,30 +42,31 @@ def embed_file(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> tuple[int, int]:
-    """Writes the embeddings of all texts of a file; goes on where a killed run stopped.
+    """Write the embeddings of all texts of a file; a run that was killed continues.
 
-    Texts are sorted by length and batched by tokens, some thousand at a time. A model without
-    `mask_padding` gets texts of equal length together only, since padding would change its vectors.
+    About a thousand texts at a time are sorted by length and batched by tokens. For a model without
+    `mask_padding`, a batch holds texts of one length, since padding would change its vectors.
 
     Args:
-        file: `.txt` (a text per line), `.json`, `.jsonl`, `.csv` or `.parquet`, or one with `.gz`.
-        model: a transformers folder with an `M2BertForTextEmbedding` and a tokenizer. Longer texts
-            than it takes are cut.
-        out: the `.npy` file to write, float32 (N, D), row i for text i. It appears when it is
-            whole; until then a hidden file beside it holds what is done.
-        text_column: the column with the texts; a `.txt` has this one only.
-        batch_tokens: tokens of a batch, padding included.
-        device: `auto` (CUDA where there is any), or as torch names it.
+        file: A file of any format in `m2_plugin.data.formats`; in a text file each line is a text.
+            It is read twice, in order, so that memory does not grow with it.
+        model: A transformers folder with an `M2BertForTextEmbedding` and a tokenizer. Texts longer
+            than its maximum are cut.
+        out: The `.npy` file to write, float32 (N, D), row i for text i. It appears when it is
+            complete; until then a hidden file beside it holds what is done.
+        text_column: The column with the texts; a text file has no other.
+        batch_tokens: Tokens of a batch, padding included.
+        device: `auto` (CUDA if there is any), or a device as torch names it.
         dtype: `float32`, or `bfloat16` for autocast.
-        overwrite: replace `out` if it is there.
+        overwrite: Replace `out` if it exists.
 
     Returns:
         N and D.
 
     Raises:
-        ValueError: if something cannot be read or has no texts, the model has no pooler or no
-            tokenizer, the device is none, or `out` is there or cannot be written; the message names
-            it.
+        ValueError: If something cannot be read or has no texts, the model has no pooler or no
+            tokenizer, torch has no such device, or `out` exists or cannot be written; the message
+            names it.
     """
     out = Path(out)
     if out.suffix != ".npy":
@@ -79,12 +75,12 @@ def embed_file(
         raise ValueError(f"{str(out)!r} is there already: give another name, or --overwrite")
     if batch_tokens < 1:
         raise ValueError(f"--batch-tokens must be at least 1, not {batch_tokens}")
-    texts = _read_texts(file, text_column)
+    count, digest = _survey(file, text_column)
     encoder, tokenizer = _load(model)
     place = _move(encoder, device)
-    size = len(texts), encoder.config.hidden_size
+    size = count, encoder.config.hidden_size
     job = {
-        "file": _digest(Path(file)),
+        "file": digest,
         "model": _digest(Path(model)),
         "text_column": text_column,
         "batch_tokens": batch_tokens,
@@ -94,9 +90,12 @@ def embed_file(
     partial, notes = (out.with_name(f".{out.name}.{part}") for part in ("partial", "json"))
     vectors, done = _open(partial, notes, job, size)
     autocast = torch.autocast(place.type, DTYPES[dtype], dtype != "float32")
-    with tqdm(total=size[0], initial=done, unit="text", desc="embed") as bar:
-        for start in range(done, size[0], CHUNK):
-            rows = texts[start : start + CHUNK][text_column]
+    texts = islice(_read_texts(file, text_column), done, None)
+    with tqdm(total=count, initial=done, unit="text", desc="embed") as bar:
+        for start in range(done, count, CHUNK):
+            rows = list(islice(texts, min(CHUNK, count - start)))
+            if len(rows) < min(CHUNK, count - start):
+                raise ValueError(f"{str(file)!r} was changed while it was read: run it again")
             tokens = tokenizer(
                 rows, truncation=True, max_length=encoder.config.max_sequence_length
             )["input_ids"]
@@ -119,15 +118,15 @@ def embed_file(
 
 
 def batches(lengths: Sequence[int], tokens: int, equal: bool) -> Iterator[list[int]]:
-    """Groups texts by length.
+    """Group texts by length.
 
     Args:
-        lengths: of each text.
-        tokens: of a batch at most, padding included; a longer text is alone.
-        equal: whether all texts of a batch must be of one length.
+        lengths: Tokens of each text.
+        tokens: Most tokens of a batch, padding included; a longer text is a batch of its own.
+        equal: Whether all texts of a batch must have the same length.
 
     Yields:
-        Places in `lengths`, those of short texts first.
+        Indices into `lengths`, those of short texts first.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -141,39 +140,37 @@ def batches(lengths: Sequence[int], tokens: int, equal: bool) -> Iterator[list[i
 
 
 def _padding_counts(model: M2BertForTextEmbedding) -> bool:
-    """Whether padding changes what the encoder computes: convolutions take it for text."""
+    """Say whether padding changes what the encoder computes: convolutions read it as text."""
     return model.config.sequence_mixer == "monarch_mixer" and not model.config.mask_padding
 
 
-def _read_texts(file: str | Path, column: str) -> Dataset:
-    path = Path(file)
-    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(file)!r}")
-    if ending not in READERS:
-        raise ValueError(f"{str(file)!r} ends in none of {', '.join(READERS)}")
-    reader, options = READERS[ending]
-    try:
-        texts = load_dataset(reader, data_files=str(path), split="train", **options)
-    except Exception as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"{str(file)!r} cannot be read as {reader}: {reason}") from error
-    if reader == "text":
-        texts = texts.rename_column("text", column) if column != "text" else texts
-    if column not in texts.column_names:
-        raise ValueError(
-            f"{str(file)!r} has no column {column!r}: give --text-column, one of "
-            f"{', '.join(texts.column_names)}"
-        )
-    if len(texts) == 0:
+def _read_texts(file: str | Path, column: str) -> Iterator[str]:
+    """Yield the texts of a file.
+
+    Raises:
+        ValueError: If the file or a row cannot be read; the message names the line.
+    """
+    for row in read_rows(str(file), text_column=column, columns=[column]):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            text = text_of(row.values, column, "--text-column")
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
+        yield text
+
+
+def _survey(file: str | Path, column: str) -> tuple[int, str]:
+    """Count the texts of a file and hash them; check all before the first is embedded."""
+    count, state = 0, hashlib.sha256()
+    for text in _read_texts(file, column):
+        data = text.encode()
+        state.update(b"%d\n" % len(data))
+        state.update(data)
+        count += 1
+    if not count:
         raise ValueError(f"{str(file)!r} has no texts")
-    found = texts.features[column]
-    if found not in (Value("string"), Value("large_string")):
-        raise ValueError(f"column {column!r} of {str(file)!r} holds no texts, but {found}")
-    empty = texts.data.column(column).is_null().to_pylist()
-    if any(empty):
-        raise ValueError(f"row {empty.index(True)} of {str(file)!r} has no {column!r}")
-    return texts
+    return count, state.hexdigest()
 
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
@@ -189,15 +186,14 @@ def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokeniz
             f"{str(folder)!r} lacks pooler.dense.weight, which embeddings need: {advice}"
         )
     model = build_model(M2BertForTextEmbedding, config, weights)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} has no tokenizer: save one there") from error
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer in {str(folder)!r} has no padding token")
     return model, tokenizer
 
 
 def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:
-    """Moves the model to where it is to compute, and says where that is."""
+    """Move the model to the device where it computes, and return the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -209,7 +205,7 @@ def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder."""
+    """Return the SHA-256 of a file, or of all files of a folder."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -221,7 +217,7 @@ def _digest(path: Path) -> str:
 def _open(
     partial: Path, notes: Path, job: Mapping[str, Any], shape: tuple[int, int]
 ) -> tuple[np.memmap, int]:
-    """The array to fill, and how many rows of it are done."""
+    """Return the array to fill, and how many of its rows are done."""
     noted = read_json(notes)
     if noted and partial.is_file():
         changed = ", ".join(key for key in job if job[key] != noted["job"].get(key))
@@ -237,7 +233,7 @@ def _open(
 
 
 def _holds(file: Path, shape: tuple[int, int]) -> bool:
-    """Whether a file is an array of this shape; written to, a shorter one would get zeros."""
+    """Say whether a file is an array of this shape: a shorter one would be filled with zeros."""
     try:
         array = np.lib.format.open_memmap(file, mode="r")
     except ValueError:
@@ -247,19 +243,19 @@ def _holds(file: Path, shape: tuple[int, int]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin embed`.
+    """Run `m2-plugin embed`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
         0; 1 if something was refused; 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin embed",
-        description="Write a vector for each text of a file. A killed run goes on when repeated.",
+        description="Write a vector for each text of a file. Run it again to continue.",
     )
-    parser.add_argument("file", help=f"a file of texts: {', '.join(READERS)}, also with .gz")
+    parser.add_argument("file", help=f"a file of texts: {ENDINGS}")
     parser.add_argument(
         "--model", required=True, help="a transformers folder of an embedding model"
     )
@@ -270,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast (float32)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

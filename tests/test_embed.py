@@ -67,11 +67,13 @@ def interrupt(monkeypatch, folder, file, out):
         assert run(folder, file, out) == 130
 
 
-@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "json", "csv", "parquet"])
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "json", "csv", "parquet", "saved"])
 def test_each_kind_of_file(ending, folder, tmp_path, capsys):
     file, data = tmp_path / f"texts.{ending}", Dataset.from_dict({"body": LINES, "id": [1] * 8})
     if ending == "txt":
         file.write_text("".join(f"{line}\n" for line in LINES))
+    elif ending == "saved":
+        data.save_to_disk(str(file))
     elif ending == "csv":
         data.to_csv(file)
     elif ending == "parquet":
@@ -84,6 +86,33 @@ def test_each_kind_of_file(ending, folder, tmp_path, capsys):
     assert vectors.dtype == np.float32 and list(out.parent.iterdir()) == [out]
     np.testing.assert_allclose(vectors, alone(folder, LINES), rtol=0, atol=1e-5)
     assert f"{len(LINES)} vectors of 16 numbers" in capsys.readouterr().out
+
+
+def test_texts_are_those_of_the_file_as_it_is(folder, tmp_path):
+    """Not of a file that the name would match, nor of what the file held at that time before."""
+    texts = ["second", "one\rtwo", "None"]
+    rows = [{"text": text, "n": [1, "a", None][i]} for i, text in enumerate(texts)]
+    for name, content in [
+        ("a [1].txt", "\n".join(texts)),
+        ("a?.json", json.dumps(rows)),
+        ("a*.csv", 'id,text\n1,second\n2,"one\rtwo"\n3,None\n'),
+    ]:
+        file, other = tmp_path / name, tmp_path / re.sub(r"[*?]| \[1\]", "1", name)
+        other.write_text("other\n")
+        for content_then in (content.replace("second", "first"), content):
+            file.write_text(content_then)
+            os.utime(file, (1, 1))
+            assert run(folder, file, tmp_path / "v.npy", "--overwrite") == 0
+        found = np.load(tmp_path / "v.npy")
+        np.testing.assert_allclose(found, alone(folder, texts), rtol=0, atol=1e-5)
+
+
+def test_a_file_that_changes_meanwhile(folder, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "texts.txt"
+    file.write_text("one\ntwo\n")
+    monkeypatch.setattr("m2_plugin.embed._survey", lambda *_: (3, "of three texts"))
+    assert run(folder, file, tmp_path / "v.npy") == 1
+    assert "was changed while it was read" in capsys.readouterr().err
 
 
 def test_as_sentence_transformers_does(folder, tmp_path):
@@ -233,14 +262,22 @@ def test_what_is_refused(folder, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1000])
     for file, model, message in [
         ("none.txt", folder, "there is no file .*none.txt"),
-        ("texts.doc", folder, "ends in none of .txt, .json"),
-        ("empty.jsonl", folder, "empty.jsonl"),
-        ("bad.jsonl", folder, "bad.jsonl' cannot be read as json"),
-        ("null.jsonl", folder, "row 1 of .*null.jsonl' has no 'text'"),
-        ("numbers.jsonl", folder, "column 'text' of .*numbers.jsonl' holds no texts, but .*int64"),
-        ("other.jsonl", folder, "no column 'text': give --text-column, one of body"),
+        ("texts.doc", folder, "texts.doc: unknown kind of file; the endings known are .txt .text"),
+        ("empty.jsonl", folder, "empty.jsonl' has no texts"),
+        ("bad.jsonl", folder, "bad.jsonl:2: not JSON"),
+        ("null.jsonl", folder, "null.jsonl:2: 'text' should be a text, got NoneType None"),
+        ("numbers.jsonl", folder, "numbers.jsonl:1: 'text' should be a text, got int 1"),
+        (
+            "other.jsonl",
+            folder,
+            r"other.jsonl:1: no column 'text' \(--text-column\); the row has 'body'",
+        ),
         ("texts.txt", tmp_path / "masked", "lacks pooler.dense.weight, .*retrieval"),
-        ("texts.txt", tmp_path / "bare", "bare' has no tokenizer"),
+        (
+            "texts.txt",
+            tmp_path / "bare",
+            r"bare' has no tokenizer .*\(the folder has no tokenizer.json",
+        ),
         ("texts.txt", tmp_path / "cut", "cut/model.safetensors' cannot be read as a checkpoint"),
         ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),
     ]:

@@ -1,25 +1,23 @@
 """The `glue` and `text_classification` dataloaders: sentences or pairs with a class or a number.
 
-GLUE is a special case: `glue` looks up what its tasks' files, columns and labels are called, and
-leaves the rest to `text_classification`. Whatever the source, examples become an Arrow table of
-texts and label ids; a collator tokenises a batch at a time, so that nothing is drawn or cached
-and the batches of an epoch are a function of the data, the seed and the epoch.
+`glue` is a special case: it knows the names of the tasks' files, columns and labels, and leaves
+the rest to `text_classification`. Examples from any source become an Arrow table of texts and label
+ids. A collator tokenises a batch at a time: nothing is cached, so the batches of an epoch depend on
+the data, the seed and the epoch alone.
 """
 
-import contextlib
 import copy
-import csv
 import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from composer.core.data_spec import DataSpec
@@ -28,6 +26,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from m2_plugin.data.formats import DataError, is_saved_dataset
+from m2_plugin.data.rows import Row, class_names, read_rows, text_bytes
 from m2_plugin.foundry.mlm_text import PAD_MULTIPLE, check_keys
 from m2_plugin.glue.tasks import Task
 from m2_plugin.glue.tasks import task as glue_task
@@ -68,17 +68,20 @@ OWN_KEYS = SHARED_KEYS | {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Table:
-    """Columns as they were read, where each row stands, and what could not be read."""
+    """Rows of one source.
+
+    Attributes:
+        source: What to call it in errors.
+        rows: The rows; they are read once.
+        classes: Names of the classes, by column, if the source has them. Such a column holds the
+            place of a name.
+    """
 
     source: str
-    columns: Mapping[str, Sequence[Any]]
-    where: Callable[[int], str]
-    broken: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return max((len(column) for column in self.columns.values()), default=0)
+    rows: Iterable[Row]
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ class _Fields:
         texts: Column of the text, or those of the pair.
         label: Column of the label; None for data to predict.
         spellings: Label id by each way to write it; None to take integers as they are.
-        num_labels: Number of classes, 1 for a regression, None where the data do not say.
+        num_labels: Number of classes, 1 for a regression, None if the data do not say.
         label_range: Smallest and largest number of a regression.
         skip_label: A label whose rows are left out.
+        by_name: Whether the ids of a source that has class names count by name.
     """
 
     texts: tuple[str, ...]
@@ -100,159 +104,67 @@ class _Fields:
     num_labels: int | None = None
     label_range: tuple[float, float] = (-math.inf, math.inf)
     skip_label: str | None = None
+    by_name: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return all columns that are read."""
+        return (*self.texts, *([] if self.label is None else [self.label]))
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether a label may be an id: not if a class has another number for its name."""
+        spellings = self.spellings or {}
+        return all(name == str(i) for name, i in spellings.items() if _is_number(name))
 
 
-# Reading files
-
-
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[Any]:
-    """Text of a local or remote file, compressed or not, its line ends as they are."""
+def _is_number(text: str) -> bool:
     try:
-        # utf-8-sig: the official MRPC begins with a byte order mark.
-        with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise ValueError(f"dataset.path: there is no file {path!r}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _read_tsv(
-    path: str, text_columns: Sequence[str] = (), header: Sequence[str] | None = None
-) -> _Table:
-    """Read tab-separated values as GLUE's are: quotes are text, a row is a line.
-
-    Args:
-        path: The file.
-        text_columns: Columns that a header line must name to be one.
-        header: Columns of a file without a header line.
-    """
-    with _open(path) as file:
-        # Not splitlines: the texts hold other line separators of Unicode.
-        lines = [line.removesuffix("\r") for line in file.read().split("\n")]
-    first = 0
-    if header is None or set(text_columns) <= set(lines[0].split("\t")):
-        header, first = lines[0].split("\t"), 1
-    rows, numbers, broken = [], [], []
-    for number, line in enumerate(lines[first:], first + 1):
-        if not line:
-            continue
-        row = line.split("\t")
-        if len(row) != len(header):
-            broken.append(f"{path}:{number}: {_wrong_count(row, header)}")
-            continue
-        rows.append(row)
-        numbers.append(number)
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return _Table(path, columns, lambda i: f"{path}:{numbers[i]}", broken)
+# Reading
 
 
-def _wrong_count(row: Sequence[str], header: Sequence[str]) -> str:
-    return f"{len(row)} columns where there should be {len(header)}"
+def _read_file(path: str, split: str | None, **how: Any) -> _Table:
+    try:
+        return _Table(path, read_rows(path, split, **how), class_names(path, split))
+    except DataError as error:
+        raise ValueError(f"dataset.path: {error}.") from error
 
 
-def _read_csv(path: str) -> _Table:
-    rows, numbers, broken = [], [], []
-    with _open(path) as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            for row in reader:
-                if len(row) == len(header):
-                    rows.append(row)
-                    numbers.append(reader.line_num)
-                elif row:
-                    broken.append(f"{path}:{reader.line_num}: {_wrong_count(row, header)}")
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}.") from error
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return _Table(path, columns, lambda i: f"{path}:{numbers[i]}", broken)
-
-
-def _read_jsonl(path: str) -> _Table:
-    rows, numbers, broken = [], [], []
-    with _open(path) as file:
-        for number, line in enumerate(file.read().split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                broken.append(f"{path}:{number}: no JSON object ({error})")
-                continue
-            rows.append(row)
-            numbers.append(number)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return _Table(path, columns, lambda i: f"{path}:{numbers[i]}", broken)
-
-
-READERS: dict[str, Callable[[str], _Table]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
-}
-
-
-def _suffix(path: str) -> str:
-    for compression in (".gz", ".xz", ".bz2", ".zst"):
-        path = path.removesuffix(compression)
-    return os.path.splitext(path)[1].lower()
-
-
-def _read_file(path: str) -> _Table:
-    reader = READERS.get(_suffix(path))
-    if reader is None:
-        raise ValueError(
-            f"dataset.path: {path!r} must end in one of {', '.join(READERS)}, or those and .gz, "
-            f".xz, .bz2 or .zst."
-        )
-    return reader(path)
-
-
-# Reading Hugging Face datasets
-
-
-def _of_dataset(dataset: Dataset, source: str, decode: str | None = None) -> _Table:
-    """Columns of a dataset; the class ids of the column `decode` as names, where it has some."""
-    columns = {name: dataset[name] for name in dataset.column_names}
-    names = _class_names(dataset, decode)
-    if decode is not None and names is not None:
-        columns[decode] = [names[i] if i >= 0 else i for i in columns[decode]]
-    return _Table(source, columns, lambda i: f"{source}, row {i}")
-
-
-def _is_saved_dataset(path: str) -> bool:
-    """Whether `datasets` saved a dataset, or a dict of its splits, in this folder."""
-    return any(os.path.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
-
-
-def _saved_dataset(path: str, split: str | None) -> Dataset:
-    """A split of what `save_to_disk` wrote.
-
-    Raises:
-        ValueError: If the split is not there or not given; names those that are.
-    """
-    saved = datasets.load_from_disk(path)
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
-        raise ValueError(f"{path!r} has no split {split!r}. dataset.split: one of {list(saved)}.")
-    return saved[split]
+def _of_dataset(dataset: Dataset, source: str, columns: Sequence[str] = ()) -> _Table:
+    """Make a table of what `datasets` loaded: of these columns only, if it has them."""
+    if columns and set(columns) <= set(dataset.column_names):
+        dataset = dataset.select_columns(list(columns))
+    classes = {
+        column: tuple(feature.names)
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    batches = dataset.with_format("arrow").iter(1000)
+    rows = (values for batch in batches for values in batch.to_pylist())
+    return _Table(
+        source, (Row(f"{source}, row {i}", values) for i, values in enumerate(rows)), classes
+    )
 
 
 def _hub_dataset(name: str, subset: str | None, split: str | None, cache: str | None) -> Dataset:
-    """A split of a dataset of the hub, or of its cache.
+    """Load a split of a dataset from the hub, or from its cache.
 
     Raises:
-        ValueError: If it is not to be had, or has no such split.
+        ValueError: If it cannot be loaded, has no such split, or is a folder here.
     """
     if split is None:
         raise ValueError(f"dataset.split: say which split of {name!r} to read.")
+    if os.path.isdir(name):  # `datasets` would read it, guess types, and cache it by path and time
+        raise ValueError(
+            f"There is a folder {name!r} here. Give dataset.path to read it, or run elsewhere to "
+            "load the dataset of this name from the hub."
+        )
     try:
         return datasets.load_dataset(name, subset, split=split, cache_dir=cache)
     except (ValueError, OSError) as error:  # OSError: not found, neither online nor in the cache
@@ -260,44 +172,26 @@ def _hub_dataset(name: str, subset: str | None, split: str | None, cache: str | 
         raise ValueError(f"The split {split!r} of the dataset {which}: {error}") from error
 
 
-def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...] | None:
-    """Names of the classes, where the dataset's features say them."""
-    feature = dataset.features.get(column) if column else None
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
 # From a table to examples
-
-
-def _column(table: _Table, name: str, key: str) -> Sequence[Any]:
-    if name not in table.columns:
-        if table.broken and not len(table):  # not one row to learn the columns from
-            raise ValueError(f"{table.broken[0]}.")
-        raise ValueError(
-            f"{table.source} has no column {name!r} ({key}). Its columns: "
-            f"{', '.join(map(repr, table.columns)) or 'none'}."
-        )
-    return table.columns[name]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} should be a text, got {value!r}")
-    return value
 
 
 def _class_id(value: Any, fields: _Fields) -> int:
     # Integers too: names may be numbers that do not start at 0, such as stars.
-    if fields.spellings is not None and str(value) in fields.spellings:
-        return fields.spellings[str(value)]
+    name = str(value).lower() if isinstance(value, bool) else str(value)
+    if fields.spellings is not None:
+        for spelling in (name, str(value)):  # JSON's true may be called true or True
+            if spelling in fields.spellings:
+                return fields.spellings[spelling]
     try:
-        label = int(value) if isinstance(value, (int, str)) else None
+        label = int(value) if fields.takes_ids and isinstance(value, (int, str)) else None
     except ValueError:
         label = None
     n = fields.num_labels
     if label is None or label < 0 or (n is not None and label >= n):
         names = "" if fields.spellings is None else f" ({', '.join(fields.spellings)})"
         accepted = "0, 1, 2, ..." if n is None else f"one of 0 to {n - 1}{names}"
+        if fields.spellings is not None and not fields.takes_ids:
+            accepted = f"one of {', '.join(fields.spellings)}"
         raise ValueError(f"label {value!r} is out of range: it must be {accepted}")
     return label
 
@@ -315,52 +209,74 @@ def _number(value: Any, fields: _Fields) -> float:
 
 
 def _examples(table: _Table, fields: _Fields) -> tuple[dict[str, list[Any]], list[str]]:
-    """Texts and labels by column, and what is wrong with the rows that are left out."""
-    texts = [
-        _column(table, name, key)
-        for name, key in zip(fields.texts, ("text_column", "text_pair_column"), strict=False)
-    ]
-    labels = None
-    if fields.label is not None:
-        labels = _column(table, fields.label, "label_column")
-        if fields.num_labels is None and fields.spellings is None:
-            _check_not_words(table, labels)
-    read = _number if fields.num_labels == 1 else _class_id
-    names = ("text", "text_pair")[: len(texts)]
-    out: dict[str, list[Any]] = {name: [] for name in names}
-    if labels is not None:
+    """Read texts and labels by column, and what is wrong with the rows that are left out.
+
+    Raises:
+        ValueError: If no row has a column that is needed, or labels are words without names.
+    """
+    label = fields.label
+    out: dict[str, list[Any]] = {name: [] for name in ("text", "text_pair")[: len(fields.texts)]}
+    if label is not None:
         out["label"] = []
-    broken = list(table.broken)
-    for i in range(len(table)):
-        try:
-            row: list[Any] = [
-                _text(c[i], name) for c, name in zip(texts, fields.texts, strict=True)
-            ]
-            if labels is not None:
-                if labels[i] == fields.skip_label and fields.skip_label is not None:
-                    continue
-                row.append(read(labels[i], fields))
-        except ValueError as error:
-            broken.append(f"{table.where(i)}: {error}")
-            continue
-        for column, value in zip(out.values(), row, strict=True):
-            column.append(value)
+    classes = table.classes.get(label or "", ()) if fields.by_name else ()
+    read = _number if fields.num_labels == 1 else _class_id
+    broken: list[str] = []
+    found: dict[str, None] = {}
+    words: Counter[str] = Counter()
+    try:
+        for row in table.rows:
+            try:
+                if row.problem:
+                    raise ValueError(row.problem)
+                found |= dict.fromkeys(row.values)
+                example: list[Any] = []
+                for name in fields.texts:
+                    text = row.values.get(name)
+                    text_bytes(text, name)
+                    example.append(text)
+                if label is not None:
+                    value = row.values.get(label)
+                    if classes and isinstance(value, int) and 0 <= value < len(classes):
+                        value = classes[value]
+                    if value == fields.skip_label and fields.skip_label is not None:
+                        continue
+                    if isinstance(value, str) and not value.lstrip("-").isdigit():
+                        words[value] += 1
+                    example.append(read(value, fields))
+            except ValueError as error:
+                broken.append(f"{row.place}: {error}")
+                continue
+            for column, part in zip(out.values(), example, strict=True):
+                column.append(part)
+    except DataError as error:
+        raise ValueError(f"dataset.path: {error}.") from error
+    _check_columns(table, fields, found)
+    if words and fields.num_labels is None and fields.spellings is None:
+        _refuse_words(table, words)
     return out, broken
 
 
-def _check_not_words(table: _Table, labels: Sequence[Any]) -> None:
-    """Words as labels need their order, which one file cannot be trusted to give."""
-    words = Counter(v for v in labels if isinstance(v, str) and not v.lstrip("-").isdigit())
-    if words:
-        found = sorted(word for word, _ in words.most_common(20))
-        raise ValueError(
-            f"{table.source}: labels are words. Give them in the order of their ids, e.g. "
-            f"dataset.label_names: [{', '.join(found)}]; or regression: true for numbers."
-        )
+def _check_columns(table: _Table, fields: _Fields, found: Mapping[str, None]) -> None:
+    keys = ("text_column", "text_pair_column")[: len(fields.texts)] + ("label_column",)
+    for name, key in zip(fields.columns, keys, strict=False):
+        if found and name not in found:
+            raise ValueError(
+                f"{table.source} has no column {name!r} ({key}). Its columns: "
+                f"{', '.join(map(repr, found))}."
+            )
+
+
+def _refuse_words(table: _Table, words: Counter[str]) -> None:
+    """Refuse words as labels: they need an order, which one file cannot be trusted to give."""
+    names = json.dumps(sorted(word for word, _ in words.most_common(20)), ensure_ascii=False)
+    raise ValueError(
+        f"{table.source}: labels are words. Give them in the order of their ids, e.g. "
+        f"dataset.label_names: {names}; or regression: true for numbers."
+    )
 
 
 def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dataset:
-    """The examples of all tables as one dataset with `text`, `text_pair` and `label`.
+    """Make one dataset of the examples of all tables, with `text`, `text_pair` and `label`.
 
     Raises:
         ValueError: If a column is missing, a row is broken and `on_error` is not skip, or nothing
@@ -388,14 +304,13 @@ def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dat
 # GLUE's own files
 
 
-def _glue_fields(task: Task, table: _Table | None, labelled: bool) -> _Fields:
-    """Fields under the names of the hub, or of the official files where a table has those."""
+def _glue_fields(task: Task, columns: Collection[str], labelled: bool) -> _Fields:
+    """Choose the names of the columns: the hub's, or those of the official files."""
     texts, label = task.text_columns, "label"
-    if table is not None:
-        if not set(texts) <= set(table.columns):
-            texts = task.official_text_columns
-        if label not in table.columns or task.official_label_column in table.columns:
-            label = task.official_label_column
+    if columns and not set(texts) <= set(columns):
+        texts = task.official_text_columns
+    if columns and (label not in columns or task.official_label_column in columns):
+        label = task.official_label_column
     spellings = {name: i for i, name in enumerate(task.label_names)}
     spellings |= {name: i for i, name in enumerate(task.official_labels)}
     return _Fields(
@@ -405,11 +320,12 @@ def _glue_fields(task: Task, table: _Table | None, labelled: bool) -> _Fields:
         num_labels=task.num_labels,
         label_range=task.label_range,
         skip_label=NO_LABEL if task.name == "mnli" else None,
+        by_name=True,
     )
 
 
 def _glue_file(task: Task, split: str, path: str) -> str | None:
-    """The file of a split below `path`, official or jsonl of the same name."""
+    """Find the file of a split below `path`: official, or jsonl of the same name."""
     if os.path.isfile(path):
         return path
     candidates = [f"{path}/{name}" for name in task.official_files(split)]
@@ -428,15 +344,11 @@ def _glue_table(task: Task, split: str, path: str | None) -> _Table:
         return _of_dataset(*_glue_from_hub(task, split, None))
     if not os.path.exists(path):
         raise ValueError(f"dataset.path: there is no file or folder {path!r}.")
-    file = _glue_file(task, split, path)
-    if file is not None:
-        if _suffix(file) == ".tsv":
-            header = task.official_columns or None
-            return _read_tsv(file, task.official_text_columns, header)
-        return _read_file(file)
+    if (file := _glue_file(task, split, path)) is not None:
+        return _read_file(file, None, header=task.official_columns)
     for folder in (path, f"{path}/{task.name}"):
-        if _is_saved_dataset(folder):
-            return _of_dataset(_saved_dataset(folder, split), folder)
+        if is_saved_dataset(folder):
+            return _read_file(folder, split)
     if any(os.path.isdir(f"{path}/{name.replace('/', '___')}") for name in HUB_NAMES):
         return _of_dataset(*_glue_from_hub(task, split, path))
     tsv = task.official_files(split)[0]
@@ -444,6 +356,23 @@ def _glue_table(task: Task, split: str, path: str | None) -> _Table:
         f"No {split} split of {task.name} below {path!r}. Looked for {tsv} (or .jsonl, also "
         f"without the folder), a dataset saved by `datasets`, and the cache of `datasets`."
     )
+
+
+def _with_columns(table: _Table) -> tuple[_Table, Collection[str]]:
+    """Look at a table's first whole row for its columns."""
+    try:
+        rows = iter(table.rows)
+        head = list(_until_whole(rows))
+    except DataError as error:
+        raise ValueError(f"dataset.path: {error}.") from error
+    return replace(table, rows=chain(head, rows)), head[-1].values if head else ()
+
+
+def _until_whole(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        if not row.problem:
+            return
 
 
 def _glue_from_hub(task: Task, split: str, cache: str | None) -> tuple[Dataset, str]:
@@ -462,15 +391,15 @@ def _glue_from_hub(task: Task, split: str, cache: str | None) -> tuple[Dataset, 
 
 
 class TextClassificationCollator:
-    """Tokenises, truncates and pads examples into a batch.
+    """Tokenise, truncate and pad examples into a batch.
 
     Args:
         tokenizer: The run's tokenizer.
-        max_seq_len: L at most; of a pair, the longer text is cut first.
+        max_seq_len: Largest L; of a pair, the longer text is cut first.
         padding: "max_length" pads to `max_seq_len`, "longest" to the longest of the batch, rounded
             up to a multiple of 8.
-        num_labels: Number of classes, 1 for a regression; None where the data do not say.
-        min_num_labels: What the labels seen call for, where `num_labels` is None.
+        num_labels: Number of classes, 1 for a regression; None if the data do not say.
+        min_num_labels: Fewest classes that the labels need, if `num_labels` is None.
 
     Raises:
         ValueError: If the padding is unknown or the tokenizer has no padding token.
@@ -522,7 +451,7 @@ class TextClassificationCollator:
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens in a batch; its losses are one per example, which is what microbatches weigh by."""
+    """Count the tokens of a batch; microbatches are weighted by losses, one per example."""
     return {
         "total": int(batch["attention_mask"].sum()),
         "loss_generating": len(batch["input_ids"]),
@@ -534,7 +463,7 @@ def _count_samples(batch: Mapping[str, Any]) -> int:
 
 
 def _subset(examples: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """That many examples at random, in their order: files may be sorted by label."""
+    """Choose that many examples at random, in their order: files may be sorted by label."""
     if max_samples is None or max_samples >= len(examples):
         return examples
     if max_samples < 1:
@@ -592,7 +521,7 @@ def _build(
         persistent_workers=persistent_workers and has_workers,
         timeout=timeout if has_workers else 0,
     )
-    # Not the host's data spec: it takes labels for one per token.
+    # Not llm-foundry's data spec: it expects a label for each token.
     return DataSpec(
         dataloader=loader,
         get_num_samples_in_batch=_count_samples,
@@ -630,22 +559,18 @@ def build_glue_dataloader(
     """Build the loader of a GLUE task; `glue` in a YAML.
 
     Args:
-        tokenizer: The run's tokenizer; the host passes it.
-        device_batch_size: Examples of a batch of one rank; the host passes it.
+        tokenizer: The run's tokenizer, from llm-foundry.
+        device_batch_size: Examples of a batch of one rank, from llm-foundry.
         dataset: `task` (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or ax), `split` by its
             name on the hub (train, validation, test, validation_matched, ...) and `max_seq_len`.
-            `path` leads to a folder of the official files, where a `.jsonl` may stand for a `.tsv`;
-            to such a file; to what `datasets` saved; or to the cache of `datasets`. Without it the
-            hub or the usual cache is read. `padding` is max_length or longest; `shuffle` (by
-            default of train only) and `shuffle_seed` set the order; `max_samples` takes that many
-            examples at random; `on_error: skip` leaves broken rows out, as is usual for QQP only.
-            A test split has no labels.
+            `path` is a folder of the official files, where a `.jsonl` may replace a `.tsv`; such a
+            file; what `datasets` saved; or the cache of `datasets`. Without it the hub or the usual
+            cache is read. `padding` is max_length or longest. `shuffle` (by default true for train
+            only) and `shuffle_seed` set the order. `max_samples` takes that many examples at
+            random. `on_error: skip` leaves broken rows out; it is the default for QQP only. A test
+            split has no labels.
         drop_last: Leave out a last batch that is not full.
         num_workers: Processes that tokenise.
-        pin_memory: As torch's DataLoader.
-        prefetch_factor: As torch's DataLoader.
-        persistent_workers: As torch's DataLoader.
-        timeout: As torch's DataLoader.
 
     Raises:
         ValueError: If a key, the task, the split, a file, a column or a label is missing or
@@ -657,8 +582,8 @@ def build_glue_dataloader(
         raise ValueError(
             f"dataset.split: {task.name} has no split {split!r}. It has {', '.join(task.splits)}."
         )
-    table = _glue_table(task, split, dataset.get("path"))
-    fields = _glue_fields(task, table, labelled=split not in task.test_splits)
+    table, columns = _with_columns(_glue_table(task, split, dataset.get("path")))
+    fields = _glue_fields(task, columns, labelled=split not in task.test_splits)
     default = "skip" if task.name == "qqp" else "raise"  # three official rows are cut short
     examples = _to_dataset([table], fields, dataset.get("on_error", default))
     return _build(
@@ -676,21 +601,55 @@ def build_glue_dataloader(
     )
 
 
-def _own_tables(dataset: Mapping[str, Any]) -> tuple[list[_Table], tuple[str, ...] | None]:
-    """Tables of a `text_classification` dataset, and the classes' names if a dataset knows them."""
+def _own_tables(dataset: Mapping[str, Any], columns: tuple[str, ...]) -> list[_Table]:
+    """Open what a `text_classification` dataset names."""
     path, hub, split = dataset.get("path"), dataset.get("hf_name"), dataset.get("split")
     if (path is None) == (hub is None):
         raise ValueError("text_classification needs either path or hf_name in dataset.")
-    label = dataset.get("label_column", "label")
-    decode = label if dataset.get("label_names") else None  # whose order may be another
     if hub is not None:
         read = _hub_dataset(hub, dataset.get("hf_subset"), split, None)
-        return [_of_dataset(read, f"{hub} {split}", decode)], _class_names(read, label)
-    if isinstance(path, str) and _is_saved_dataset(path):
-        read = _saved_dataset(path, split)
-        return [_of_dataset(read, path, decode)], _class_names(read, label)
+        return [_of_dataset(read, f"{hub} {split}", columns)]
     files = [path] if isinstance(path, str) else list(path or ())
-    return [_read_file(file) for file in files], None
+    text = dataset["text_column"]
+    return [_read_file(file, split, text_column=text, columns=columns) for file in files]
+
+
+def _class_names(tables: Sequence[_Table], label: str) -> tuple[str, ...]:
+    """Return the names of the classes that the tables bring, if they do.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = {table.source: table.classes[label] for table in tables if label in table.classes}
+    if len(set(found.values())) > 1 or 0 < len(found) < len(tables):
+        raise ValueError(
+            f"The sources do not have the same classes in {label!r} ({found}): give "
+            "dataset.label_names."
+        )
+    return next(iter(found.values()), ())
+
+
+def _label_names(dataset: Mapping[str, Any]) -> list[str] | None:
+    """Return `label_names` as texts.
+
+    Raises:
+        ValueError: If YAML did not read a name as it was written, or two names are equal.
+    """
+    names = dataset.get("label_names")
+    if names is None:
+        return None
+    if isinstance(names, str) or not names:
+        raise ValueError(f"dataset.label_names must be a list of names, got {names!r}.")
+    for name in names:
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ValueError(
+                f"dataset.label_names: {name!r} is no text: YAML reads yes, no, on and off as "
+                'booleans and 2.50 as a number. Put names in quotes, e.g. ["no", "yes"].'
+            )
+    texts = [str(name) for name in names]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"dataset.label_names has a name twice: {texts}.")
+    return texts
 
 
 def build_text_classification_dataloader(
@@ -707,20 +666,17 @@ def build_text_classification_dataloader(
     """Build the loader of a user's own texts; `text_classification` in a YAML.
 
     Args:
-        tokenizer: The run's tokenizer; the host passes it.
-        device_batch_size: Examples of a batch of one rank; the host passes it.
-        dataset: `path`, a file or a list of files (.jsonl; .csv, quoted as usual; .tsv, in which
-            quotes are text) or a folder that `datasets` saved, or `hf_name` and `hf_subset` of the
-            hub, with `split`. `text_column` and, for pairs, `text_pair_column`; `label_column` is
-            `label` by default, null for data without labels. Labels are integers from 0, or words
-            whose `label_names` are given in the order of the ids, or with `regression: true`
-            numbers. The other keys are those of `build_glue_dataloader`.
+        tokenizer: The run's tokenizer, from llm-foundry.
+        device_batch_size: Examples of a batch of one rank, from llm-foundry.
+        dataset: `path`, a file or a list of files of any format in `m2_plugin.data.formats` (in
+            .csv quotes are read as usual, in .tsv they are text), a folder that `datasets` saved,
+            or a URL such as s3://bucket/train.csv; or `hf_name` and `hf_subset` of the hub, with
+            `split`. `text_column` and, for pairs, `text_pair_column`. `label_column` is `label` by
+            default, null for data without labels. Labels are integers from 0; or words, with their
+            `label_names` in the order of the ids; or numbers, with `regression: true`. The other
+            keys are those of `build_glue_dataloader`.
         drop_last: Leave out a last batch that is not full.
         num_workers: Processes that tokenise.
-        pin_memory: As torch's DataLoader.
-        prefetch_factor: As torch's DataLoader.
-        persistent_workers: As torch's DataLoader.
-        timeout: As torch's DataLoader.
 
     Raises:
         ValueError: If a key, file, column or label is missing or wrong; names it, and for a row
@@ -728,19 +684,20 @@ def build_text_classification_dataloader(
     """
     required = ("text_column", "max_seq_len")
     tokenizer = _check("text_classification", dataset, OWN_KEYS, required, tokenizer)
-    tables, found_names = _own_tables(dataset)
-    texts = (dataset["text_column"], dataset.get("text_pair_column"))
-    names, regression = dataset.get("label_names"), dataset.get("regression", False)
+    names, regression = _label_names(dataset), dataset.get("regression", False)
     if regression and names:
         raise ValueError("dataset: label_names and regression: true exclude each other.")
-    classes = names or found_names
-    num_labels = 1 if regression else len(classes) if classes else None
+    texts = (dataset["text_column"], dataset.get("text_pair_column"))
     fields = _Fields(
         texts=tuple(name for name in texts if name is not None),
         label=dataset.get("label_column", "label"),
-        spellings={str(name): i for i, name in enumerate(names)} if names else None,
-        num_labels=num_labels,
+        spellings={name: i for i, name in enumerate(names)} if names else None,
+        by_name=names is not None,
     )
+    tables = _own_tables(dataset, fields.columns)
+    classes = names or (() if regression else _class_names(tables, fields.label or ""))
+    num_labels = 1 if regression else len(classes) or None
+    fields = replace(fields, num_labels=num_labels)
     examples = _to_dataset(tables, fields, dataset.get("on_error", "raise"))
     return _build(
         examples,

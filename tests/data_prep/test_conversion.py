@@ -122,7 +122,7 @@ def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypat
     """Each large compressed file is cut for itself; what is left over is joined at the end."""
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.LANE_BYTES", 1)
+    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.STREAM_BYTES", 1)
     files = []
     for i in range(5):
         plain = write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 20 : i * 20 + 20])
@@ -141,9 +141,9 @@ def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypat
 
 
 def test_cut_tokens():
-    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
-    assert cut_tokens([10, 3], carry=2, length=5, no_wrap=True) == ([0], 3)
-    assert cut_tokens([], carry=4, length=5, no_wrap=True) == ([], 4)
+    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
+    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=True) == ([0], 3)
+    assert cut_tokens([], left_over=4, length=5, no_wrap=True) == ([], 4)
 
 
 def test_max_chars(tmp_path, jsonl, c4_texts):
@@ -173,6 +173,86 @@ def test_kinds_of_file(tmp_path, jsonl, c4_texts, suffix):
         path.write_bytes(compress(jsonl.read_bytes().replace(b'{"text"', b'{"body"')))
     assert run_text(tmp_path / "out", path, flags=["--text_column", "body"]) == 0
     assert read(tmp_path / "out" / "train") == c4_texts[:200]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "json", "json.xz", "arrow", "saved"])
+def test_files_that_are_read_from_the_beginning(tmp_path, c4_texts, suffix):
+    """The main process reads them; the output still does not depend on the workers."""
+    texts = [text.replace("\n", " ").replace("\t", " ") for text in c4_texts[:200]]
+    path = tmp_path / f"docs [1].{suffix}"
+    kind = suffix.split(".")[0]
+    if kind in ("csv", "tsv"):
+        rows = [text if kind == "tsv" else '"' + text.replace('"', '""') + '"' for text in texts]
+        separator = "\t" if kind == "tsv" else ";"
+        lines = [f"id{separator}text", *(f"7{separator}{row}" for row in rows)]
+        data = "".join(line + "\r\n" for line in lines).encode()
+    else:
+        data = json.dumps([{"n": 1, "text": text} for text in texts], indent=2).encode()
+    if kind in ("arrow", "saved"):
+        import datasets
+
+        folder = path if kind == "saved" else tmp_path / "folder"
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(folder), num_shards=1)
+        if kind == "arrow":
+            os.rename(next(folder.glob("*.arrow")), path)
+    else:
+        compress = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.split(".")[-1], bytes)
+        path.write_bytes(compress(data))
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert run_text(out, path, flags=["--num_workers", workers, "--verify"]) == 0
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert read(tmp_path / "1" / "train") == texts
+    assert len(list((tmp_path / "1" / "train").glob("*.mds"))) > 5
+
+
+def test_bad_rows_are_counted(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,a,\n2,b\rc\n3,caf\xe9\n4,d\n")
+    assert run_text(tmp_path / "out", path) == 1
+    assert f"{path}:2: 3 columns where there should be 2" in caplog.text
+    caplog.clear()
+    assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0
+    assert "skipped 2 bad documents" in caplog.text and f"{path}:4: not UTF-8" in caplog.text
+    assert read(tmp_path / "out" / "train") == ["b\rc", "d"]
+
+
+def test_returns_and_marks_inside_a_text_stay(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffa\rb\r\n\ufeffc\r\r\n\r\nd".encode())
+    expected = {
+        "file": ["a\rb\n\ufeffc\r\n\nd"],
+        "line": ["a\rb", "\ufeffc\r", "d"],
+        "paragraph": ["a\rb\n\ufeffc\r", "d"],
+    }
+    for mode, texts in expected.items():
+        assert run_text(tmp_path / mode, path, flags=["--txt_documents", mode]) == 0
+        assert read(tmp_path / mode / "train") == texts
+
+
+def test_which_files_a_path_means(tmp_path):
+    """A file or folder that exists is no pattern; a pattern may lie below such a folder."""
+    for name in ("a[1].txt", "a1.txt", "b[1]/c1.txt", "b1/c1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for i, (path, expected) in enumerate([
+        ("a[1].txt", ["a[1].txt"]),
+        ("a[12].txt", ["a1.txt"]),
+        ("b[1]", ["b[1]/c1.txt"]),
+        ("b[1]/*.txt", ["b[1]/c1.txt"]),
+        ("b*/c[0-9].txt", ["b1/c1.txt", "b[1]/c1.txt"]),
+    ]):  # fmt: skip
+        assert run_text(tmp_path / str(i), tmp_path / path) == 0
+        assert read(tmp_path / str(i) / "train") == expected
+
+
+def test_a_folder_is_not_read_in_place_of_the_hub(tmp_path, monkeypatch, caplog):
+    (tmp_path / "imdb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dataset", "imdb", "--splits", "train", "--out_root", str(tmp_path / "out")]
+    assert cli.main_text(arguments) == 1
+    assert "--dataset imdb: there is a folder of this name here" in caplog.text
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -346,7 +426,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
     [
         (b'{"text": "cut', "not JSON"),
         (b'{"body": "other key"}', "no key 'text'"),
-        (b'{"text": 7}', "int, not a string"),
+        (b'{"text": 7}', "'text' should be a text, got int 7"),
         (b'["text"]', "not a JSON object"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
@@ -388,7 +468,7 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--splits", "trian"], "unknown split trian; known: train, train_small, val, val_small"),
         (["--local_files", "/no/such/file.jsonl"], "'/no/such/file.jsonl' does not exist"),
         (["--concat_tokens", "128"], "--concat_tokens needs a --tokenizer"),
-        (["--concat_tokens", "128", "--tokenizer", "/no/such"], "--tokenizer /no/such: cannot be"),
+        (["--concat_tokens", "128", "--tokenizer", "/no/such"], "'/no/such' has no tokenizer"),
         (["--tokenizer", "bert-base-uncased"], "only used with --concat_tokens"),
         (["--splits", "train_small", "val"], "--val_fraction 0.01"),
         (["--local_files", "val=SAMPLE"], "nothing for the split 'train'"),

@@ -47,10 +47,10 @@ def test_writes_what_the_hosts_dataloader_reads(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROWS[0], {"query": "q"}], "bad.jsonl:2: no key 'passage' (--passage_column)"),
-        ([ROWS[0], ROWS[1] | {"passage": 3}], "bad.jsonl:2: 3 where a text is wanted"),
-        ([ROWS[0], ROWS[1] | {"query": " "}], "bad.jsonl:2: ' ' where a text is wanted"),
-        ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, the lines before"),
+        ([ROWS[0], {"query": "q"}], "bad.jsonl:2: no column 'passage' (--passage_column)"),
+        ([ROWS[0], ROWS[1] | {"passage": 3}], "bad.jsonl:2: 'passage' should be a text"),
+        ([ROWS[0], ROWS[1] | {"query": " "}], "bad.jsonl:2: ' ' is an empty text"),
+        ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, but the rows"),
         ([ROWS[0], ROWS[1] | {"negatives": "n"}], "bad.jsonl:2: 'negatives' is str, not a list"),
         ([ROWS[0], ["q", "p"]], "bad.jsonl:2: not a JSON object"),
         ([], "no pairs for"),
@@ -62,6 +62,23 @@ def test_names_a_bad_line_and_leaves_nothing(tmp_path, caplog, rows, message):
     assert convert(out, f"train={tmp_path / 'bad.jsonl'}") == 1
     assert message in caplog.text
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_other_kinds_of_file(tmp_path, caplog):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
+    assert convert(tmp_path / "mds", f"train={tmp_path / 'a.json'}") == 0
+    found = list(LocalDataset(str(tmp_path / "mds" / "train")))
+    assert [row["positive_passage"] for row in found] == [row["passage"] for row in ROWS]
+    (tmp_path / "b.csv").write_text("query;passage\nq, 1;p\n")
+    assert convert(tmp_path / "mds", f"val={tmp_path / 'b.csv'}") == 0
+    found = list(LocalDataset(str(tmp_path / "mds" / "val")))
+    assert found[0]["query_text"] == "q, 1" and found[0]["negative_passages"] == "[]"
+    write_rows(tmp_path / "c.jsonl", [ROWS[0], ROWS[1] | {"query": "half \ud83d"}])
+    assert convert(tmp_path / "mds", f"test={tmp_path / 'c.jsonl'}") == 1
+    assert "c.jsonl:2: 'query' holds half of a surrogate pair" in caplog.text
+    (tmp_path / "d.txt").write_text("q\n")
+    assert convert(tmp_path / "mds", f"test={tmp_path / 'd.txt'}") == 1
+    assert "d.txt: a text file has no columns for pairs" in caplog.text
 
 
 def test_refuses_before_writing(tmp_path, caplog):

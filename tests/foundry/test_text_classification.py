@@ -1,6 +1,7 @@
 import copy
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from composer.core.data_spec import DataSpec
 from llmfoundry.utils.builders import build_dataloader
+from omegaconf import OmegaConf
 from torch.utils.data import DistributedSampler
 
 from m2_plugin.foundry.text_classification import TextClassificationCollator
@@ -300,7 +302,6 @@ def test_yaml_for_own_texts(tokenizer, tmp_path):
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.builders import build_composer_model, build_optimizer
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
-    from omegaconf import OmegaConf
 
     from tests.foundry.test_models import build as build_model
 
@@ -396,19 +397,19 @@ OWN = {"text": "x", "label": 0}
 @pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [
-        ([], {}, r"has no column 'text' .*none"),
+        ([], {}, r"There are no examples in .*a.jsonl"),
         ([OWN], {"text_column": "txt"}, r"has no column 'txt' \(text_column\).*'text', 'label'"),
         ([OWN], {"text_pair_column": "b"}, r"has no column 'b' \(text_pair_column\)"),
         ([OWN], {"label_column": "y"}, r"has no column 'y' \(label_column\)"),
-        ([OWN, {"label": 1}], {}, r"a.jsonl:2: 'text' should be a text, got None"),
-        ([OWN, {"text": 3, "label": 1}], {}, r"a.jsonl:2: 'text' should be a text, got 3"),
+        ([OWN, {"label": 1}], {}, r"a.jsonl:2: 'text' should be a text, got NoneType None"),
+        ([OWN, {"text": 3, "label": 1}], {}, r"a.jsonl:2: 'text' should be a text, got int 3"),
         ([OWN, {"text": "y", "label": 2}], {"label_names": ["a", "b"]},
          r"a.jsonl:2: label 2 is out of range: it must be one of 0 to 1 \(a, b\)"),
         ([OWN, {"text": "y", "label": -1}], {}, r"a.jsonl:2: label -1 is out of range: .*0, 1, 2"),
         ([OWN, {"text": "y", "label": 0.5}], {}, r"label 0.5 is out of range.*0, 1, 2"),
         ([OWN, {"text": "y"}], {}, r"a.jsonl:2: label None is out of range"),
         ([OWN | {"label": "pos"}, OWN | {"label": "neg"}], {},
-         r"labels are words. .*label_names: \[neg, pos\]"),
+         r'labels are words. .*label_names: \["neg", "pos"\]'),
         ([OWN], {"label_names": ["a"], "regression": True}, "exclude each other"),
         ([OWN], {"hf_name": "imdb"}, "either path or hf_name"),
         ([OWN], {"colunm": 1}, "Unknown key 'colunm' in dataset"),
@@ -423,12 +424,12 @@ def test_bad_own_data(tokenizer, tmp_path, rows, keys, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"text": "x", "label": 0}\n{"text": ', r"a.jsonl:2: no JSON object"),
-        ("a.jsonl", "[1]\n", r"a.jsonl:1: no JSON object \(not an object\)"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text": ', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", "[1]\n", r"a.jsonl:1: not a JSON object, but int 1"),
         ("a.csv", "text,label\nx,1,2\n", r"a.csv:2: 3 columns where there should be 2"),
-        ("a.csv", 'text,label\n"x,1\n', r"a.csv:\d: unexpected end of data"),
+        ("a.csv", 'text,label\n"x,1\n', r"a.csv:2: not CSV: unexpected end of data"),
         ("a.csv", "text,label\n", "There are no examples in .*a.csv"),
-        ("a.txt", "x", r"'.*a.txt' must end in one of .tsv, .csv, .jsonl"),
+        ("a.doc", "x", r"a.doc: unknown kind of file; the endings known are .txt .text .raw .csv"),
     ],
 )
 def test_bad_own_files(tokenizer, tmp_path, name, text, message):
@@ -441,7 +442,7 @@ def test_bad_own_files(tokenizer, tmp_path, name, text, message):
 
 def test_not_utf8(tokenizer, tmp_path):
     folder = changed(tmp_path, "SST-2/train.tsv", 3, "caf\xe9\t1", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"SST-2/train.tsv: not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"SST-2/train.tsv:3: not UTF-8"):
         glue(tokenizer, "sst2", path=folder)
 
 
@@ -452,3 +453,79 @@ def test_tokenizer_without_padding(tokenizer):
         TextClassificationCollator(bare, L)
     with pytest.raises(ValueError, match="glue needs a tokenizer"):
         glue(None)
+
+
+# What a file may hold, and must not be read as something else
+
+
+def labels(spec) -> list:
+    return [row["label"] for row in examples(spec)]
+
+
+@pytest.mark.parametrize("pair", [("no", "yes"), ("off", "on"), ("1.0", "2.50")])
+def test_the_proposal_of_names_survives_yaml(tokenizer, tmp_path, pair):
+    path = write(tmp_path / "a.csv", [f"good,{pair[1]}", f"bad,{pair[0]}"], "text,label")
+    with pytest.raises(ValueError, match="labels are words") as found:
+        own(tokenizer, path)
+    line = re.search(r"label_names: \[.*?\]", str(found.value))[0]
+    names = OmegaConf.to_container(OmegaConf.create(line))["label_names"]
+    assert names == list(pair)
+    assert labels(own(tokenizer, path, label_names=names)) == [1, 0]
+    bare = OmegaConf.to_container(OmegaConf.create(line.replace('"', "")))["label_names"]
+    with pytest.raises(ValueError, match=r"label_names: .* is no text: YAML reads yes, no"):
+        own(tokenizer, path, label_names=bare)
+
+
+def test_a_label_that_is_no_name_is_no_id_where_names_are_numbers(tokenizer, tmp_path):
+    rows = [json.dumps({"text": "x", "label": stars}) for stars in (5, 0, 1)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: label 0 .* one of 1, 2, 3, 4, 5"):
+        own(tokenizer, path, label_names=[1, 2, 3, 4, 5])
+    spec = own(tokenizer, path, label_names=[1, 2, 3, 4, 5], on_error="skip")
+    assert labels(spec) == [4, 0]
+    truths = write(tmp_path / "b.jsonl", ['{"text": "x", "label": true}'] * 2)
+    assert labels(own(tokenizer, truths, label_names=["true", "false"])) == [0, 0]
+    assert labels(own(tokenizer, truths)) == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_class_ids_count_by_name(tokenizer, tmp_path, kind):
+    """The names of a saved dataset may stand in another order than GLUE's or the user's."""
+    features = {"label": datasets.ClassLabel(names=["not_entailment", "entailment"])}
+    features |= {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    path = tmp_path / f"rte.{kind}"
+    data.save_to_disk(str(path)) if kind == "saved" else data.to_parquet(path)
+    assert labels(glue(tokenizer, "rte", "train", path=path, shuffle=False)) == [1, 0]
+    keys = {"text_column": "sentence1"}
+    assert labels(own(tokenizer, path, **keys)) == [0, 1]
+    names = ["entailment", "not_entailment"]
+    assert labels(own(tokenizer, path, label_names=names, **keys)) == [1, 0]
+    with pytest.raises(ValueError, match=r"rte.*, row 0: label 'not_entailment' is out of range"):
+        own(tokenizer, path, label_names=["entailment", "other"], **keys)
+    plain = write(tmp_path / "a.csv", ["x,0"], "sentence1,label")
+    with pytest.raises(ValueError, match="do not have the same classes in 'label'"):
+        own(tokenizer, [path, plain], **keys)
+
+
+def test_other_kinds_of_file(tokenizer, tmp_path):
+    rows = [{"text": "half \ud83d of one", "label": 0}, {"text": "x" * 200_000, "label": 1}]
+    path = tmp_path / "a [1].json"
+    path.write_text(json.dumps(rows, indent=2))
+    with pytest.raises(ValueError, match=r"a \[1\].json:2: 'text' holds half of a surrogate"):
+        own(tokenizer, path)
+    assert labels(own(tokenizer, path, on_error="skip")) == [1]
+    (tmp_path / "a.csv").write_text("text;label\ngood;1\n")
+    assert labels(own(tokenizer, tmp_path / "a.csv")) == [1]
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    found = examples(own(tokenizer, tmp_path / "a.txt", label_column=None))
+    assert [row["text"] for row in found] == ["one", "", "two"]
+
+
+def test_a_folder_is_not_read_in_place_of_the_hub(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "imdb" / "train.csv", ["x,1"], "text,label")
+    with pytest.raises(ValueError, match=r"There is a folder 'imdb' here. Give dataset.path"):
+        build(tokenizer, name="text_classification", hf_name="imdb", split="train",
+              text_column="text")  # fmt: skip

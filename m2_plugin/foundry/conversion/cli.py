@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from m2_plugin.data.formats import ENDINGS
 from m2_plugin.foundry.conversion.corpora import (
     C4_CHARS_PER_SAMPLE,
     C4_SPLITS,
@@ -37,10 +38,10 @@ log = logging.getLogger(__name__)
 _C4_FILE = re.compile(r"c4-(train|validation)\.\d+-of-\d+\.json")
 _LABEL = re.compile(r"([A-Za-z0-9_\-]+)=(.+)")
 
-LOCAL_FILES_HELP = """files, folders or globs on disk, instead of the hub: .json .jsonl .ndjson (one
-object per line), .txt .text .raw, each also as .gz .xz .bz2 .zst; .parquet. SPLIT=PATH gives a file
-to one split (train=a.jsonl val=b.jsonl). Without SPLIT= the files serve the splits named; naming
-both training and validation splits then needs --val_fraction."""
+LOCAL_FILES_HELP = f"""files, folders or patterns on disk, instead of the hub: {ENDINGS}. A path
+that exists is that file, otherwise it is a pattern. SPLIT=PATH gives a file to one split
+(train=a.jsonl val=b.jsonl). Without SPLIT= the files serve the splits named; naming both training
+and validation splits then needs --val_fraction."""
 VAL_FRACTION_HELP = """hold out this share of the documents for validation: which ones depends on
 a hash of their text alone, so no document is in both, and copies of one are on the same side."""
 CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":

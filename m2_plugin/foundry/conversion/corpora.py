@@ -9,8 +9,8 @@ class Split:
 
     Args:
         hub_split: The split on the hub that it is read from.
-        documents: How many documents the hub's split holds or the cut keeps; None if unknown.
-        max_samples: The first so many samples are kept; None keeps all.
+        documents: How many documents are read of it; None if unknown.
+        max_samples: How many samples are kept, from the first; None keeps all.
     """
 
     hub_split: str

@@ -32,10 +32,10 @@ from m2_plugin.foundry.conversion.sources import (
     Block,
     HubSource,
     InputFile,
-    Lane,
-    file_lanes,
     text_bytes_estimate,
 )
+from m2_plugin.foundry.conversion.sources import Stream as Lane
+from m2_plugin.foundry.conversion.sources import file_streams as file_lanes
 from m2_plugin.foundry.conversion.worker import Output, Placement, Summary, worker_main, write_part
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Job:
     def lanes(self) -> list[Lane]:
         """Return the ordered streams of the input."""
         if self.hub is not None:
-            return self.hub.lanes()
+            return self.hub.streams()
         return file_lanes(list(self.files), self.options.text_column)
 
     def settings(self) -> dict[str, Any]:

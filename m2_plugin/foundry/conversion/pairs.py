@@ -1,83 +1,80 @@
-"""Pairs of query and passage to MDS, in the columns of the host's `contrastive_pairs` dataloader.
+"""Pairs of query and passage to MDS, as llm-foundry's `contrastive_pairs` dataloader reads them.
 
-One process does: pairs are few beside a pretraining corpus, and are not tokenised here.
+One process is enough: pairs are few beside a pretraining corpus, and are not tokenised here.
 """
 
 import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from m2_plugin.data.formats import ENDINGS, DataError, file_format
+from m2_plugin.data.rows import read_rows, text_bytes, text_of
 from m2_plugin.files import whole
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 from m2_plugin.foundry.conversion.mds import mds
-from m2_plugin.foundry.conversion.sources import input_files, is_corrupt_stream, open_stream
+from m2_plugin.foundry.conversion.sources import input_files
 
 log = logging.getLogger(__name__)
 
-# As the host's own converter, from Delta tables, writes them; the negatives are a JSON list.
+# As llm-foundry's own converter (of Delta tables) writes them; the negatives are a JSON list.
 COLUMNS = {"query_text": "str", "positive_passage": "str", "negative_passages": "str"}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What the keys are called in the input; `negatives` is a list, and need not be there."""
+    """Names of the columns in the input; `negatives` holds a list, and is optional."""
 
     query: str = "query"
     passage: str = "passage"
     negatives: str = "negatives"
 
-    def sample(self, row: Any) -> dict[str, Any]:
+    def sample(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row's query, passage and list of negatives, or say why it is no pair."""
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object (one per line is wanted, not an array)")
-        for option, key in (("--query_column", self.query), ("--passage_column", self.passage)):
-            if key not in row:
-                raise ValueError(f"no key {key!r} ({option}); it has {sorted(row)}")
+        query = text_of(row, self.query, "--query_column")
+        passage = text_of(row, self.passage, "--passage_column")
         negatives = row.get(self.negatives) or []
         if not isinstance(negatives, list):
             raise ValueError(f"{self.negatives!r} is {type(negatives).__name__}, not a list")
-        for text in (row[self.query], row[self.passage], *negatives):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{text!r} where a text is wanted")
-        return {"query": row[self.query], "passage": row[self.passage], "negatives": negatives}
+        for negative in negatives:
+            text_bytes(negative, self.negatives)
+        for text in (query, passage, *negatives):
+            if not text.strip():
+                raise ValueError(f"{text!r} is an empty text")
+        return {"query": query, "passage": passage, "negatives": negatives}
 
 
 def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
-    """Yield the samples of a file of JSON lines.
+    """Yield the samples of a file.
 
     Raises:
-        BadDocumentError: At a line that is no pair, or has another number of negatives than the
-            first: the host makes one tensor of a batch.
+        BadDocumentError: At a row that is no pair, or has another number of negatives than the
+            first: llm-foundry makes one tensor of a batch.
     """
     first = None
-    number = 1
-    try:
-        with open_stream(path) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007  (the error below names it)
-                if not line.strip():
-                    continue
-                sample = keys.sample(json.loads(line))
-                count = len(sample["negatives"])
-                first = count if first is None else first
-                if count != first:
-                    raise ValueError(f"{count} negatives, the lines before have {first}")
-                texts = (sample["query"], sample["passage"], json.dumps(sample["negatives"]))
-                yield dict(zip(COLUMNS, texts, strict=True))
-    except Exception as error:
-        if not isinstance(error, ValueError) and not is_corrupt_stream(error):
-            raise
-        raise BadDocumentError(f"{path}:{number}: {error}") from error
+    for row in read_rows(path):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            sample = keys.sample(row.values)
+            count = len(sample["negatives"])
+            first = count if first is None else first
+            if count != first:
+                raise ValueError(f"{count} negatives, but the rows before have {first}")
+        except ValueError as error:
+            raise BadDocumentError(f"{row.place}: {error}") from error
+        texts = (sample["query"], sample["passage"], json.dumps(sample["negatives"]))
+        yield dict(zip(COLUMNS, texts, strict=True))
 
 
 def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | None) -> int:
-    """Write one split; it has its name when it is whole. Returns the number of pairs."""
+    """Write one split, which gets its name once it is whole, and return the number of pairs."""
     counts = set()
     pairs = 0
     with whole(out) as folder:
@@ -107,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out_root", "--out-root", type=Path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--local_files", "--local-files", nargs="+", required=True, metavar="SPLIT=PATH",
-        help="files, folders or globs of .jsonl, one object per line, also as .gz .xz .bz2 .zst; "
-        "SPLIT is train, val or any name, and may stand more than once",
+        help=f"files, folders or patterns: {ENDINGS}; SPLIT is train, val or any name, and may be "
+        "given more than once",
     )  # fmt: skip
     parser.add_argument("--query_column", "--query-column", default=names.query, metavar="KEY")
     parser.add_argument(
@@ -117,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--negatives_column", "--negatives-column", default=names.negatives, metavar="KEY",
-        help="a list of texts that do not, as many in every line; the key need not be there",
+        help="a list of texts that do not, as many in every row; optional",
     )  # fmt: skip
     parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, e.g. zstd")
     return parser
@@ -131,8 +128,8 @@ def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
             raise ConversionError(f"--local_files {item!r}: which split? Give train={item}")
         files = input_files([path])
         for file in files:
-            if file.layout != "json":
-                raise ConversionError(f"{file.path}: pairs are read from .jsonl")
+            if file_format(file.path) == "text":
+                raise ConversionError(f"{file.path}: a text file has no columns for pairs")
         splits.setdefault(name, []).extend(file.path for file in files)
     for name in splits:
         if (arguments.out_root / name).exists():
@@ -150,7 +147,7 @@ def main_pairs(argv: list[str] | None = None) -> int:
         for name, paths in _splits(arguments).items():
             out = arguments.out_root / name
             log.info("%s: %d pairs", out, write_split(out, paths, keys, arguments.compression))
-    except (ConversionError, OSError) as error:
+    except (ConversionError, DataError, OSError) as error:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:

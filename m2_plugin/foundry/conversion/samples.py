@@ -11,15 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m2_plugin.data.formats import DataError, is_corrupt, open_bytes
+from m2_plugin.data.rows import decode, parse_object, read_row_groups, text_bytes
+from m2_plugin.data.tokenizer import load_tokenizer
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
-from m2_plugin.foundry.conversion.sources import (
-    MAX_DOCUMENT_BYTES,
-    Block,
-    Segment,
-    is_corrupt_stream,
-    open_parquet,
-    open_stream,
-)
+from m2_plugin.foundry.conversion.sources import MAX_DOCUMENT_BYTES, Block, Documents
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +48,9 @@ class TextOptions:
 
 # --- reading -------------------------------------------------------------------------------------
 
-# A document, or what is wrong with it, after where it stands: its line (or how to find the line).
-Line = int | Callable[[], int]
-Item = tuple[Line, Any]
+# Where a document stands (or how to find out), and the document or what is wrong with it.
+Place = str | Callable[[], str]
+Item = tuple[Place, Any]
 
 
 class _LineCounter:
@@ -79,120 +75,105 @@ class _LineCounter:
 _line_counter = _LineCounter()
 
 
-def _line_number(path: str, offset: int) -> int:
-    return 1 + _line_counter.lines_before(path, offset)
+def _place_at(path: str, offset: int) -> str:
+    return f"{path}:{1 + _line_counter.lines_before(path, offset)}"
 
 
-def _range_lines(segment: Segment) -> Iterator[tuple[Line, bytes]]:
+def _range_lines(documents: Documents) -> Iterator[tuple[Place, bytes]]:
     """Yield the lines that begin in a byte range; their numbers are counted only if asked for."""
-    with open(segment.path, "rb") as file:
-        position = segment.start
+    with open(documents.path, "rb") as file:
+        position = documents.start
         if position:  # the line that began before belongs to the range before
             file.seek(position - 1)
             position += len(file.readline()) - 1
-        while position < segment.end and (line := file.readline()):
-            yield partial(_line_number, segment.path, position), line
+        while position < documents.end and (line := file.readline()):
+            mark = position == 0 and line.startswith(codecs.BOM_UTF8)
+            yield (
+                partial(_place_at, documents.path, position),
+                line.removeprefix(codecs.BOM_UTF8) if mark else line,
+            )
             position += len(line)
 
 
-def _decode(data: bytes) -> str:
-    try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error})") from None
+def _handed_lines(documents: Documents) -> Iterator[tuple[Place, bytes]]:
+    data = documents.data
+    if documents.start == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(data.split(b"\n"), documents.start):
+        yield f"{documents.path}:{number}", line
 
 
-def _parse_json(line: bytes, column: str) -> Any:
-    text = _decode(line)
-    try:
-        return json.loads(text)[column]
-    except KeyError:
-        raise ValueError(f"no key {column!r} (--text_column)") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    except (TypeError, IndexError):
-        raise ValueError("not a JSON object (one per line is wanted, not an array)") from None
-
-
-def _line_items(segment: Segment, column: str) -> Iterator[Item]:
-    lines: Iterable[tuple[Line, bytes]]
-    if segment.kind == "range":
-        lines = _range_lines(segment)
-    else:
-        lines = enumerate(segment.data.split(b"\n"), segment.start)
-    for number, line in lines:
+def _line_items(documents: Documents, column: str) -> Iterator[Item]:
+    lines: Iterable[tuple[Place, bytes]]
+    lines = _range_lines(documents) if documents.kind == "range" else _handed_lines(documents)
+    for place, line in lines:
         if not line.strip():
             continue
         try:
-            if segment.layout == "json":
-                yield number, _parse_json(line, column)
+            if documents.layout == "json":
+                yield place, parse_object(line)[column]
             else:
-                yield number, _decode(line.rstrip(b"\r\n"))
+                yield place, decode(line.removesuffix(b"\n").removesuffix(b"\r"))
+        except KeyError:
+            yield place, ValueError(f"no key {column!r} (--text_column)")
         except ValueError as error:
-            yield number, error
+            yield place, error
 
 
-def _paragraph_items(segment: Segment) -> Iterator[Item]:
-    line = segment.start
-    for paragraph in segment.data.split(b"\n\n"):
+def _paragraph_items(documents: Documents) -> Iterator[Item]:
+    line, data = documents.start, documents.data
+    if line == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    for paragraph in data.split(b"\n\n"):
+        place = f"{documents.path}:{line}"
         try:
             if paragraph.strip():
-                yield line, _decode(paragraph).strip("\n")
+                yield place, decode(paragraph).strip("\n")
         except ValueError as error:
-            yield line, error
+            yield place, error
         line += paragraph.count(b"\n") + 2
 
 
-def _file_items(segment: Segment) -> Iterator[Item]:
+def _file_items(documents: Documents) -> Iterator[Item]:
+    place = f"{documents.path}:1"
     try:
-        with open_stream(segment.path) as file:
+        with open_bytes(documents.path) as file:
             data = file.read()
-        text = _decode(data).replace("\r\n", "\n")
+        text = decode(data.removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
     except Exception as error:
-        if not isinstance(error, ValueError) and not is_corrupt_stream(error):
+        if not isinstance(error, ValueError) and not is_corrupt(error):
             raise
-        yield 1, ValueError(str(error))
+        yield place, ValueError(str(error))
     else:
         if text.strip():
-            yield 1, text
+            yield place, text
 
 
-def _row_items(segment: Segment, column: str) -> Iterator[Item]:
-    file = open_parquet(segment.path, column)
-    number = 1 + sum(file.metadata.row_group(i).num_rows for i in range(segment.start))
-    groups = list(range(segment.start, segment.end))
-    batches = file.iter_batches(
-        batch_size=512, row_groups=groups, columns=[column], use_threads=False
-    )
-    for batch in batches:
-        yield from enumerate(batch.column(0).to_pylist(), number)
-        number += len(batch)
+def _row_items(documents: Documents, column: str) -> Iterator[Item]:
+    for row in read_row_groups(documents.path, documents.start, documents.end, column):
+        yield row.place, ValueError(row.problem) if row.problem else row.values[column]
 
 
-def _items(segment: Segment, column: str) -> Iterator[Item]:
-    if segment.kind == "bad":
-        return iter([(segment.start, ValueError(segment.data))])
-    if segment.kind == "texts":
-        return iter(enumerate(segment.data, segment.start))
-    if segment.kind == "rows":
-        return _row_items(segment, column)
-    if segment.kind == "file":
-        return _file_items(segment)
-    if segment.layout == "paragraph":
-        return _paragraph_items(segment)
-    return _line_items(segment, column)
+def _items(documents: Documents, column: str) -> Iterator[Item]:
+    if documents.kind == "bad":
+        place = f"{documents.path}:{documents.start}"
+        return iter([(place, ValueError(documents.data))])
+    if documents.kind == "texts":
+        return iter(documents.data)
+    if documents.kind == "rows":
+        return _row_items(documents, column)
+    if documents.kind == "file":
+        return _file_items(documents)
+    if documents.layout == "paragraph":
+        return _paragraph_items(documents)
+    return _line_items(documents, column)
 
 
-def _utf8(text: Any) -> bytes:
+def _utf8(text: Any, column: str) -> bytes:
     """Encode a document, or say why it is none."""
     if isinstance(text, ValueError):
         raise text
-    if not isinstance(text, str):
-        raise ValueError(f"the text is {type(text).__name__}, not a string (--text_column)")
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair: not text") from None
+    data = text_bytes(text, column)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"a document of {len(data)} bytes; the most is {MAX_DOCUMENT_BYTES}")
     return data
@@ -219,13 +200,12 @@ def read_texts(block: Block, options: TextOptions, counts: Counts) -> Iterator[s
     import xxhash
 
     threshold = int(options.val_fraction * 2**64)
-    for segment in block:
-        for line, text in _items(segment, options.text_column):
+    for documents in block:
+        for place, text in _items(documents, options.text_column):
             try:
-                data = _utf8(text)
+                data = _utf8(text, options.text_column)
             except ValueError as error:
-                number = line() if callable(line) else line
-                message = f"{segment.path}:{number}: {error}"
+                message = f"{place() if callable(place) else place}: {error}"
                 if not options.skip_bad:
                     raise BadDocumentError(message) from error
                 counts.add_bad(message)
@@ -253,14 +233,10 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, kwargs: dict[str, Any], bos_text: str, eos_text: str):
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-        except Exception as error:
-            raise ConversionError(
-                f"--tokenizer {name}: cannot be loaded ({type(error).__name__}: {error})"
-            ) from error
+            tokenizer: Any = load_tokenizer(name, **kwargs)
+        except DataError as error:
+            raise ConversionError(f"--tokenizer: {error}") from error
         tokenizer.model_max_length = int(1e30)  # lengths are ours to cut: no warnings
         self._tokenizer = tokenizer
         self.bos = self._plain(bos_text)
@@ -306,7 +282,7 @@ class Tokenizer:
 
 
 def cut_tokens(
-    documents: list[int], carry: int, length: int, no_wrap: bool
+    documents: list[int], left_over: int, length: int, no_wrap: bool
 ) -> tuple[list[int], int]:
     """Say where sequences of a given length begin in a stream of documents.
 
@@ -315,17 +291,17 @@ def cut_tokens(
 
     Args:
         documents: Tokens in each document.
-        carry: Tokens left over from before, which come first.
+        left_over: Tokens left over from before, which come first.
         length: Tokens in a sequence.
         no_wrap: Whether a sequence must begin where a document begins.
 
     Returns:
         The starts, and how many tokens are left over at the end.
     """
-    total = carry + sum(documents)
+    total = left_over + sum(documents)
     if not no_wrap:
         return list(range(0, total - length + 1, length)), total % length
-    starts, begin, end = [], 0, carry
+    starts, begin, end = [], 0, left_over
     for document in documents:
         end += document
         if end - begin >= length:

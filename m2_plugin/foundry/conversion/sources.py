@@ -1,43 +1,57 @@
 """Inputs: what the files and hub shards are, and how they are cut into blocks of documents.
 
-A *lane* is one ordered stream of documents (plain files, a compressed file, a hub shard). It is cut
-into *blocks* of about `block_bytes`, a block into *segments*, each from one file. Plain files are
-only cut here and read by the workers; a compressed stream has to be read from its beginning, so the
-main process decompresses it and hands out the lines.
+A *stream* is an ordered sequence of documents: plain files, a compressed file, a shard on the hub.
+It is cut into *blocks* of about `block_bytes`; a block lists runs of documents, each of one file.
+Plain files are only cut here and read by the workers. What has to be read from its beginning (a
+compressed file, a CSV, a JSON array) is read by the main process, which hands out the documents.
 """
 
-import bz2
 import functools
 import glob
-import gzip
 import json
-import lzma
-import zlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from m2_plugin.data.formats import (
+    READ_BYTES,
+    DataError,
+    file_format,
+    is_compressed,
+    is_corrupt,
+    is_saved_dataset,
+    open_bytes,
+)
+from m2_plugin.data.rows import is_json_stream, open_parquet, read_rows, text_of
 from m2_plugin.foundry.conversion.errors import ConversionError
 
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".text", ".raw")
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
-LINE_FORMATS = ("json", "line")  # a document never crosses a line end, so a file can be cut at any
+# A document in these layouts never crosses a line end, so that a file can be cut at any.
+LINE_LAYOUTS = ("json", "line")
+# Read from the beginning, row by row.
+ROW_LAYOUTS = ("csv", "tsv", "arrow", "dataset")
 TXT_DOCUMENTS = ("file", "line", "paragraph")
 
-# Small files share a lane until it holds this much; a full C4 file (320 MB) is a lane of its own.
-LANE_BYTES = 64 << 20
+# Small files share a stream until it has this much; a full C4 file (320 MB) is a stream alone.
+STREAM_BYTES = 64 << 20
 # What compressed English text expands to; only the choice of the block size depends on it.
 EXPANSION = 3
-READ_BYTES = 1 << 20
 # One document may not fill a shard: MDS stores 32-bit offsets.
 MAX_DOCUMENT_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file on disk and how documents lie in it: "json", "line", "paragraph", "file" or "rows"."""
+    """A file on disk, or a folder that `datasets` saved.
+
+    Args:
+        path: The file.
+        layout: How documents lie in it: "json", "line", "paragraph", "file", "rows" (Parquet), or
+            one of `ROW_LAYOUTS`.
+        size: Bytes on disk.
+        mtime_ns: When it was changed last.
+    """
 
     path: str
     layout: str
@@ -46,25 +60,26 @@ class InputFile:
 
     @property
     def compressed(self) -> bool:
-        """Whether the suffix says so."""
-        return self.path.endswith(COMPRESSED_SUFFIXES)
+        """Whether it is compressed as a whole, by its ending."""
+        return is_compressed(self.path)
 
     @property
     def seekable(self) -> bool:
         """Whether a worker can start in the middle."""
         return self.layout in ("file", "rows") or (
-            self.layout in LINE_FORMATS and not self.compressed
+            self.layout in LINE_LAYOUTS and not self.compressed
         )
 
 
 @dataclass(frozen=True)
-class Segment:
+class Documents:
     """A run of documents of one file.
 
     Args:
         kind: "range" (bytes start..end of a plain file), "lines" (`data`, of which line `start` is
-            the first), "file" (one document), "rows" (row groups start..end), "texts" (`data`) or
-            "bad" (`data` says why the rest of the file cannot be read; `start` is the line).
+            the first), "file" (one document), "rows" (row groups start..end), "texts" (`data`
+            lists the place of each document, and its text or error) or "bad" (`data` says why the
+            rest of the file cannot be read; `start` is the line).
         path: The file, or the name of the hub shard.
         layout: As in `InputFile`.
         start: First byte, line or row group, by kind.
@@ -82,12 +97,13 @@ class Segment:
     stored: int = 0
 
 
-Block = list[Segment]
+Block = list[Documents]
+_Sized = Iterator[tuple[int, Documents]]  # with an estimate of the bytes of text
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One ordered stream of documents: files, or one shard of a hub data set."""
+class Stream:
+    """An ordered sequence of documents: files, or one shard of a hub data set."""
 
     files: tuple[InputFile, ...] = ()
     hub: "HubSource | None" = None
@@ -95,30 +111,34 @@ class Lane:
     text_column: str = "text"
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
-        """Cut the lane into blocks, the same ones on every run."""
+        """Cut the stream into blocks, the same ones on every run."""
         if self.hub is not None:
             return self.hub.blocks(self.hub_shard, block_bytes)
-        return _pack(self._sized_segments(block_bytes), block_bytes)
+        return _pack(self._sized_documents(block_bytes), block_bytes)
 
-    def _sized_segments(self, block_bytes: int) -> Iterator[tuple[int, Segment]]:
+    def _sized_documents(self, block_bytes: int) -> _Sized:
         for file in self.files:
             if file.layout == "rows":
-                yield from _parquet_segments(file, self.text_column)
+                yield from _row_groups(file, self.text_column)
             elif file.layout == "file":
                 size = file.size * (EXPANSION if file.compressed else 1)
-                yield size, Segment("file", file.path, "file", stored=file.size)
+                yield size, Documents("file", file.path, "file", stored=file.size)
+            elif file.layout in ROW_LAYOUTS or (
+                file.layout == "json" and is_json_stream(file.path)
+            ):
+                yield from _texts(file, self.text_column, block_bytes)
             elif file.seekable:
-                yield from _range_segments(file, block_bytes)
+                yield from _ranges(file, block_bytes)
             else:
-                yield from _stream_segments(file, block_bytes)
+                yield from _lines(file, block_bytes)
 
 
-def _pack(segments: Iterator[tuple[int, Segment]], block_bytes: int) -> Iterator[Block]:
+def _pack(documents: _Sized, block_bytes: int) -> Iterator[Block]:
     block: Block = []
     size = 0
-    for segment_bytes, segment in segments:
-        block.append(segment)
-        size += segment_bytes
+    for documents_bytes, found in documents:
+        block.append(found)
+        size += documents_bytes
         if size >= block_bytes:
             yield block
             block, size = [], 0
@@ -126,89 +146,92 @@ def _pack(segments: Iterator[tuple[int, Segment]], block_bytes: int) -> Iterator
         yield block
 
 
-def _range_segments(file: InputFile, block_bytes: int) -> Iterator[tuple[int, Segment]]:
+def _ranges(file: InputFile, block_bytes: int) -> _Sized:
     for start in range(0, file.size, block_bytes):
         end = min(start + block_bytes, file.size)
         size = end - start
-        yield size, Segment("range", file.path, file.layout, start, end, stored=size)
+        yield size, Documents("range", file.path, file.layout, start, end, stored=size)
 
 
-def _parquet_segments(file: InputFile, text_column: str) -> Iterator[tuple[int, Segment]]:
-    metadata = open_parquet(file.path, text_column).metadata
-    groups = metadata.num_row_groups
+def _row_groups(file: InputFile, text_column: str) -> _Sized:
+    try:
+        parquet = open_parquet(file.path)
+    except DataError as error:
+        raise ConversionError(str(error)) from error
+    names = parquet.schema_arrow.names
+    if text_column not in names:
+        raise ConversionError(
+            f"{file.path}: no column {text_column!r} (--text_column); it has {names}"
+        )
+    groups = parquet.metadata.num_row_groups
     for group in range(groups):
-        size = metadata.row_group(group).total_byte_size
+        size = parquet.metadata.row_group(group).total_byte_size
         stored = file.size // groups
-        yield size, Segment("rows", file.path, "rows", group, group + 1, stored=stored)
+        yield size, Documents("rows", file.path, "rows", group, group + 1, stored=stored)
 
 
-def open_parquet(path: str, text_column: str) -> Any:
-    """Open a parquet file that has the text column."""
-    import pyarrow
-    import pyarrow.parquet
+def _texts(file: InputFile, column: str, block_bytes: int) -> _Sized:
+    """Read a file that only a reader of the whole can cut."""
+    texts: list[tuple[str, str | ValueError]] = []
+    size = 0
+    reported = 0
+
+    def cut() -> tuple[int, Documents]:
+        nonlocal texts, size, reported
+        stored = min(size // (EXPANSION if file.compressed else 1), file.size - reported)
+        reported += stored
+        found = size, Documents("texts", file.path, file.layout, data=texts, stored=stored)
+        texts, size = [], 0
+        return found
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ConversionError(f"{path}: not a whole parquet file ({error})") from error
-    names = file.schema_arrow.names
-    if text_column not in names:
-        raise ConversionError(f"{path}: no column {text_column!r} (--text_column); it has {names}")
-    return file
+        for row in read_rows(file.path, columns=[column]):
+            try:
+                if row.problem:
+                    raise ValueError(row.problem)
+                text: str | ValueError = text_of(row.values, column, "--text_column")
+                size += len(str(text))
+            except ValueError as error:
+                text = error
+            texts.append((row.place, text))
+            if size >= block_bytes:
+                yield cut()
+    except DataError as error:
+        raise ConversionError(str(error)) from error
+    if texts:
+        yield cut()
 
 
-def open_stream(path: str) -> Any:
-    """Open a file for reading bytes, decompressing by its suffix."""
-    if path.endswith(".gz"):
-        return gzip.open(path)
-    if path.endswith(".xz"):
-        return lzma.open(path)
-    if path.endswith(".bz2"):
-        return bz2.open(path)
-    if path.endswith(".zst"):
-        import pyarrow
-
-        return pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd")
-    return open(path, "rb")
-
-
-def is_corrupt_stream(error: BaseException) -> bool:
-    """Whether the error means bad data rather than a failing disk (which has an errno)."""
-    if isinstance(error, OSError):
-        return error.errno is None
-    return isinstance(error, EOFError | zlib.error | lzma.LZMAError)
-
-
-def _stream_segments(file: InputFile, block_bytes: int) -> Iterator[tuple[int, Segment]]:
-    """Read a compressed (or paragraph) file in pieces that end where a document ends."""
+def _lines(file: InputFile, block_bytes: int) -> _Sized:
+    """Read a compressed file (or one of paragraphs), and cut it where a document ends."""
     line = 1
-    reader = _PieceReader(file)
-    with open_stream(file.path) as stream:
+    cutter = _Cutter(file)
+    with open_bytes(file.path) as stream:
         while True:
             try:
-                piece = reader.next_piece(stream, block_bytes)
+                data = cutter.next(stream, block_bytes)
             except Exception as error:
-                if not is_corrupt_stream(error):
+                if not is_corrupt(error):
                     raise
-                piece = reader.rest_of_whole_lines()
+                data = cutter.rest_of_whole_lines()
                 broken = f"cannot be read any further: {error}"
             else:
                 broken = ""
-            stored = reader.stored_since_last() if piece and not broken else 0
-            if piece:
+            stored = cutter.stored_since_last() if data and not broken else 0
+            if data:
                 yield (
-                    len(piece),
-                    Segment("lines", file.path, file.layout, line, data=piece, stored=stored),
+                    len(data),
+                    Documents("lines", file.path, file.layout, line, data=data, stored=stored),
                 )
-                line += piece.count(b"\n")
+                line += data.count(b"\n")
             if broken:
-                yield 0, Segment("bad", file.path, file.layout, line, data=broken)
-            if broken or not piece:
+                yield 0, Documents("bad", file.path, file.layout, line, data=broken)
+            if broken or not data:
                 return
 
 
-class _PieceReader:
-    """Cuts a byte stream where a line (or a paragraph) ends."""
+class _Cutter:
+    """Cuts the bytes of a file where a line (or a paragraph) ends."""
 
     def __init__(self, file: InputFile):
         self.end_mark = b"\n\n" if file.layout == "paragraph" else b"\n"
@@ -217,7 +240,7 @@ class _PieceReader:
         self.produced = 0
         self.reported = 0
 
-    def next_piece(self, stream: BinaryIO, block_bytes: int) -> bytes:
+    def next(self, stream: BinaryIO, block_bytes: int) -> bytes:
         """Return at least `block_bytes` up to the end of a document, or what is left."""
         searched = block_bytes - 1
         while True:
@@ -235,21 +258,28 @@ class _PieceReader:
         read = getattr(stream, "read1", stream.read)
         data = read(READ_BYTES)
         if self.file.layout == "paragraph":
-            data = data.replace(b"\r", b"")
+            data = self._without_returns(data, read)
         self.produced += len(data)
         return data
+
+    @staticmethod
+    def _without_returns(data: bytes, read: Any) -> bytes:
+        r"""Make every line end \n; a carriage return elsewhere stays."""
+        while data.endswith(b"\r") and (more := read(1)):
+            data += more
+        return data.replace(b"\r\n", b"\n")
 
     def rest_of_whole_lines(self) -> bytes:
         """Return what was read before the break, without the line that the break cut."""
         return self._take(self.pending.rfind(b"\n") + 1)
 
     def _take(self, size: int) -> bytes:
-        piece = bytes(self.pending[:size])
+        taken = bytes(self.pending[:size])
         del self.pending[:size]
-        return piece
+        return taken
 
     def stored_since_last(self) -> int:
-        """Estimate the bytes on disk behind the pieces handed out since the last call."""
+        """Estimate the bytes on disk behind what was handed out since the last call."""
         if not self.file.compressed:
             stored = self.produced
         else:
@@ -281,9 +311,14 @@ class HubSource:
     def _load(self) -> Any:
         return _load_stream(json.dumps(dict(self.load_args)))
 
-    def lanes(self) -> list[Lane]:
-        """Return one lane for each shard of the data set."""
+    def streams(self) -> list[Stream]:
+        """Return one stream for each shard of the data set."""
         name = dict(self.load_args)["path"]
+        if os.path.isdir(name):  # `datasets` would read it, and guess types
+            raise ConversionError(
+                f"--dataset {name}: there is a folder of this name here. To read it give "
+                "--local_files; for the hub run from another folder"
+            )
         try:
             shards = self._load().num_shards
         except Exception as error:
@@ -291,7 +326,7 @@ class HubSource:
                 f"cannot read {name!r} from the hub ({type(error).__name__}: {error}). "
                 "Without a connection, give files: --local_files"
             ) from error
-        return [Lane(hub=self, hub_shard=i, text_column=self.text_column) for i in range(shards)]
+        return [Stream(hub=self, hub_shard=i, text_column=self.text_column) for i in range(shards)]
 
     def blocks(self, shard: int, block_bytes: int) -> Iterator[Block]:
         """Stream one shard and cut it into blocks of texts."""
@@ -309,78 +344,98 @@ class HubSource:
     def _blocks(self, name: str, shard: int, block_bytes: int) -> Iterator[Block]:
         data = self._load()
         data = data.shard(num_shards=data.num_shards, index=shard)
-        texts: list[str] = []
-        size, start = 0, 1
+        texts: list[tuple[str, Any]] = []
+        size = row = 0
         for batch in data.iter(batch_size=256):
             if self.text_column not in batch:
                 raise ConversionError(
                     f"{name}: no column {self.text_column!r} (--text_column); it has {list(batch)}"
                 )
             for text in batch[self.text_column]:
-                texts.append(text)
+                texts.append((f"{name}, row {row}", text))
+                row += 1
                 size += len(text or "")
                 if size >= block_bytes:
-                    yield [Segment("texts", name, "texts", start, data=texts, stored=size)]
-                    start += len(texts)
+                    yield [Documents("texts", name, "texts", data=texts, stored=size)]
                     texts, size = [], 0
         if texts:
-            yield [Segment("texts", name, "texts", start, data=texts, stored=size)]
+            yield [Documents("texts", name, "texts", data=texts, stored=size)]
 
 
 def _layout_of(path: str, txt_documents: str) -> str:
-    stem = path
-    for suffix in COMPRESSED_SUFFIXES:
-        stem = stem.removesuffix(suffix)
-    if stem.endswith(JSON_SUFFIXES):
-        return "json"
-    if stem.endswith(TEXT_SUFFIXES):
-        return txt_documents
-    if path.endswith(".parquet"):
-        return "rows"
-    known = " ".join(JSON_SUFFIXES + TEXT_SUFFIXES)
-    raise ConversionError(
-        f"{path}: unknown kind of file. Known: .parquet {known}, "
-        f"the latter also with {' '.join(COMPRESSED_SUFFIXES)}"
-    )
+    try:
+        layout = file_format(path)
+    except DataError as error:
+        raise ConversionError(str(error)) from error
+    return {"text": txt_documents, "parquet": "rows"}.get(layout, layout)
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Yield the files of a folder and of those in it; a data set that is saved there is one."""
+    if is_saved_dataset(folder):
+        yield folder
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(entry.path)
+        elif entry.is_file() and not entry.name.startswith("."):
+            yield entry.path
+
+
+def _matches(pattern: Path) -> list[str]:
+    """Return what a pattern matches; folders that exist under their literal name are no pattern."""
+    there = next((p for p in pattern.parents if p.exists()), Path())
+    rest = str(pattern.relative_to(there))
+    return sorted(glob.glob(os.path.join(glob.escape(str(there)), rest), recursive=True))
 
 
 def _expand(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+        found = sorted(_files_below(str(path)))
     elif path.exists():
         found = [str(path)]
     else:
-        found = sorted(glob.glob(str(path), recursive=True))
+        found = _matches(path)
     if not found:
         raise ConversionError(f"--local_files: {pattern!r} does not exist or matches no file")
     return found
 
 
 def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputFile]:
-    """Find the input files: files, folders and globs, in the order given."""
+    """Find the input files: files, folders and patterns, in the order given.
+
+    A path that exists is that file or folder, whatever characters it has.
+    """
     files = []
     for path in dict.fromkeys(p for pattern in patterns for p in _expand(pattern)):
-        status = Path(path).stat()
         layout = _layout_of(path, txt_documents)
-        files.append(InputFile(path, layout, status.st_size, status.st_mtime_ns))
+        there = sorted(Path(path).glob("*.arrow")) if layout == "dataset" else [Path(path)]
+        if layout == "dataset" and not there:
+            splits = sorted(p.name for p in Path(path).iterdir() if p.is_dir())
+            raise ConversionError(
+                f"{path}: a data set of several splits; give the folder of one: {splits}"
+            )
+        status = [p.stat() for p in there]
+        size, mtime_ns = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status)
+        files.append(InputFile(path, layout, size, mtime_ns))
     return files
 
 
-def file_lanes(files: list[InputFile], text_column: str = "text") -> list[Lane]:
-    """Group files into lanes: a new one after LANE_BYTES of files that must be read in order."""
-    lanes: list[Lane] = []
+def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
+    """Group files into streams: a new one after STREAM_BYTES that must be read in order."""
+    streams: list[Stream] = []
     group: list[InputFile] = []
-    streamed = 0
+    in_order = 0
     for file in files:
         group.append(file)
-        streamed += 0 if file.seekable else file.size
-        if streamed >= LANE_BYTES:
-            lanes.append(Lane(tuple(group), text_column=text_column))
-            group, streamed = [], 0
+        in_order += 0 if file.seekable else file.size
+        if in_order >= STREAM_BYTES:
+            streams.append(Stream(tuple(group), text_column=text_column))
+            group, in_order = [], 0
     if group:
-        lanes.append(Lane(tuple(group), text_column=text_column))
-    return lanes
+        streams.append(Stream(tuple(group), text_column=text_column))
+    return streams
 
 
 def text_bytes_estimate(files: list[InputFile]) -> int:

@@ -1,0 +1,234 @@
+"""What a path is, by its ending, and its bytes, decompressed.
+
+A path that exists is that file. A path is a URL only if it begins with a scheme, `s3://` for
+example, and no such file exists. No character of a path is a pattern.
+"""
+
+import bz2
+import functools
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+__all__ = [
+    "COMPRESSIONS",
+    "ENDINGS",
+    "FORMATS",
+    "BrokenFileError",
+    "DataError",
+    "check_file",
+    "file_format",
+    "is_compressed",
+    "is_corrupt",
+    "is_remote",
+    "is_saved_dataset",
+    "open_bytes",
+    "read_bytes",
+]
+
+# The format of each ending. Parquet and Arrow compress inside the file, the others as a whole.
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".raw": "text",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COLUMNAR = ("parquet", "arrow")
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+ENDINGS = (
+    f"{' '.join(e for e, f in FORMATS.items() if f not in COLUMNAR)}, each also with "
+    f"{' '.join(COMPRESSIONS)}; {' '.join(e for e, f in FORMATS.items() if f in COLUMNAR)}; "
+    "or a folder that `datasets` saved"
+)
+READ_BYTES = 1 << 20
+# `zstd --long=31` writes such windows; it is the format's maximum.
+ZSTD_WINDOW = 1 << 31
+ZSTD_READ_BYTES = 1 << 16
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
+
+
+class DataError(ValueError):
+    """A file that cannot be read; the message names it."""
+
+
+class BrokenFileError(DataError):
+    """A file that cannot be read to its end; the message does not name it."""
+
+
+def is_remote(path: str) -> bool:
+    """Say whether a path is a URL: it begins with a scheme, and no such file exists."""
+    return bool(_SCHEME.match(path)) and not os.path.exists(path)
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Say whether `datasets` saved a data set, or a dictionary of its splits, in a folder."""
+    return any(os.path.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
+
+
+def _compression(path: str) -> str:
+    return next((ending for ending in COMPRESSIONS if path.lower().endswith(ending)), "")
+
+
+def is_compressed(path: str) -> bool:
+    """Say whether a file is compressed as a whole, by its ending."""
+    return bool(_compression(path))
+
+
+def file_format(path: str) -> str:
+    """Return the format of a path: one of those in `FORMATS`, or `dataset`.
+
+    Raises:
+        DataError: If the ending is none of those known; the message lists them.
+    """
+    if is_saved_dataset(path):
+        return "dataset"
+    compression = _compression(path)
+    stem = path[: len(path) - len(compression)]
+    found = FORMATS.get(os.path.splitext(stem)[1].lower())
+    if found is None or (compression and found in COLUMNAR):
+        raise DataError(f"{path}: unknown kind of file; the endings known are {ENDINGS}")
+    return found
+
+
+def check_file(path: str) -> None:
+    """Check that a path is a file, a folder that `datasets` saved, or a URL.
+
+    Raises:
+        DataError: If it is none of these.
+    """
+    if is_remote(path) or is_saved_dataset(path) or os.path.isfile(path):
+        return
+    if os.path.isdir(path):
+        raise DataError(f"{path!r} is a folder, and not one that `datasets` saved: give a file")
+    raise DataError(f"there is no file {path!r}")
+
+
+def _open_remote(path: str) -> Any:
+    from fsspec.core import url_to_fs
+
+    filesystem, name = url_to_fs(path)  # fsspec.open would take * and [ for patterns
+    try:
+        return filesystem.open(name, "rb")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path!r}") from error
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a .zst file: any window, several frames, and an error if it is cut.
+
+    The stream readers of zstandard and pyarrow each lack one of these.
+    """
+
+    def __init__(self, file: BinaryIO):
+        import zstandard
+
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        self._file = file
+        self._frame: Any = None
+        self._stored = b""
+        self._data = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._data:
+            stored = self._stored or self._file.read(ZSTD_READ_BYTES)
+            if not stored:
+                if self._frame is not None:
+                    raise EOFError("the compressed data end too early")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._data = memoryview(self._frame.decompress(stored))
+            self._stored = b""
+            if self._frame.eof:
+                self._stored, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._data))
+        buffer[:size] = self._data[:size]
+        self._data = self._data[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """Open a local or remote file for reading bytes, decompressed by its ending.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    check_file(path)
+    source: Any = _open_remote(path) if is_remote(path) else path
+    compression = _compression(path)
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.open(source))
+    if compression == ".xz":
+        return cast(BinaryIO, lzma.open(source))
+    if compression == ".bz2":
+        return cast(BinaryIO, bz2.open(source))
+    file = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115
+    return io.BufferedReader(_ZstdFile(file), READ_BYTES) if compression == ".zst" else file
+
+
+@functools.cache
+def _corrupt_errors() -> tuple[type[Exception], ...]:
+    import zstandard
+
+    return (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+def is_corrupt(error: BaseException) -> bool:
+    """Say whether an error means bad data, rather than a failing disk (which has an errno)."""
+    if isinstance(error, OSError):
+        return error.errno is None
+    return isinstance(error, _corrupt_errors())
+
+
+def read_bytes(path: str) -> Iterator[bytes]:
+    """Yield the bytes of a file, decompressed, about a MiB at a time.
+
+    Raises:
+        DataError: If there is no file.
+        BrokenFileError: If its compression is broken; all that comes before is yielded first.
+    """
+    with open_bytes(path) as file:
+        # read1 returns what comes before the place where a broken file breaks.
+        read = getattr(file, "read1", file.read)
+        while True:
+            try:
+                data = read(READ_BYTES)
+            except Exception as error:
+                if not is_corrupt(error):
+                    raise
+                raise BrokenFileError(f"cannot be read any further: {error}") from error
+            if not data:
+                return
+            yield data
+
+
+def read_json_file(path: str) -> Any:
+    """Read a small JSON file that belongs to a saved data set.
+
+    Raises:
+        DataError: If it is not there or is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
