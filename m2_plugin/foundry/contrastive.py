@@ -11,7 +11,6 @@ Data comes from the host's `contrastive_pairs` dataloader, which `data_prep/conv
 for: a batch is (B, P, L), each row a query, its passage and P − 2 hard negatives.
 """
 
-import difflib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
 from m2_plugin.foundry.models import build_from_keys, prepare_for_host
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
+from m2_plugin.suggest import check_keys
 
 __all__ = ["M2BertContrastive", "orthogonal_projection_loss"]
 
@@ -176,10 +176,7 @@ def _check_contrastive(loss: str, settings: Mapping[str, Any]) -> None:
     for key in settings:
         if key in ELSEWHERE:
             raise ValueError(f"contrastive_config.{key} is set by {ELSEWHERE[key]}.")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
-            raise ValueError(f"contrastive_config has no key {key!r}.{hint}")
+    check_keys(settings, known, "contrastive_config")
     if loss == ORTHOGONAL and not settings.get("normalize_output", True):
         raise ValueError(
             "contrastive_config.normalize_output: the orthogonal projection loss is of cosines, "

@@ -6,7 +6,6 @@ neighbours in the batch do not matter, and a resumed run sees the masks of an un
 """
 
 import copy
-import difflib
 import inspect
 import json
 import logging
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
+from m2_plugin.suggest import check_keys
 
 __all__ = ["MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader"]
 
@@ -307,16 +307,6 @@ def _check_probability(probability: Any) -> None:
             "dataset.mlm_probability must be a number strictly between 0 and 1, "
             f"got {probability!r}."
         )
-
-
-def check_keys(cfg: Mapping[str, Any], accepted: set[str], where: str) -> None:
-    for key in cfg:
-        if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Unknown key {key!r} in {where}.{hint} Accepted: {', '.join(sorted(accepted))}."
-            )
 
 
 def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ The four registered classes are one implementation; they differ in class attribu
       num_labels: 3
 """
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +53,7 @@ from m2_plugin.models.weights import (
     read_checkpoint,
     shapes_in,
 )
+from m2_plugin.suggest import did_you_mean
 
 __all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertMLM"]
 
@@ -132,10 +132,9 @@ def _check_folder(path: str) -> None:
 def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         if not hasattr(config, key):
-            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"config_overrides: {type(config).__name__} has no field {key!r}.{hint}"
+                f"config_overrides: {type(config).__name__} has no field {key!r}."
+                f"{did_you_mean(key, config.to_dict())}"
             )
 
 

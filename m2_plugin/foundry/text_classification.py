@@ -28,9 +28,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from m2_plugin.foundry.mlm_text import PAD_MULTIPLE, check_keys
+from m2_plugin.foundry.mlm_text import PAD_MULTIPLE
 from m2_plugin.glue.tasks import Task
 from m2_plugin.glue.tasks import task as glue_task
+from m2_plugin.suggest import check_keys
 
 __all__ = [
     "TextClassificationCollator",

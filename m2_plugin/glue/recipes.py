@@ -7,9 +7,8 @@ for one task and seed. No import of the host: a sweep's own process stays light.
 
 import copy
 import dataclasses
-import difflib
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from m2_plugin.glue import tasks as glue_tasks
+from m2_plugin.suggest import check_keys
 
 __all__ = ["Recipe", "Sweep", "job_config", "load_sweep", "to_yaml", "write_yamls"]
 
@@ -123,7 +123,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     assert isinstance(merged, DictConfig)
     raw: Any = OmegaConf.to_container(merged)
     where = str(path)
-    _check_keys(raw, TOP_KEYS, where)
+    check_keys(raw, TOP_KEYS, where)
     for section in ("tasks", "model", "job", "variables"):
         if not isinstance(raw.get(section), dict) or not raw[section]:
             raise ValueError(f"{where}: `{section}` must be a section with keys.")
@@ -133,7 +133,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if _lookup(raw["job"], dotted) is not None:
             raise ValueError(f"{where}: job.{dotted} is set per task; set tasks.<task> instead.")
     paper = raw.get("paper") or {}
-    _check_keys(paper, {"average"}, f"{where}: paper")
+    check_keys(paper, {"average"}, f"{where}: paper")
     default_seed = raw.get("default_seed", 19)
     tasks = {
         name: _recipe(name, settings, default_seed, where)
@@ -183,16 +183,6 @@ def _from_dotlist(overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def _check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    for key in section:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"{where}: unknown key {key!r}.{hint} Keys: {', '.join(sorted(known))}."
-            )
-
-
 def _lookup(section: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         section = section.get(key) if isinstance(section, dict) else None
@@ -216,7 +206,7 @@ def _recipe(name: str, settings: Any, default_seed: int, file: str) -> Recipe:
         raise ValueError(f"{where}: {task.folder} does not count in the score; take it out.")
     if not isinstance(settings, dict):
         raise ValueError(f"{where} must be a section with keys, got {settings!r}.")
-    _check_keys(settings, RECIPE_KEYS, where)
+    check_keys(settings, RECIPE_KEYS, where)
     seeds = settings.get("seeds")
     seeds = [default_seed] if seeds is None else seeds
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):

@@ -5,9 +5,10 @@ are of the files that https://gluebenchmark.com/tasks gives and takes. Metrics a
 count are those of Monarch Mixer (arXiv 2310.12109). Light to import: the standard library only.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
+
+from m2_plugin.suggest import did_you_mean
 
 __all__ = ["TASKS", "Task", "task"]
 
@@ -236,8 +237,8 @@ def task(name: str) -> Task:
     """
     found = TASKS.get(name)
     if found is None:
-        known = {t.folder.lower(): t.name for t in TASKS.values()} | {name: name for name in TASKS}
-        close = difflib.get_close_matches(str(name).lower(), known, n=1)
-        hint = f" Did you mean {known[close[0]]!r}?" if close else ""
+        spelling = str(name).lower()
+        folders = {t.folder.lower(): t.name for t in TASKS.values()}
+        hint = did_you_mean(folders.get(spelling, spelling), TASKS)
         raise ValueError(f"There is no GLUE task {name!r}.{hint} Tasks: {', '.join(TASKS)}.")
     return found

@@ -1,6 +1,5 @@
 """Configuration of M2-BERT."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from m2_plugin.ops.backend import BACKENDS
+from m2_plugin.suggest import did_you_mean
 
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
 POOLINGS = ("cls", "mean")
@@ -279,6 +279,4 @@ def _reject_unknown_keys(kwargs: dict[str, Any]) -> None:
     known = own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
     for key in kwargs:
         if key not in known and not key.startswith("_"):
-            close = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+            raise ValueError(f"M2BertConfig has no key {key!r}.{did_you_mean(key, sorted(known))}")

@@ -86,7 +86,7 @@ def flat_sources() -> dict[str, str]:
 def _flat(module: str) -> str:
     """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
     room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
-    return name if room == "models" else f"{room}_{name}"
+    return name if room == "models" else "_".join(filter(None, (room, name)))
 
 
 def _rewritten(module: str) -> tuple[str, list[str]]:
