@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
 from m2_plugin.suggest import check_keys
 
@@ -38,7 +38,6 @@ __all__ = ["MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader"]
 
 log = logging.getLogger(__name__)
 
-PAD_MULTIPLE = 8  # rows of unequal length: tensor cores want lengths that are multiples of 8
 DEFAULT_SEED = 9176  # the host's default shuffle_seed
 
 OWN_KEYS = frozenset({"mlm_probability", "mask_seed", "remask_each_epoch"})
@@ -476,7 +475,8 @@ def build_mlm_text_dataloader(
 
     Raises:
         ValueError: For an unknown or missing key, a probability out of range, a tokenizer without
-            mask token, a split that is not there, or a local shard that differs from its index.
+            mask token, a split that is not there, a local shard that differs from its index, or
+            fewer samples than a batch with `drop_last`.
     """
     if tokenizer is None:
         raise ValueError("mlm_text needs a tokenizer.")
@@ -499,18 +499,18 @@ def build_mlm_text_dataloader(
         },
     )
     collator = _build_collator(tokenizer, dataset)  # first: cheap, and raises on a bad tokenizer
-    has_workers = num_workers > 0
-    loader: DataLoader[Any] = DataLoader(
-        _build_dataset(tokenizer, dataset, batch_size),
+    texts = _build_dataset(tokenizer, dataset, batch_size)
+    loader = build_loader(
+        texts,
+        num_samples=len(texts),
         collate_fn=collator,
         batch_size=batch_size,
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Without workers torch refuses all three.
-        prefetch_factor=prefetch_factor if has_workers else None,
-        persistent_workers=persistent_workers and has_workers,
-        timeout=timeout if has_workers else 0,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
+        timeout=timeout,
     )
     return construct_from_registry(
         name="data_spec",

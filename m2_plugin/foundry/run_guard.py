@@ -130,8 +130,14 @@ class RunGuard(CallbackWithConfig):
         raise SystemExit(0)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Put what writes transformers folders before what writes checkpoints."""
+        """Refuse to train on no batch; let transformers folders be written before checkpoints."""
         del logger
+        if state.dataloader_len is not None and state.dataloader_len.value == 0:
+            raise RuntimeError(
+                "train_loader gives no batch: an epoch has fewer samples per rank than a batch. "
+                "Set train_loader.drop_last to false, a smaller global_train_batch_size, or give "
+                "more data."
+            )
         # The host sorts them the other way round, for remote folders, whose uploads take time.
         if _local_saver(state) is not None:
             state.callbacks = sorted(state.callbacks, key=_order)

@@ -305,6 +305,17 @@ def test_corrupt_index_is_named(mds, tokenizer, tmp_path):
         build(loader_cfg(copied), tokenizer)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_drop_last_needs_a_whole_batch(mds, tokenizer, num_workers):
+    """Composer would train for ever on nothing, or save a model that was never trained."""
+    cfg = loader_cfg(mds, "val", num_workers, drop_last=True)
+    with pytest.raises(ValueError, match=r"no batch: .* 64 samples .* batch has 65\. Set"):
+        build(cfg, tokenizer, batch_size=65)
+    (batch,) = build(cfg, tokenizer, batch_size=64).dataloader
+    assert len(batch["input_ids"]) == 64
+    assert build(cfg | {"drop_last": False}, tokenizer, batch_size=65).dataloader
+
+
 def test_ids_beyond_the_vocabulary(tokenizer):
     with pytest.raises(ValueError, match="Token id 99999 is outside .* 30522"):
         MLMCollator(tokenizer, 0.3, L)([torch.tensor([101, 99999, 102])])
