@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from llmfoundry.models.llm_embed.finetune_embedding_model import FinetuneEmbeddingModel
-from llmfoundry.models.llm_embed.modeling_llm_embed import ContrastiveConfig
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
 from m2_plugin.foundry.models import build_from_keys, prepare_for_host
+from m2_plugin.foundry.private import ContrastiveConfig
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
 from m2_plugin.suggest import check_keys
 

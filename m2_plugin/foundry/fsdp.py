@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from m2_plugin.foundry.private import FSDP_SETTINGS
 from m2_plugin.layers.long_conv import HyenaFilter
 
 __all__ = ["MetaInitializer", "keep_filters_fp32", "prepare_for_fsdp"]
@@ -36,7 +37,7 @@ def prepare_for_fsdp(model: Any) -> None:
         return isinstance(module, layer_class)
 
     def unit(module: nn.Module) -> bool | dict[str, Any]:
-        return getattr(module, "_fsdp_kwargs_dict", is_layer(module))
+        return getattr(module, FSDP_SETTINGS, is_layer(module))
 
     keep_filters_fp32(model)
     model.fsdp_wrap_fn = unit
@@ -58,7 +59,7 @@ def keep_filters_fp32(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, HyenaFilter):
             fsdp1, fsdp2 = {"mixed_precision": MixedPrecision()}, {"reshard_after_forward": True}
-            module._fsdp_kwargs_dict = fsdp2 if version == "2" else fsdp1  # type: ignore[assignment]
+            setattr(module, FSDP_SETTINGS, fsdp2 if version == "2" else fsdp1)
             module.register_forward_pre_hook(_refuse_rounded)
 
 

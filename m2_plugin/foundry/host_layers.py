@@ -8,13 +8,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
-from llmfoundry.models.layers.layer_builders import build_fc
-from llmfoundry.models.utils.config_defaults import attn_config_defaults, fc_type_defaults
-from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
+from llmfoundry.models.layers import build_fc
+from llmfoundry.models.utils import attn_config_defaults, fc_type_defaults
 from torch import Tensor, nn
 
 from m2_plugin.foundry.fsdp import keep_filters_fp32
+from m2_plugin.foundry.private import (
+    is_residual,
+    mark_residual,
+    resolve_ffn_hidden_size,
+    stacked_param_init_helper,
+    summon_dtensor,
+)
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.monarch_linear import MonarchLinear
@@ -121,7 +126,7 @@ class CausalMonarchMixer(nn.Module):
         name = kwargs["name"]
         self.mixer.in_proj = build_fc(name, d_model, 3 * d_model, {**kwargs, "bias": False})
         self.mixer.out_proj = build_fc(name, d_model, d_model, {**kwargs, "bias": bias})
-        self.mixer.out_proj._is_residual = True  # type: ignore[assignment]
+        mark_residual(self.mixer.out_proj)
         if not attention_bias:
             self.mixer.short_conv.register_parameter("bias", None)
         keep_filters_fp32(self)
@@ -237,7 +242,7 @@ class MonarchFFN(nn.Module):
         self.down_proj = BlockDiagonalLinear(
             self.intermediate_size, d_model, nblocks, bias=bias, backend=backend, device=device
         )
-        self.down_proj._is_residual = True  # type: ignore[assignment]
+        mark_residual(self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
@@ -279,7 +284,7 @@ def _init_blocks(
     stacked_param_init_helper(weight, init_fn_, stack_dim=0)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-    if init_div_is_residual is not False and getattr(module, "_is_residual", False):
+    if init_div_is_residual is not False and is_residual(module):
         with torch.no_grad():
             weight.div_(div_is_residual)
 

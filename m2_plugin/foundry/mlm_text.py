@@ -7,10 +7,10 @@ neighbours in the batch do not matter, and a resumed run sees the masks of an un
 
 import copy
 import inspect
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ from llmfoundry.data.text_data import (
 from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.hashing import get_hash
 from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
+from m2_plugin.foundry.mds_index import INDEX, check_hashes, check_size, read_index, shard_file
+from m2_plugin.foundry.private import get_hash, release_shard, stop_reading
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
 from m2_plugin.suggest import check_keys
 
@@ -136,7 +136,7 @@ class MLMTextDataset(StreamingTextDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.REMOTE
+            release_shard(self, shard_id)
             self._fail(shard_id, error)
             if blocking:
                 raise
@@ -146,8 +146,7 @@ class MLMTextDataset(StreamingTextDataset):
         if self.failure is None:
             file = self._shard_file(shard_id)
             self.failure = f"Samples cannot be read from shard {file}: {error}"
-        if hasattr(self, "_event"):
-            self._event.set()
+        stop_reading(self)
 
     def _shard_file(self, shard_id: int) -> str:
         stream = self.streams[self.stream_per_shard[shard_id]]
@@ -338,67 +337,25 @@ def _local_folders(dataset: Mapping[str, Any]) -> list[tuple[str, str, str | Non
 def _check_shards(local: str, split: str, validate_hash: str | None) -> None:
     """Check an MDS folder against its index before any worker opens it.
 
-    Streaming itself reads a truncated shard as garbage or as an error in a worker, and checks
-    hashes only while downloading.
-
     Raises:
         ValueError: If there is no such split, or a shard is missing, truncated or altered; names
             the folder or the file.
     """
     folder = os.path.join(local, split)
-    index = os.path.join(folder, "index.json")
-    if not os.path.isfile(index):
-        raise ValueError(
-            f"No MDS data in {folder!r} (no index.json). "
-            f"Splits found in {local!r}: {_splits(local) or 'none'}."
-        )
-    try:
-        with open(index) as file:
-            shards = json.load(file)["shards"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"The MDS index {index!r} is empty or corrupt: {error!r}.") from error
-    for shard in shards:
-        _check_shard(folder, shard, validate_hash)
+    hint = f". Splits in {local!r} are {', '.join(_splits(local)) or 'none'}"
+    for shard in read_index(folder, hint):
+        if shard.get("raw_data") is None:  # a format of several files per shard: left to Streaming
+            continue
+        info = shard_file(shard, folder)
+        path = os.path.join(folder, info["basename"])
+        check_size(path, info)
+        # One rank of a node reads for all: a hash costs a pass over the data.
+        if validate_hash and dist.get_local_rank() == 0:
+            check_hashes(path, Path(path).read_bytes(), info, [validate_hash], get_hash)
 
 
 def _splits(local: str) -> list[str]:
-    if not os.path.isdir(local):
-        return []
-    return sorted(
-        name for name in os.listdir(local) if os.path.isfile(f"{local}/{name}/index.json")
-    )
-
-
-def _check_shard(folder: str, shard: Mapping[str, Any], validate_hash: str | None) -> None:
-    raw, zipped = shard.get("raw_data"), shard.get("zip_data")
-    if raw is None:  # a format that spreads a shard over other files: left to streaming
-        return
-    info = raw
-    if zipped and not os.path.isfile(os.path.join(folder, raw["basename"])):
-        info = zipped
-    path = os.path.join(folder, info["basename"])
-    if not os.path.isfile(path):
-        raise ValueError(f"MDS shard {path!r} is listed in index.json but missing.")
-    size = os.path.getsize(path)
-    if size != info["bytes"]:
-        raise ValueError(
-            f"MDS shard {path!r} has {size} bytes where index.json says {info['bytes']}: "
-            "truncated or corrupt; write or copy it again."
-        )
-    # One rank of a node reads for all: a hash costs a pass over the data.
-    if validate_hash and dist.get_local_rank() == 0:
-        _check_hash(path, info.get("hashes") or {}, validate_hash)
-
-
-def _check_hash(path: str, hashes: Mapping[str, str], algorithm: str) -> None:
-    if algorithm not in hashes:
-        raise ValueError(
-            f"validate_hash {algorithm!r} was not recorded for {path!r}; "
-            f"recorded: {sorted(hashes) or 'none'}."
-        )
-    with open(path, "rb") as file:
-        if get_hash(algorithm, file.read()) != hashes[algorithm]:
-            raise ValueError(f"MDS shard {path!r} fails its {algorithm} check: it is corrupt.")
+    return sorted(path.parent.name for path in Path(local).glob(f"*/{INDEX}"))
 
 
 def _build_dataset(

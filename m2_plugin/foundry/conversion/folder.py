@@ -22,12 +22,12 @@ from typing import Any
 
 from m2_plugin.files import write_json
 from m2_plugin.foundry.conversion.errors import ConversionError
+from m2_plugin.foundry.mds_index import INDEX, is_whole, shard_file
 
 log = logging.getLogger(__name__)
 
 # Not *.json: streaming's merge_index takes every .json below a folder for an index.
 MANIFEST = "conversion.manifest"
-INDEX = "index.json"
 # Orphans of a killed run hold the lock until they notice, at the latest when their block is done.
 LOCK_WAIT_S = 120
 
@@ -127,9 +127,7 @@ class PartialFolder:
         if self.is_indexed():
             return True
         for shard in record["shards"]:
-            info = shard["entry"]["zip_data"] or shard["entry"]["raw_data"]
-            path = self.path / shard["file"]
-            if not path.exists() or path.stat().st_size != info["bytes"]:
+            if not is_whole(self.path / shard["file"], shard_file(shard["entry"])):
                 return False
         return True
 

@@ -1,6 +1,5 @@
 """Re-reading of a finished folder: sizes, hashes, samples, counts."""
 
-import json
 import logging
 import multiprocessing
 import os
@@ -12,24 +11,19 @@ import numpy as np
 from tqdm import tqdm
 
 from m2_plugin.foundry.conversion.errors import ConversionError
-from m2_plugin.foundry.conversion.folder import INDEX, content_digest, read_manifest
+from m2_plugin.foundry.conversion.folder import content_digest, read_manifest
 from m2_plugin.foundry.conversion.mds import mds
 from m2_plugin.foundry.conversion.worker import samples_digest
+from m2_plugin.foundry.mds_index import (
+    INDEX,
+    ShardError,
+    check_hashes,
+    check_size,
+    read_index,
+    shard_file,
+)
 
 log = logging.getLogger(__name__)
-
-
-def shard_file(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return name, size and hashes of the file that holds a shard."""
-    return entry["zip_data"] or entry["raw_data"]
-
-
-def _check_file(data: bytes, info: dict[str, Any]) -> None:
-    if len(data) != info["bytes"]:
-        raise ValueError(f"{len(data)} bytes, the index says {info['bytes']}")
-    for algorithm, wanted in info["hashes"].items():
-        if mds().get_hash(algorithm, data) != wanted:
-            raise ValueError(f"its {algorithm} is not the one in the index: the content changed")
 
 
 def _read_samples(data: bytes, entry: dict[str, Any], folder: Path) -> list[Any]:
@@ -49,32 +43,22 @@ def _check_shard(folder: Path, entry: dict[str, Any], digest: str | None) -> str
     """Return what is wrong with a shard, or None."""
     info = shard_file(entry)
     path = folder / info["basename"]
-    if not path.exists():
-        return f"{path}: missing"
     try:
+        check_size(path, info)
         data = path.read_bytes()
-        _check_file(data, info)
+        check_hashes(path, data, info, info["hashes"], mds().get_hash)
         if entry["zip_data"]:
             data = mds().decompress(entry["compression"], data)
-            _check_file(data, entry["raw_data"])
+            raw = entry["raw_data"]
+            check_hashes(path, data, raw, raw["hashes"], mds().get_hash)
         samples = _read_samples(data, entry, folder)
         if digest is not None and samples_digest(samples) != digest:
             raise ValueError("its samples are not those of the conversion")
-    except Exception as error:  # whatever decoding made of a broken file
+    except ShardError as error:
+        return str(error)
+    except Exception as error:  # decoding a broken file can raise anything
         return f"{path}: {error}"
     return None
-
-
-def _read_index(folder: Path) -> list[dict[str, Any]]:
-    path = folder / INDEX
-    if not path.exists():
-        partial = folder.with_name(f".{folder.name}.partial")
-        hint = ": its conversion is not finished" if partial.exists() else ""
-        raise ConversionError(f"{path}: missing{hint}")
-    try:
-        return json.loads(path.read_text())["shards"]
-    except (ValueError, KeyError) as error:
-        raise ConversionError(f"{path}: not an index of shards ({error!r})") from error
 
 
 def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
@@ -108,7 +92,11 @@ def verify(folder: Path, num_workers: int | None = None) -> int:
     Raises:
         ConversionError: If anything is wrong; it names every shard.
     """
-    entries = _read_index(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        entries = read_index(folder, ": its conversion is not finished" if partial.exists() else "")
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     problems = _check_manifest(folder, entries)
     digests = {
         name: shard["digest"]

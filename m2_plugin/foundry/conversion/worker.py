@@ -29,6 +29,7 @@ from m2_plugin.foundry.conversion.samples import (
     prepare_tokens,
 )
 from m2_plugin.foundry.conversion.sources import Block
+from m2_plugin.foundry.mds_index import shard_file
 
 HASHES = ["xxh64"]
 _PR_SET_PDEATHSIG = 1
@@ -142,7 +143,7 @@ def _write_shards(name: str, samples: list[Any], tmp: Path, output: Output) -> l
     shards = []
     digests = _digests(samples, [entry["samples"] for entry in writer.shards])
     for i, (entry, digest) in enumerate(zip(writer.shards, digests, strict=True)):
-        basename = (entry["zip_data"] or entry["raw_data"])["basename"]
+        basename = shard_file(entry)["basename"]
         file = f"part-{name}.{i:05}.{basename.split('.', 2)[2]}"
         os.replace(tmp / basename, output.partial / file)
         shards.append({"file": file, "entry": entry, "samples": entry["samples"], "digest": digest})
