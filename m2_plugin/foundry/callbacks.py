@@ -3,10 +3,10 @@
 import csv
 import io
 import logging
-import math
 import os
 import random
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from numpy.typing import NDArray
 
-from m2_plugin.curves import End, annotate_ends, default_span, running_mean
 from m2_plugin.files import write_atomically
+from m2_plugin.train_report.draw import draw
+from m2_plugin.train_report.readers import CSV, loss_curve_series
+from m2_plugin.train_report.runs import Run
 
 __all__ = ["LossCurve", "SeedEachBatch"]
 
@@ -153,10 +155,9 @@ class LossCurve(Callback):
         os.makedirs(folder, exist_ok=True)
         table = _to_csv(self._baseline_rows() + sorted(self.points))
         write_atomically(os.path.join(folder, "loss_curve.csv"), table)
-        picture = io.BytesIO()
-        figure = draw_loss_curve(self.points, self.baseline, state.run_name, self.smoothing)
-        figure.savefig(picture, format="png")
-        write_atomically(os.path.join(folder, "loss_curve.png"), picture.getvalue())
+        run = Run(state.run_name, Path(folder), loss_curve_series(table.splitlines()), {}, [CSV])
+        picture = draw("loss", [run], smoothing=self.smoothing)
+        write_atomically(os.path.join(folder, "loss_curve.png"), picture)
 
 
 def _save_folder(state: State) -> str:
@@ -225,64 +226,3 @@ def _count_tokens(dataset: Any, vocab_size: int, max_samples: int) -> NDArray[np
         ids = np.asarray(sample["input_ids"] if isinstance(sample, dict) else sample)
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
-
-
-def draw_loss_curve(
-    points: Iterable[Point],
-    baseline: dict[str, float],
-    title: str,
-    smoothing: int | None = None,
-) -> Any:
-    """Draw the curves of a run.
-
-    Args:
-        points: (batch, curve, loss); the curve "train" is drawn thin and smoothed.
-        baseline: Losses to draw as horizontal lines.
-        title: Title of the figure.
-        smoothing: Span of the running mean; by default 1/50 of the training points.
-
-    Returns:
-        A matplotlib figure.
-    """
-    # Here, not at the top: matplotlib is slow to import, and only rank 0 of some runs draws.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for batch, curve, loss in sorted(points):
-        if math.isfinite(loss):
-            curves.setdefault(curve, []).append((batch, loss))
-    ends = []
-    if TRAIN in curves:
-        ends.append(_draw_train(axes, curves.pop(TRAIN), smoothing))
-    for i, (label, curve_points) in enumerate(curves.items()):
-        ends.append(_draw_eval(axes, label, curve_points, color=f"C{i + 1}"))
-    styles = (("--", "0.25"), (":", "0.5"))
-    for (name, value), (line, grey) in zip(baseline.items(), styles, strict=False):
-        label = f"{name.replace('_', ' ')}: {value:.3f}"
-        axes.axhline(value, linestyle=line, color=grey, linewidth=1, label=label)
-    axes.set(title=title, xlabel="batch", ylabel="loss (nats)")
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    annotate_ends(axes, ends)
-    return figure
-
-
-def _draw_train(axes: Any, points: list[tuple[int, float]], smoothing: int | None) -> End:
-    batches, losses = np.array(points).T
-    smooth = running_mean(losses, smoothing or default_span(len(losses)))
-    axes.plot(batches, losses, color="C0", linewidth=0.6, alpha=0.4)
-    axes.plot(batches, smooth, color="C0", linewidth=1.6, label="train, smoothed")
-    return batches[-1], smooth[-1], "C0"
-
-
-def _draw_eval(axes: Any, label: str, points: list[tuple[int, float]], color: str) -> End:
-    batches, losses = np.array(points).T
-    axes.plot(batches, losses, color=color, linewidth=1.4, marker="o", markersize=3.5, label=label)
-    return batches[-1], losses[-1], color

@@ -1,14 +1,14 @@
 """Draws the curves of runs on common axes, in light or dark colours."""
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m2_plugin.curves import End, annotate_ends, default_span, running_mean
 from m2_plugin.train_report.readers import Series
 from m2_plugin.train_report.runs import (
     AXES,
@@ -16,12 +16,15 @@ from m2_plugin.train_report.runs import (
     TRAIN,
     Run,
     common_rate,
+    default_span,
     memory_series,
+    running_mean,
 )
 
 __all__ = ["DARK", "LIGHT", "PANELS", "Theme", "draw"]
 
 DRAWN = 2000  # points of a line; a picture is 1,200 wide
+End = tuple[float, float, str]  # last x of a curve, its value there, its colour
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
 
 
@@ -48,7 +51,7 @@ DARK = Theme(
 class _Panel:
     """Axes with the runs' colours and the x axis chosen."""
 
-    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme):
+    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme, smoothing: int | None = None):
         # Here, not at the top: matplotlib is slow to import, and `--help` needs none.
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,7 +60,7 @@ class _Panel:
         self.figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor=theme.paper)
         FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(facecolor=theme.paper)
-        self.runs, self.axis, self.theme = runs, axis, theme
+        self.runs, self.axis, self.theme, self.smoothing = runs, axis, theme, smoothing
         self.ends: list[End] = []
         self.colors: list[Any] = list(theme.runs[: len(runs)])
         lengths = [sum(run.ends) - sum(wall for wall, _ in run.starts) for run in runs]
@@ -115,7 +118,7 @@ class _Panel:
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
         self._add_legend()
         if len(self.ends) <= 6:
-            annotate_ends(axes, self.ends)
+            _annotate_ends(axes, self.ends)
         return self.figure
 
     def _add_legend(self) -> None:
@@ -129,6 +132,24 @@ class _Panel:
         legend.set_frame_on(False)
         for text in legend.get_texts():
             text.set(color=self.theme.ink, parse_math=False)  # a name may hold a $
+
+
+def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
+    """Write final values right of the axes, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    below = -math.inf
+    for x, value, color in sorted(ends, key=lambda end: end[1]):
+        height = max(value, below + 0.035 * (high - low))  # a line of text is 3.5 % of the axis
+        below = height
+        axes.annotate(
+            f"{value:.3f}",
+            (x, value),
+            xytext=(1.01, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=color,
+            fontsize=9,
+        )
 
 
 def _engineering(x: float, _: float) -> str:
@@ -191,7 +212,7 @@ def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
     train = run.get(TRAIN)
     if train is None or (x := panel.x(run, train)) is None:
         return False
-    smooth = running_mean(train.values, default_span(len(train)))
+    smooth = running_mean(train.values, panel.smoothing or default_span(len(train)))
     # Paler where several runs lie upon each other: their means are to be read.
     panel.line(run, train, color=color, linewidth=0.6, alpha=0.4 if panel.alone else 0.25)
     name = "training, smoothed" if panel.alone else run.name
@@ -290,19 +311,27 @@ PANELS: dict[str, tuple[str, Callable[[_Panel], Any]]] = {
 }
 
 
-def draw(name: str, runs: Sequence[Run], axis: str = "batch", theme: Theme = LIGHT) -> bytes:
-    """Draws one of `PANELS`.
+def draw(
+    name: str,
+    runs: Sequence[Run],
+    axis: str = "batch",
+    theme: Theme = LIGHT,
+    smoothing: int | None = None,
+) -> bytes:
+    """Draw one of `PANELS`.
 
     Args:
-        name: its name.
-        runs: a colour each.
-        axis: one of `AXES`; runs that do not know it are left out.
-        theme: colours.
+        name: The name of the panel.
+        runs: The runs, a colour each.
+        axis: One of `AXES`; runs without it are left out.
+        theme: The colours.
+        smoothing: The span, in points, of the training loss's running mean; by default 1/50 of
+            the points.
 
     Returns:
         A PNG.
     """
-    figure = PANELS[name][1](_Panel(runs, axis, theme))
+    figure = PANELS[name][1](_Panel(runs, axis, theme, smoothing))
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor=theme.paper)
     return file.getvalue()

@@ -7,7 +7,7 @@ import os
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-__all__ = ["SOURCES", "Log", "Series", "read_logs"]
+__all__ = ["SOURCES", "Log", "Series", "loss_curve_series", "read_logs"]
 
 log = logging.getLogger(__name__)
 
@@ -325,14 +325,21 @@ def _wandb_config(config: Any) -> dict[str, str]:
 
 
 def _read_csv(path: Path) -> Log:
-    """What the callback `loss_curve` wrote; it knows no times."""
-    points = _Points()
-    names = {"train": "loss/train/total"}
+    """Read what the callback `loss_curve` wrote; it has no times."""
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            batch, curve = int(row["batch"]), row["curve"]
-            baseline = batch == 0 and curve.startswith("unigram_")
-            tag = f"baseline/{curve}" if baseline else f"metrics/{curve}/LanguageCrossEntropy"
-            step = batch - 1 if curve == "train" else batch  # as Composer's loggers number losses
-            points.add(names.get(curve, tag), step, np.nan, float(row["loss"]))
-    return Log(CSV, path.parent.resolve().name, path.parent, points.series())
+        series = loss_curve_series(file)
+    return Log(CSV, path.parent.resolve().name, path.parent, series)
+
+
+def loss_curve_series(lines: Iterable[str]) -> dict[str, Series]:
+    """Read the lines of a `loss_curve.csv`; the tags are those of Composer's loggers."""
+    points = _Points()
+    for row in csv.DictReader(lines):
+        batch, curve = int(row["batch"]), row["curve"]
+        tag = f"metrics/{curve}/LanguageCrossEntropy"
+        if curve == "train":
+            tag, batch = "loss/train/total", batch - 1  # loggers count the batches before it
+        elif batch == 0 and curve.startswith("unigram_"):
+            tag = f"baseline/{curve}"
+        points.add(tag, batch, np.nan, float(row["loss"]))
+    return points.series()

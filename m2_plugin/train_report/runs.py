@@ -11,10 +11,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m2_plugin.curves import default_span
 from m2_plugin.train_report.readers import CSV, SOURCES, TENSORBOARD, Log, Series, read_logs
 
-__all__ = ["AXES", "Run", "Summary", "common_rate", "load_runs", "memory_series", "summarize"]
+__all__ = [
+    "AXES",
+    "Run",
+    "Summary",
+    "common_rate",
+    "default_span",
+    "load_runs",
+    "memory_series",
+    "running_mean",
+    "summarize",
+]
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +134,20 @@ class Summary:
     peak_lr: float | None
     hours: float | None
     attempts: int | None
+
+
+def default_span(points: int) -> int:
+    """Points that a running mean takes together: 1/50 of them."""
+    return min(points // 50 + 4, points)
+
+
+def running_mean(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
+    """Centred mean over `span` values; the window shrinks at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low = np.maximum(index - span // 2, 0)
+    high = np.minimum(index + span // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def summarize(run: Run, rate_kind: str) -> Summary:
