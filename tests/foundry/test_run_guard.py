@@ -81,9 +81,9 @@ def test_an_empty_folder_has_no_newest(tmp_path):
         ("ep0-ba6-rank0.pt", False, None),
         ("ep0-ba6", True, None),
         ("nowhere.pt", False, None),  # the host says it
-        ("ep0-ba6", False, "is a sharded checkpoint, and this run's are files"),
-        ("ep0-ba6-rank0.pt", True, "is a file, and this run's checkpoints are sharded"),
-        ("ep0-ba18-rank0.pt", False, "is no whole checkpoint"),
+        ("ep0-ba6", False, "is a sharded checkpoint, but the checkpoints of this run are files"),
+        ("ep0-ba6-rank0.pt", True, "is a file, but the checkpoints of this run are sharded"),
+        ("ep0-ba18-rank0.pt", False, "is not a whole checkpoint"),
     ],
 )
 def test_what_cannot_be_loaded(folder, name, sharded, message):
