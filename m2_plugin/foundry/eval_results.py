@@ -52,7 +52,7 @@ class EvalResults(Callback):
     ):
         for loader in predict:
             if not loader.get("label"):
-                raise ValueError(f"eval_results.predict: no label in the loader {loader}.")
+                raise ValueError(f"eval_results.predict: each loader needs a label: {loader}.")
         self.folder = folder
         self.predict = [dict(loader) for loader in predict]
         self.batch_size = batch_size

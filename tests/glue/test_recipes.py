@@ -236,7 +236,7 @@ def test_job_builds_its_model_and_optimizer(size):
         ("job.max_duration=1ep", r"job\.max_duration is set per task"),
         ("predikt=true", "Unknown key 'predikt' in .* Did you mean 'predict'"),
         ("predict=maybe", "predict must be true or false"),
-        ("nonsense", "'nonsense' is no key=value"),
+        ("nonsense", "'nonsense' is not key=value"),
     ],
 )
 def test_bad_settings_are_named(override, message):
@@ -255,7 +255,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="includes itself"):
         load_sweep(path)
     path.write_text("a: [1\n")
-    with pytest.raises(ValueError, match=r"sweep\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"sweep\.yaml is not YAML"):
         load_sweep(path)
     path.write_text("name: x\n")
     with pytest.raises(ValueError, match="`tasks` must be a section"):

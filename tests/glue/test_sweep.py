@@ -213,7 +213,7 @@ def test_an_explicit_mnli_checkpoint_frees_from_waiting(out):
 )
 def test_what_no_job_would_find_is_named_at_once(out, override):
     key, value = override.split("=")
-    with pytest.raises(ValueError, match=f"{key}: there is no '{value}'"):
+    with pytest.raises(ValueError, match=f"{key}: '{value}' does not exist"):
         run(out, override)
     assert not started(out)
 
