@@ -591,9 +591,7 @@ def run_sweep(
     with _locked(out) as lock, _terminable():
         write_plan(sweep, planned, out)
         if not gpus and sweep.job.get("precision", "amp_bf16") != "fp32":
-            log.warning(
-                "No GPU: the jobs run in fp32, the only precision that Composer allows on a CPU."
-            )
+            log.warning("No GPU: the jobs run in fp32, as Composer requires on a CPU.")
         needed = {job.needs for job in chosen} - {job.name for job in chosen}
         known = [job for job in planned if job.name in needed and job.is_finished()]
         statuses = run_jobs([*known, *chosen], slots, command, lock)

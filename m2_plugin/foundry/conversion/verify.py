@@ -1,4 +1,4 @@
-"""Re-reading of a finished folder: sizes, hashes, samples, counts."""
+"""Check a finished folder: sizes, hashes, samples and counts."""
 
 import logging
 import multiprocessing
@@ -64,7 +64,7 @@ def _check_shard(folder: Path, entry: dict[str, Any], digest: str | None) -> str
 def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
-        log.warning("%s has no manifest: checked against its index alone", folder)
+        log.warning("%s has no manifest: only its index is compared", folder)
         return []
     problems = []
     samples = sum(entry["samples"] for entry in entries)
@@ -80,17 +80,17 @@ def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
 
 
 def verify(folder: Path, num_workers: int | None = None) -> int:
-    """Read all shards of a folder again and compare them with its index and manifest.
+    """Read all shards of a folder and compare them with its index and manifest.
 
     Args:
-        folder: A split's folder, ours or any other MDS folder of one column.
-        num_workers: Processes that read; None takes one for each core.
+        folder: The folder of a split, of this program or any MDS folder with one column.
+        num_workers: The processes that read; None means one per core.
 
     Returns:
         The number of samples.
 
     Raises:
-        ConversionError: If anything is wrong; it names every shard.
+        ConversionError: If anything is wrong; names every damaged shard.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -102,7 +102,7 @@ def verify(folder: Path, num_workers: int | None = None) -> int:
         name: shard["digest"]
         for name, shard in ((read_manifest(folder) or {}).get("shards") or {}).items()
     }
-    mds()  # imported once, before the fork
+    mds()  # import once, before the fork
     with ProcessPoolExecutor(
         num_workers or len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("fork")
     ) as pool:
