@@ -25,15 +25,13 @@ def build_loader(
 
     Composer trains for ever on nothing, or saves an untrained model, if an epoch has no batch.
 
+    Without workers, `prefetch_factor`, `persistent_workers` and `timeout` are ignored.
+
     Args:
         dataset: The dataset.
         num_samples: The samples of this rank in one epoch.
         batch_size: The samples of this rank in one batch.
         drop_last: Whether to leave out a last batch that is not full.
-        num_workers: The worker processes; with 0, the next three arguments are ignored.
-        prefetch_factor: The batches that each worker prepares ahead.
-        persistent_workers: Whether workers live longer than an epoch.
-        timeout: The seconds to wait for a worker; 0 waits for ever.
         **kwargs: Other arguments of `DataLoader`.
 
     Raises:

@@ -41,6 +41,24 @@ PER_TASK = {
     "run_name",
     "seed",
 }
+# Keys for a single run only: a job of a sweep starts again if it was killed.
+SINGLE_RUN: dict[str, Any] = {
+    "load_weights_only": True,
+    "load_strict_model_weights": False,  # the head is not that of pretraining
+    "load_ignore_keys": ["state/model/model.classifier*"],
+    "save_folder": "${variables.out}",
+    "save_interval": "1ep",
+    "save_num_checkpoints_to_keep": 1,
+    "autoresume": True,
+}
+CALLBACKS: dict[str, Any] = {
+    "eval_results": {"folder": "${variables.out}"},
+    "hf_checkpointer": {
+        "save_folder": "${variables.out}",
+        "save_interval": "1dur",
+        "huggingface_folder_name": "final",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -271,20 +289,14 @@ def job_config(
         raise ValueError(f"{sweep.name} has no task {task_name!r}: {', '.join(sweep.tasks)}.")
     task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
     run_name = run_name or f"{sweep.name}-{task_name}"
-    if start is None:
-        start = sweep.start
-        if recipe.start:
-            start = sweep.mnli_checkpoint or f"./runs/{sweep.name}-{MNLI}/{MODEL_FOLDER}"
     job = copy.deepcopy(sweep.job)
-    optimizer, tokenizer = job.pop("optimizer", {}), job.pop("tokenizer", {})
-    callbacks = job.pop("callbacks", {})
+    optimizer, callbacks = job.pop("optimizer", {}), job.pop("callbacks", {})
     precision = job.pop("precision", "amp_bf16")
-    train_loader, eval_loader = job.pop("train_loader"), job.pop("eval_loader")
-    config: dict[str, Any] = {
+    return {
         "variables": {
             "run_name": run_name,
             "out": out or f"./runs/{run_name}",
-            "start": start,
+            "start": _start(sweep, recipe) if start is None else start,
             **sweep.variables,
             "max_seq_len": recipe.max_seq_len,
         },
@@ -293,22 +305,8 @@ def job_config(
         "precision": recipe.precision or precision,
         "max_seq_len": "${variables.max_seq_len}",
         "model": _model(sweep.model, task, recipe),
-        "tokenizer": {
-            **tokenizer,
-            "kwargs": {"model_max_length": "${variables.max_seq_len}"}
-            | tokenizer.get("kwargs", {}),
-        },
-        "train_loader": _loader(
-            train_loader,
-            task_name,
-            task.train_split or "train",
-            shuffle_seed="${seed}",
-            max_samples="${variables.max_train_samples}",
-        ),
-        "eval_loader": [
-            {"label": task.eval_label(split), **_loader(eval_loader, task_name, split)}
-            for split in task.eval_splits
-        ],
+        "tokenizer": _tokenizer(job.pop("tokenizer", {})),
+        **_loaders(job.pop("train_loader"), job.pop("eval_loader"), task),
         "optimizer": {
             "name": recipe.optimizer,
             "lr": recipe.lr,
@@ -321,29 +319,38 @@ def job_config(
         "global_train_batch_size": recipe.batch_size,
         "device_train_microbatch_size": recipe.batch_size,
         **job,
-    }
-    # For a single run; a sweep's jobs are short and start again if they were killed.
-    config |= {
-        "load_weights_only": True,
-        "load_strict_model_weights": False,  # the head is not that of pretraining
-        "load_ignore_keys": ["state/model/model.classifier*"],
-        "save_folder": "${variables.out}",
-        "save_interval": "1ep",
-        "save_num_checkpoints_to_keep": 1,
-        "autoresume": True,
+        **copy.deepcopy(SINGLE_RUN),
         "progress_bar": True,
         "log_to_console": False,
+        "callbacks": {**callbacks, **copy.deepcopy(CALLBACKS)},
     }
-    config["callbacks"] = {
-        **callbacks,
-        "eval_results": {"folder": "${variables.out}"},
-        "hf_checkpointer": {
-            "save_folder": "${variables.out}",
-            "save_interval": "1dur",
-            "huggingface_folder_name": "final",
-        },
+
+
+def _start(sweep: Sweep, recipe: Recipe) -> str | None:
+    if not recipe.start:
+        return sweep.start
+    return sweep.mnli_checkpoint or f"./runs/{sweep.name}-{MNLI}/{MODEL_FOLDER}"
+
+
+def _tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {"model_max_length": "${variables.max_seq_len}", **tokenizer.get("kwargs", {})}
+    return {**tokenizer, "kwargs": kwargs}
+
+
+def _loaders(train: dict[str, Any], evaluation: Any, task: glue_tasks.Task) -> dict[str, Any]:
+    return {
+        "train_loader": _loader(
+            train,
+            task.name,
+            task.train_split or "train",
+            shuffle_seed="${seed}",
+            max_samples="${variables.max_train_samples}",
+        ),
+        "eval_loader": [
+            {"label": task.eval_label(split), **_loader(evaluation, task.name, split)}
+            for split in task.eval_splits
+        ],
     }
-    return config
 
 
 def _model(model: dict[str, Any], task: glue_tasks.Task, recipe: Recipe) -> dict[str, Any]:
@@ -423,26 +430,43 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
     """Return the single-task YAML, with a heading on how to run it and where it comes from."""
-    task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
+    paragraphs = [
+        *_how_to_run(sweep, task_name),
+        *_notes(sweep, task_name),
+        "Generated from the sweep file, as for the other tasks. To change it, change that file and "
+        "run:",
+        f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue",
+    ]
+    lines = [line for paragraph in paragraphs for line in ("", *_wrap(paragraph))]
+    heading = "".join(f"# {line}".rstrip() + "\n" for line in lines[1:])
+    return heading + "\n" + to_yaml(job_config(sweep, task_name))
+
+
+def _how_to_run(sweep: Sweep, task_name: str) -> list[str]:
+    folder = glue_tasks.task(task_name).folder
+    title = f"{folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
     command = f"    composer -n 1 train.py yamls/finetune/glue/{sweep.name}-"
     checkpoint = "variables.start=CHECKPOINT"
-    title = f"{task.folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
-    if recipe.start:
-        paragraphs = [
+    if sweep.tasks[task_name].start:
+        return [
             title,
             "It starts from the fine-tuned model of MNLI, encoder and pooler, as published:",
             f"{command}{MNLI}.yaml {checkpoint}\n{command}{task_name}.yaml",
             "`variables.start` may be another: a transformers folder, or a .pt file of Composer or "
             "of the M2 release.",
         ]
-    else:
-        paragraphs = [
-            title,
-            f"{command}{task_name}.yaml {checkpoint}",
-            "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
-            "without it, training starts from random weights. `load_path=FILE.pt` is "
-            "llm-foundry's own way to load a Composer checkpoint.",
-        ]
+    return [
+        title,
+        f"{command}{task_name}.yaml {checkpoint}",
+        "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
+        "without it, training starts from random weights. `load_path=FILE.pt` is "
+        "llm-foundry's own way to load a Composer checkpoint.",
+    ]
+
+
+def _notes(sweep: Sweep, task_name: str) -> list[str]:
+    recipe = sweep.tasks[task_name]
+    paragraphs = []
     if "training_additions" in sweep.variables:
         paragraphs.append(
             "The released 80M checkpoint has `variables.training_additions`; for a checkpoint of "
@@ -466,16 +490,7 @@ def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
                 "`classifier_pooling` is mean here."
             )
         paragraphs.append(accident)
-    paragraphs.append(
-        "Generated from the sweep file, as for the other tasks. To change it, change that file and "
-        "run:"
-    )
-    paragraphs.append(f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue")
-    lines: list[str] = []
-    for paragraph in paragraphs:
-        lines += ["", *_wrap(paragraph)]
-    heading = "".join(f"# {line}".rstrip() + "\n" for line in lines[1:])
-    return heading + "\n" + to_yaml(job_config(sweep, task_name))
+    return paragraphs
 
 
 def _wrap(paragraph: str) -> list[str]:

@@ -37,6 +37,7 @@ from m2_plugin.glue import tasks as glue_tasks
 from m2_plugin.glue.recipes import (
     MNLI,
     MODEL_FOLDER,
+    SINGLE_RUN,
     Sweep,
     job_config,
     predict_loader,
@@ -53,16 +54,6 @@ STOP_SECONDS = 10.0
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 TAIL_LINES = 30
 THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
-# Keys for a single run only: a job of a sweep starts again if it was killed.
-SINGLE_RUN_KEYS = (
-    "autoresume",
-    "load_ignore_keys",
-    "load_strict_model_weights",
-    "load_weights_only",
-    "save_folder",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-)
 
 # The last line of a traceback; torch puts the rank before it.
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
@@ -185,7 +176,7 @@ def _sweep_job(
         sweep, task, seed, run_name=f"{sweep.name}-{folder.name}", out=str(folder), start=start
     )
     config["variables"]["start"] = start  # job_config sets the start of a single run
-    for key in SINGLE_RUN_KEYS:
+    for key in SINGLE_RUN:
         config.pop(key)
     if on_cpu:
         config["precision"] = "fp32"
