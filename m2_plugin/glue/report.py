@@ -303,11 +303,9 @@ def draw(report: Report) -> Any:
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = []
     for y, task in enumerate(report.tasks):

@@ -54,11 +54,9 @@ class _Panel:
     def __init__(self, runs: Sequence[Run], axis: str, theme: Theme, smoothing: int | None = None):
         # Imported here because it is slow, and `--help` does not need it.
         from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor=theme.paper)
-        FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(facecolor=theme.paper)
         self.runs, self.axis, self.theme, self.smoothing = runs, axis, theme, smoothing
         self.ends: list[End] = []
