@@ -135,6 +135,11 @@ def test_every_room_is_there():
     assert {room(module) for module in MODULES} == set(ROOMS)
 
 
+def test_one_module_proposes_names():
+    users = {module for module, path in MODULES.items() if "difflib" in imported(path)}
+    assert users == {"m2_plugin.suggest"}
+
+
 def test_no_circles_between_rooms():
     TopologicalSorter(ROOMS).prepare()  # raises CycleError, which names the circle
 
