@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files that are either complete or absent."""
 
 import json
 import os
@@ -13,14 +13,14 @@ __all__ = ["check_writable", "read_json", "whole", "write_atomically", "write_js
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it; the folder must be there."""
+    """Write a file through a temporary one beside it; the folder must exist."""
     folder, name = os.path.split(path)
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner may read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -28,22 +28,22 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """Write JSON, whole or not at all.
+    """Write a JSON file, complete or not at all; the folder must exist.
 
     Args:
-        path: The file; its folder must be there.
-        value: What JSON can hold.
-        indent: Spaces a level; None for one line, where only programs read it.
+        path: The file.
+        value: A value that JSON can represent.
+        indent: The spaces per level; None writes one line.
 
     Raises:
-        ValueError: For NaN or infinity, which are no JSON.
+        ValueError: For NaN or infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
     write_atomically(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; None if the file is not there or is none."""
+    """Read a JSON file; return None if it does not exist or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,10 +51,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a path, and see that files can be written into it.
+    """Make the folder of a path, and check that files can be written there.
 
     Raises:
-        ValueError: If not. What writes tensors says so in its own words, if at all.
+        ValueError: If not. Writers of tensors give unclear errors, or none.
     """
     probe = _beside(path)
     try:
@@ -67,10 +67,10 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside a path, which becomes the path if nothing is raised.
+    """Yield a temporary path, which is renamed to the given one if nothing is raised.
 
     Raises:
-        ValueError: If there is something at the path already, or it cannot be written.
+        ValueError: If the path exists already, or cannot be written.
     """
     if path.exists():
         raise ValueError(f"{str(path)!r} is there already: give another name, or remove it")

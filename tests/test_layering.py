@@ -1,6 +1,12 @@
-"""Imports run one way: foundry → checkpoints → models → layers → ops → torch, triton."""
+"""The rooms of the package, and what each may import.
+
+`foundry → checkpoints → models → layers → ops`; no circles, neither between rooms nor between
+modules. A new room, or a new module at the top of the package, needs an entry here.
+"""
 
 import ast
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,49 +15,135 @@ import m2_plugin
 
 PACKAGE = Path(m2_plugin.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ["ops", "layers", "models", "checkpoints", "foundry"]  # each may import those before it
-LIGHT = [
-    *(PACKAGE / name for name in ("cli.py", "constants.py", "curves.py", "files.py")),
-    *sorted((PACKAGE / "glue").glob("*.py")),
-    *sorted((PACKAGE / "train_report").glob("*.py")),
-]
-HOST = {"llmfoundry", "composer", "streaming"}
+
+# Room: the rooms that it may import. A room is a folder, or a module that others need alone.
+ROOMS = {
+    "": [],  # m2_plugin/__init__.py
+    "constants": [],
+    "files": [],
+    "suggest": [],
+    "cli": [""],
+    "recipes": ["", "files", "suggest"],
+    "ops.backend": [],
+    "ops.reference": [],
+    "ops.kernels": ["ops.backend", "ops.reference"],
+    "ops": ["ops.backend", "ops.kernels", "ops.reference"],
+    "layers": ["ops", "ops.backend", "ops.reference"],
+    "models": ["constants", "layers", "ops.backend", "suggest"],
+    "checkpoints": ["constants", "files", "layers", "models", "suggest"],
+    "data": ["files", "suggest"],
+    "glue.tasks": ["suggest"],
+    "glue": ["constants", "files", "glue.tasks", "suggest"],
+    "train_report": ["files"],
+    "foundry.mds_index": [],
+    "foundry.conversion": ["data", "files", "foundry.mds_index", "suggest"],
+    "foundry": [
+        *("checkpoints", "constants", "data", "files", "foundry.mds_index", "glue.tasks"),
+        *("layers", "models", "ops", "suggest", "train_report"),
+    ],
+    "doctor": ["ops", "ops.backend"],
+    "embed": ["checkpoints", "constants", "data", "files", "models", "suggest"],
+}
+TENSORS = {"numpy", "safetensors", "torch", "transformers"}
+# Room: the packages that it may import beside the standard library; other rooms: none.
+PACKAGES = {
+    "ops.backend": {"torch"},
+    "ops.reference": {"torch"},
+    "ops.kernels": {"torch", "triton"},
+    "ops": {"torch"},
+    "layers": {"torch"},
+    "models": TENSORS,
+    "checkpoints": TENSORS | {"onnx"},
+    "data": {"datasets", "fsspec", "numpy", "pyarrow", "transformers", "zstandard"},
+    "glue": {"matplotlib", "numpy", "omegaconf", "torch", "tqdm", "yaml"},
+    "train_report": {"google", "matplotlib", "numpy", "tensorboard", "wandb", "yaml"},
+    "foundry.conversion": {"datasets", "numpy", "pyarrow", "tqdm", "transformers", "xxhash"},
+    "foundry": TENSORS
+    | {"composer", "datasets", "fsspec", "llmfoundry", "pyarrow", "streaming", "torchmetrics"},
+    "doctor": {"torch"},
+    "embed": TENSORS | {"datasets", "tqdm"},
+}
+# Commands that answer --help at once, and rooms for them: heavy packages only within functions.
+LIGHT = ["", "constants", "files", "suggest", "cli", "recipes", "data", "foundry.mds_index"]
+LIGHT += ["foundry.conversion", "glue", "glue.tasks", "train_report"]
+HEAVY = {"datasets", "fsspec", "matplotlib", "pyarrow", "torch", "transformers", "wandb"}
 
 
-def imported(path: Path, at_once: bool = False) -> set[str]:
-    """Names of imported modules; of those at the top of the file only, where `at_once`."""
-    names = set()
-    tree = ast.parse(path.read_text())
-    for node in tree.body if at_once else ast.walk(tree):
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def room(module: str) -> str:
+    """The longest name in `ROOMS` that the module lies in."""
+    name = module.removeprefix("m2_plugin").removeprefix(".")
+    while name and name not in ROOMS:
+        name = name.rpartition(".")[0]
+    assert name or module == "m2_plugin", f"{module} is in no room: give it an entry in ROOMS"
+    return name
+
+
+def statements(tree: ast.AST, functions: bool) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a file, without those for type checkers only."""
+    found: list[ast.Import | ast.ImportFrom] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found += statements(node, functions)
+    return found
+
+
+def imported(path: Path, functions: bool = True) -> set[str]:
+    """Names of the modules that a file imports; with `functions`, those in functions too."""
+    names: set[str] = set()
+    for node in statements(ast.parse(path.read_text()), functions):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            continue
+        assert node.module and not node.level, f"{path}: a relative import"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            names.add(inner if inner in MODULES else node.module)
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_one_way(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    if room not in ROOMS:
-        return
-    names = imported(path)
-    later = {f"m2_plugin.{r}" for r in ROOMS[ROOMS.index(room) + 1 :]}
-    assert not {n for n in names if ".".join(n.split(".")[:2]) in later}
-    if room != "foundry":
-        assert not {n.split(".")[0] for n in names} & HOST
-    if room in ("ops", "layers"):
-        assert not {n.split(".")[0] for n in names} & {"transformers"}
+def packages(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - {"m2_plugin"} - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("path", LIGHT, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_command_line_starts_light(path):
-    """A sweep runs the host in other processes; its own imports neither it nor the models."""
-    names = imported(path, at_once=True)
-    assert not {n.split(".")[0] for n in names} & {"torch", "transformers", "matplotlib"}
-    assert not {".".join(n.split(".")[:2]) for n in names} & {f"m2_plugin.{r}" for r in ROOMS}
-    assert not {n.split(".")[0] for n in imported(path)} & HOST
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_what_it_may(module):
+    own, names = room(module), imported(MODULES[module])
+    rooms = {room(name) for name in names if name.split(".")[0] == "m2_plugin"}
+    assert rooms <= {own, *ROOMS[own]}
+    assert packages(names) <= PACKAGES.get(own, set())
+    if own in LIGHT:
+        assert not packages(imported(MODULES[module], functions=False)) & HEAVY
 
 
-def test_every_room_is_walked():
-    assert {p.relative_to(PACKAGE).parts[0] for p in FILES} >= {*ROOMS, "glue", "cli.py"}
+def test_light_rooms_import_light_rooms():
+    assert not {other for name in LIGHT for other in ROOMS[name]} - set(LIGHT)
+
+
+def test_every_room_is_there():
+    assert {room(module) for module in MODULES} == set(ROOMS)
+
+
+def test_one_module_proposes_names():
+    users = {module for module, path in MODULES.items() if "difflib" in imported(path)}
+    assert users == {"m2_plugin.suggest"}
+
+
+def test_no_circles_between_rooms():
+    TopologicalSorter(ROOMS).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_circles_between_modules():
+    graph = {name: imported(path) & MODULES.keys() for name, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()

@@ -130,8 +130,8 @@ def test_a_file_cut_off_by_a_kill_gives_what_is_whole(tmp_path, caplog):
         run = one(tmp_path)
     assert len(run.get("loss/train/total")) == 30
     assert len(run.get("throughput/tokens_per_sec")) in (29, 30)
-    assert f"{last} is whole up to byte" in caplog.text
-    assert "events.out.tfevents.1.other.9.0 is whole up to byte 0 of" in caplog.text
+    assert f"{last} is whole only up to byte" in caplog.text
+    assert "events.out.tfevents.1.other.9.0 is whole only up to byte 0 of" in caplog.text
 
 
 def test_processes_that_write_at_once_are_not_mixed(tmp_path, caplog):

@@ -86,9 +86,8 @@ def flat_sources() -> dict[str, str]:
 def _flat(module: str) -> str:
     """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
     room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
-    if not name:  # a module that is in no room
-        return room
-    return name if room == "models" else f"{room}_{name}".replace(".", "_")
+    parts = (name,) if room == "models" else filter(None, (room, name))  # none: in no room
+    return "_".join(parts).replace(".", "_")
 
 
 def _rewritten(module: str) -> tuple[str, list[str]]:

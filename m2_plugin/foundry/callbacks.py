@@ -1,12 +1,12 @@
-"""Callbacks: random numbers that survive a resume, and the picture of a run's losses."""
+"""Callbacks: seeds that make a resumed run exact, and the curve of a run's losses."""
 
 import csv
 import io
 import logging
-import math
 import os
 import random
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from numpy.typing import NDArray
 
-from m2_plugin.curves import End, annotate_ends, default_span, running_mean
 from m2_plugin.files import write_atomically
+from m2_plugin.train_report.draw import draw
+from m2_plugin.train_report.readers import CSV, loss_curve_series
+from m2_plugin.train_report.runs import Run
 
 __all__ = ["LossCurve", "SeedEachBatch"]
 
@@ -30,48 +32,46 @@ Point = tuple[int, str, float]  # batch, curve, loss in nats
 
 
 class SeedEachBatch(Callback):
-    """Seeds Python, NumPy and torch, all devices, at the start of each training batch.
+    """Seed Python, NumPy and torch (all devices) at the start of each training batch.
 
-    The seed is a function of (run seed, batch, rank), so that dropout in a resumed run is that of
-    an unbroken one: Composer restores random states only between epochs. Evaluation draws from
-    the same generators, but the next batch seeds them again, so that it changes nothing in
-    training.
+    The seed depends on the run's seed, the batch and the rank only. Dropout in a resumed run
+    therefore equals that of an unbroken run; Composer restores random states only between epochs.
+    Evaluation uses the same generators, but the next training batch seeds them again.
 
     Args:
-        seed: In place of the run's seed.
+        seed: A seed to use instead of the run's.
     """
 
     def __init__(self, seed: int | None = None):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Seed for the batch about to run."""
+        """Seed for the next batch."""
         del logger
         run_seed = state.rank_zero_seed if self.seed is None else self.seed
         batch = state.timestamp.batch.value
         words = np.random.SeedSequence([run_seed, batch, dist.get_global_rank()]).generate_state(1)
         seed = int(words[0])
-        # Not composer's seed_all: it logs a line per call.
+        # Composer's seed_all logs a line per call.
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
 
 
 class LossCurve(Callback):
-    """Draws the losses of a run to `loss_curve.png` and writes its points to `loss_curve.csv`.
+    """Draw the losses of a run to `loss_curve.png` and write them to `loss_curve.csv`.
 
-    Both are written by rank 0 after each evaluation and at the end, through a temporary file. The
-    points travel in the checkpoint, so that the curve of a resumed run has no gap and no repeats.
+    Rank 0 writes both after each evaluation and at the end. The points are part of the checkpoint,
+    so that the curve of a resumed run has no gap and no repeats.
 
     Args:
-        folder: Where to write; `{run_name}` is replaced. By default the run's `save_folder`, next
-            to the checkpoints, or `./{run_name}` where there is none or it is remote.
-        eval_metric: Evaluation metric to draw, by class name.
-        unigram_baseline: At the start, compute the cross-entropy of the evaluation tokens under
-            the unigram distribution of the training tokens, and that distribution's entropy;
-            log both and draw them: a model that has learned no context cannot do better.
-        unigram_samples: Samples to count, at most, of each dataset.
-        smoothing: Span in batches of the running mean drawn over the training loss; by default
+        folder: The folder to write to; `{run_name}` is replaced. By default the run's
+            `save_folder`, or `./{run_name}` if there is none or it is remote.
+        eval_metric: The class name of the evaluation metric to draw.
+        unigram_baseline: Whether to log and draw two losses, in nats, of a model that knows word
+            frequencies only: see `unigram_baseline`.
+        unigram_samples: The largest number of samples of each dataset to count for it.
+        smoothing: The span, in batches, of the running mean over the training loss; by default
             1/50 of the points.
     """
 
@@ -92,16 +92,16 @@ class LossCurve(Callback):
         self.baseline: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The points as one CSV string: a single leaf, also in a sharded checkpoint."""
+        """Return the points as CSV strings: single leaves, even in a sharded checkpoint."""
         return {"points": _to_csv(self.points), "baseline": _to_csv(self._baseline_rows())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the curve of a checkpoint."""
+        """Continue the curve in a checkpoint."""
         self.points = _from_csv(state["points"])
         self.baseline = {name: value for _, name, value in _from_csv(state["baseline"])}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Compute and log the baseline, unless a checkpoint brought it."""
+        """Log the baseline; compute it if the checkpoint does not have it."""
         if not self.unigram_baseline:
             return
         if not self.baseline:
@@ -112,25 +112,25 @@ class LossCurve(Callback):
         logger.log_hyperparameters({f"baseline/{k}": v for k, v in self.baseline.items()})
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Take the loss of this batch, which Composer has reduced over the ranks."""
+        """Keep the loss of this batch; Composer has reduced it over the ranks."""
         del logger
         loss = state.total_loss_dict.get("loss/train/total")
         if loss is not None:
             self.points.append((state.timestamp.batch.value, TRAIN, float(loss)))
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Take the evaluation loss and write."""
+        """Keep the evaluation loss, and write the files."""
         del logger
         label = state.dataloader_label or "eval"
         metric = state.eval_metrics.get(label, {}).get(self.eval_metric)
         if metric is not None:
-            # On all ranks: it is a collective. Rerunning an evaluation replaces its point.
+            # On all ranks: compute is a collective. A repeated evaluation replaces its point.
             point = (state.timestamp.batch.value, label, float(metric.compute()))
             self.points = [p for p in self.points if p[:2] != point[:2]] + [point]
         self._write(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Write."""
+        """Write the files."""
         del logger
         self._write(state)
 
@@ -142,7 +142,10 @@ class LossCurve(Callback):
         evals = [getattr(e.dataloader.dataloader, "dataset", None) for e in state.evaluators]
         evals = [dataset for dataset in evals if dataset is not None]
         if train is None or not evals:
-            log.warning("unigram_baseline needs a train and an eval dataset: skipped.")
+            log.warning(
+                "loss_curve: unigram_baseline is left out: it needs a training and an evaluation "
+                "dataset."
+            )
             return {}
         return unigram_baseline(train, evals, self.unigram_samples)
 
@@ -153,15 +156,14 @@ class LossCurve(Callback):
         os.makedirs(folder, exist_ok=True)
         table = _to_csv(self._baseline_rows() + sorted(self.points))
         write_atomically(os.path.join(folder, "loss_curve.csv"), table)
-        picture = io.BytesIO()
-        figure = draw_loss_curve(self.points, self.baseline, state.run_name, self.smoothing)
-        figure.savefig(picture, format="png")
-        write_atomically(os.path.join(folder, "loss_curve.png"), picture.getvalue())
+        run = Run(state.run_name, Path(folder), loss_curve_series(table.splitlines()), {}, [CSV])
+        picture = draw("loss", [run], smoothing=self.smoothing)
+        write_atomically(os.path.join(folder, "loss_curve.png"), picture)
 
 
 def _save_folder(state: State) -> str:
     for callback in state.callbacks:
-        # With a remote folder the saver's own is a temporary one.
+        # If the folder is remote, the saver's own is a temporary one.
         if isinstance(callback, CheckpointSaver) and callback.remote_uploader is None:
             return callback.folder
     return "./{run_name}"
@@ -182,19 +184,19 @@ def _from_csv(text: str) -> list[Point]:
 
 
 def unigram_baseline(train: Any, evals: Iterable[Any], max_samples: int) -> dict[str, float]:
-    """Losses, in nats per token, of a model that knows word frequencies only.
+    """Compute the loss of a model that knows word frequencies only.
 
-    Special tokens are left out, as masking leaves them out.
+    Special tokens do not count, since they are never masked.
 
     Args:
-        train: Dataset with a `tokenizer`, giving `input_ids` per index, as `mlm_text` has.
+        train: A dataset with a `tokenizer` that gives `input_ids` per index, as `mlm_text` does.
         evals: Datasets of the same kind, counted together.
-        max_samples: Samples to count of each, spread evenly.
+        max_samples: The largest number of samples of each to count, spread evenly.
 
     Returns:
-        `unigram_cross_entropy`, of the evaluation tokens under the training tokens' distribution
-        with one added to every count, and `unigram_entropy`, of that distribution as counted.
-        Empty if there are no tokens.
+        In nats per token: `unigram_cross_entropy`, of the evaluation tokens under the distribution
+        of the training tokens (with one added to every count), and `unigram_entropy`, of that
+        distribution as counted. Empty if there are no tokens.
     """
     tokenizer = train.tokenizer
     keep = np.ones(len(tokenizer), dtype=bool)
@@ -225,64 +227,3 @@ def _count_tokens(dataset: Any, vocab_size: int, max_samples: int) -> NDArray[np
         ids = np.asarray(sample["input_ids"] if isinstance(sample, dict) else sample)
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
-
-
-def draw_loss_curve(
-    points: Iterable[Point],
-    baseline: dict[str, float],
-    title: str,
-    smoothing: int | None = None,
-) -> Any:
-    """Draw the curves of a run.
-
-    Args:
-        points: (batch, curve, loss); the curve "train" is drawn thin and smoothed.
-        baseline: Losses to draw as horizontal lines.
-        title: Title of the figure.
-        smoothing: Span of the running mean; by default 1/50 of the training points.
-
-    Returns:
-        A matplotlib figure.
-    """
-    # Here, not at the top: matplotlib is slow to import, and only rank 0 of some runs draws.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for batch, curve, loss in sorted(points):
-        if math.isfinite(loss):
-            curves.setdefault(curve, []).append((batch, loss))
-    ends = []
-    if TRAIN in curves:
-        ends.append(_draw_train(axes, curves.pop(TRAIN), smoothing))
-    for i, (label, curve_points) in enumerate(curves.items()):
-        ends.append(_draw_eval(axes, label, curve_points, color=f"C{i + 1}"))
-    styles = (("--", "0.25"), (":", "0.5"))
-    for (name, value), (line, grey) in zip(baseline.items(), styles, strict=False):
-        label = f"{name.replace('_', ' ')}: {value:.3f}"
-        axes.axhline(value, linestyle=line, color=grey, linewidth=1, label=label)
-    axes.set(title=title, xlabel="batch", ylabel="loss (nats)")
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    annotate_ends(axes, ends)
-    return figure
-
-
-def _draw_train(axes: Any, points: list[tuple[int, float]], smoothing: int | None) -> End:
-    batches, losses = np.array(points).T
-    smooth = running_mean(losses, smoothing or default_span(len(losses)))
-    axes.plot(batches, losses, color="C0", linewidth=0.6, alpha=0.4)
-    axes.plot(batches, smooth, color="C0", linewidth=1.6, label="train, smoothed")
-    return batches[-1], smooth[-1], "C0"
-
-
-def _draw_eval(axes: Any, label: str, points: list[tuple[int, float]], color: str) -> End:
-    batches, losses = np.array(points).T
-    axes.plot(batches, losses, color=color, linewidth=1.4, marker="o", markersize=3.5, label=label)
-    return batches[-1], losses[-1], color

@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning for retrieval: the host's contrastive model around M2-BERT's embeddings.
+"""Contrastive fine-tuning for retrieval: llm-foundry's contrastive model with M2-BERT inside.
 
     model:
       name: m2_bert_contrastive
@@ -7,51 +7,50 @@
       loss: infonce                       # or orthogonal_projection
       contrastive_config: {temperature: 0.05}
 
-Data comes from the host's `contrastive_pairs` dataloader, which `data_prep/convert_pairs.py` writes
-for: a batch is (B, P, L), each row a query, its passage and P − 2 hard negatives.
+The data comes from llm-foundry's `contrastive_pairs` dataloader; `data_prep/convert_pairs.py`
+writes it. A batch is (B, P, L): each row has a query, its passage and P − 2 hard negatives.
 """
 
-import difflib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from llmfoundry.models.llm_embed.finetune_embedding_model import FinetuneEmbeddingModel
-from llmfoundry.models.llm_embed.modeling_llm_embed import ContrastiveConfig
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
+from m2_plugin.foundry.private import ContrastiveConfig
 from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_host
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
+from m2_plugin.suggest import check_keys
 
 __all__ = ["M2BertContrastive", "orthogonal_projection_loss"]
 
 INFONCE, ORTHOGONAL = LOSSES = ("infonce", "orthogonal_projection")
-# The host's keys that have nothing to say here, and what says it.
-ELSEWHERE = {
+# Keys of llm-foundry's config that another setting replaces.
+REPLACED_BY = {
     "vector_representation": "config_overrides.classifier_pooling (cls or mean)",
-    "pos_step_size": "the data: each row says how many negatives it has",
+    "pos_step_size": "the number of negatives in the data",
 }
 
 
 def orthogonal_projection_loss(cosines: Tensor, labels: Tensor, negative_weight: float) -> Tensor:
-    """Pull each query onto its passage, and make it orthogonal to all others.
+    """Pull each query to its passage, and make it orthogonal to all other passages.
 
-    mean(1 − cos⁺) + γ · mean(|cos⁻|). No term compares passages with each other, so one query with
-    one negative is enough: where texts are long, a batch for InfoNCE does not fit. The loss is that
-    of Ranasinghe et al. (arXiv 2103.14021), which the M2-BERT retrieval models (arXiv 2402.07440)
-    name for that reason. Ours are two choices: absolute values are taken before the mean, so that
-    negatives on both sides of 0 do not cancel; and passages of the other queries in the batch are
-    negatives too.
+    mean(1 − cos⁺) + γ · mean(|cos⁻|), by Ranasinghe et al. (arXiv 2103.14021); the M2-BERT
+    retrieval models (arXiv 2402.07440) use it. One query with one negative is enough, which matters
+    for long texts: a batch for InfoNCE does not fit in memory. Two choices are ours. Absolute
+    values are taken before the mean, so that negatives on both sides of 0 do not cancel, and the
+    passages of the other queries in the batch are negatives too.
 
     Args:
         cosines: (Q, N) cosines of queries and passages.
-        labels: (Q,) int64, which passage belongs to each query.
+        labels: (Q,) int64, the passage of each query.
         negative_weight: γ.
 
     Returns:
-        A scalar; its second part is 0 where there is no negative.
+        A scalar; its second term is 0 if there is no negative.
     """
     own = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, labels[:, None], True)
     positive = (1 - cosines[own]).mean()
@@ -60,32 +59,33 @@ def orthogonal_projection_loss(cosines: Tensor, labels: Tensor, negative_weight:
 
 
 class M2BertContrastive(FinetuneEmbeddingModel):
-    """`M2BertForTextEmbedding` in the host's contrastive model; `m2_bert_contrastive` in a YAML.
+    """`M2BertForTextEmbedding` in llm-foundry's contrastive model; `m2_bert_contrastive` in a YAML.
 
-    The embedding that is trained is the model's own `sentence_embedding`, hence the one that the
-    saved folder gives in transformers and sentence-transformers. Pairs and hard negatives, the
-    scores, their temperature and their gathering over ranks are the host's.
+    The trained embedding is the model's own `sentence_embedding`: the saved folder gives the same
+    one in transformers and sentence-transformers. llm-foundry handles pairs and hard negatives,
+    scores, temperature, and the gathering over ranks.
+
+    `tokenizer`, `pretrained`, `config_overrides` and `init_device` are those of
+    `m2_plugin.foundry.models.BertComposerModel`.
 
     Args:
-        tokenizer: The run's tokenizer; the host passes it.
-        pretrained_model_name_or_path: A folder, name or file to start from, as
-            `m2_plugin.foundry.models.BertComposerModel` takes it. A pretraining has no pooler; one
-            is then made, and logged.
-        pretrained: See there.
-        config_overrides: See there; `classifier_pooling` and `normalize_embeddings` say what an
-            embedding is.
-        init_device: See there.
+        tokenizer: The run's tokenizer.
+        pretrained_model_name_or_path: A folder, name or file to start from. A pretraining has no
+            pooler; a new one is then made, and logged.
+        pretrained: Whether to load the weights too.
+        config_overrides: Fields of the config; `classifier_pooling` and `normalize_embeddings`
+            define the embedding.
+        init_device: The device to build on.
         loss: "infonce" (cross-entropy over the passages in the batch) or "orthogonal_projection".
         negative_weight: γ of the orthogonal projection loss.
-        contrastive_config: The host's: `temperature` (InfoNCE), `normalize_output`,
+        contrastive_config: llm-foundry's: `temperature` (InfoNCE), `normalize_output`,
             `gather_in_batch_negatives`, `infonce_process_group_size`,
             `use_legacy_gradient_passthrough`.
-        loss_fn: The host's cross-entropy: "torch_crossentropy" or "fused_crossentropy", which needs
-            flash-attn.
+        loss_fn: "torch_crossentropy", or "fused_crossentropy", which needs flash-attn.
 
     Raises:
-        ValueError: As `BertComposerModel`, or for a key or a loss that is unknown or does not
-            apply.
+        ValueError: For the reasons of `BertComposerModel`, or if a key or a loss is unknown or does
+            not apply.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
     ):
         settings = dict(contrastive_config or {})
         _check_contrastive(loss, settings)
-        self._run_tokenizer = tokenizer  # which the host gives `construct_model` no sight of
+        self._run_tokenizer = tokenizer  # llm-foundry does not pass it to `construct_model`
         super().__init__(
             tokenizer=tokenizer,
             contrastive_config=settings,
@@ -118,7 +118,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
         prepare_for_host(self.model)
 
     def construct_model(self) -> M2BertForTextEmbedding:
-        """Build the model that the host wraps."""
+        """Build the model inside llm-foundry's."""
         return build_from_keys(
             AutoModelForTextEncoding,
             None,
@@ -131,7 +131,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
         )
 
     def _update_step_size_if_needed(self, batch: MutableMapping) -> None:
-        # The host keeps the first batch's for ever: wrong where the evaluation has other negatives.
+        # llm-foundry keeps the first batch's: wrong if the evaluation has another number.
         if batch["input_ids"].ndim == 3:
             self.step_size = batch["input_ids"].shape[1]
 
@@ -143,20 +143,20 @@ class M2BertContrastive(FinetuneEmbeddingModel):
     def _compute_scores(
         self, batch: MutableMapping, outputs: M2BertEmbeddingOutput
     ) -> tuple[Tensor, Tensor]:
-        # The model has pooled: what the host pools again is one position, which counts.
+        # The model has pooled already: llm-foundry pools one position again.
         ids = batch["input_ids"][:, :1]
         one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return super()._compute_scores(one, outputs)
 
     def loss(self, outputs: M2BertEmbeddingOutput, batch: MutableMapping) -> Tensor:
-        """The loss of a batch that `forward` has run on.
+        """Compute the loss of a batch.
 
         Args:
-            outputs: What `forward` returned.
-            batch: The batch, in the form (B·P, L) that `forward` leaves.
+            outputs: The outputs of `forward`.
+            batch: The batch, (B·P, L), as `forward` leaves it.
 
         Raises:
-            ValueError: While training, if there is but one pair, from which nothing can be learnt.
+            ValueError: In training, if there is only one pair, which has no negatives.
         """
         scores, labels = self._compute_scores(batch, outputs)
         if self.training and scores.numel() == 1:
@@ -172,16 +172,15 @@ class M2BertContrastive(FinetuneEmbeddingModel):
 def _check_contrastive(loss: str, settings: Mapping[str, Any]) -> None:
     if loss not in LOSSES:
         raise ValueError(f"model.loss must be {' or '.join(LOSSES)}, got {loss!r}.")
-    known = [field.name for field in fields(ContrastiveConfig) if field.name not in ELSEWHERE]
+    known = [field.name for field in fields(ContrastiveConfig) if field.name not in REPLACED_BY]
     for key in settings:
-        if key in ELSEWHERE:
-            raise ValueError(f"contrastive_config.{key} is set by {ELSEWHERE[key]}.")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
-            raise ValueError(f"contrastive_config has no key {key!r}.{hint}")
+        if key in REPLACED_BY:
+            raise ValueError(
+                f"contrastive_config.{key} has no effect here: set {REPLACED_BY[key]} instead."
+            )
+    check_keys(settings, known, "contrastive_config")
     if loss == ORTHOGONAL and not settings.get("normalize_output", True):
         raise ValueError(
-            "contrastive_config.normalize_output: the orthogonal projection loss is of cosines, "
-            "it must be true."
+            "contrastive_config.normalize_output must be true for loss: orthogonal_projection, "
+            "which needs cosines."
         )

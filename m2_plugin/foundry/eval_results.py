@@ -1,4 +1,4 @@
-"""Callback: the final evaluation of a run as a file, and predictions for data without labels."""
+"""Callback: write the final evaluation of a run, and predictions for data without labels."""
 
 import io
 import logging
@@ -28,19 +28,19 @@ PACKAGES = ("m2-plugin", "llm-foundry", "mosaicml", "torch", "transformers")
 
 
 class EvalResults(Callback):
-    """Writes the metrics of a run's last evaluation to `metrics.json`; `eval_results` in a YAML.
+    """Write the metrics of a run's last evaluation to `metrics.json`; `eval_results` in a YAML.
 
-    The file appears when training is over, with everything else that is written here there
-    already. Values that are not finite are null.
+    The file appears when training is over, after all other files of this callback. Values that are
+    not finite are null.
 
     Args:
-        folder: Where to write; `{run_name}` is replaced.
-        predict: Loaders in the schema of `eval_loader`, each with a `label`, of data without
-            labels: `predictions/LABEL.npy` then holds the logits, (N, num_labels) float32, in the
-            data's order. One that cannot be built is left out, and `metrics.json` says why.
-        batch_size: Rows of a batch of predictions.
-        progress: Write `progress.json` with the loss and the share of training that is done,
-            every two seconds.
+        folder: The folder to write to; `{run_name}` is replaced.
+        predict: Loaders of data without labels, each in the schema of `eval_loader` with a `label`.
+            `predictions/LABEL.npy` gets the logits, float32 (N, num_labels), in the order of the
+            data. A loader that cannot be built is left out, and `metrics.json` says why.
+        batch_size: The rows of a batch of predictions.
+        progress: Whether to write `progress.json` every two seconds, with the loss and the share
+            of training that is done.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EvalResults(Callback):
     ):
         for loader in predict:
             if not loader.get("label"):
-                raise ValueError(f"eval_results.predict: each loader needs a label, {loader}.")
+                raise ValueError(f"eval_results.predict: each loader needs a label: {loader}.")
         self.folder = folder
         self.predict = [dict(loader) for loader in predict]
         self.batch_size = batch_size
@@ -65,7 +65,7 @@ class EvalResults(Callback):
         self.last_progress = -PROGRESS_SECONDS
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Build the loaders of what is to be predicted: not to fail after training."""
+        """Build the loaders to predict, so that an error comes before training."""
         del logger
         self.folder = format_name_with_dist(self.folder, state.run_name)
         os.makedirs(self.folder, exist_ok=True)
@@ -80,7 +80,7 @@ class EvalResults(Callback):
                 self.predictions[label] = {"error": str(error)}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Say how far the run is, now and then: reading the loss waits for the device."""
+        """Write the progress, now and then only: reading the loss waits for the device."""
         del logger
         if not self.progress or time.monotonic() - self.last_progress < PROGRESS_SECONDS:
             return
@@ -91,7 +91,7 @@ class EvalResults(Callback):
             write_json(os.path.join(self.folder, "progress.json"), value)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Take the metrics, on all ranks: to compute them is a collective."""
+        """Keep the metrics; on all ranks, since compute is a collective."""
         del logger
         names = _metric_names(_inner(state))
         self.metrics = {
@@ -106,7 +106,7 @@ class EvalResults(Callback):
             self._finish(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Write, unless an evaluation of the final weights is still to come."""
+        """Write the files, unless an evaluation of the final weights follows."""
         del logger
         self.fit_ended = True
         if self.evaluated_at == state.timestamp.batch.value:
@@ -129,7 +129,7 @@ class EvalResults(Callback):
         write_json(os.path.join(self.folder, "metrics.json"), report)
 
     def _predict(self, state: State, label: str, loader: Any) -> dict[str, Any]:
-        """Predict on all ranks and write on rank 0."""
+        """Predict on all ranks, and write on rank 0."""
         rows = len(loader.dataset)
         model, was_training = state.model, state.model.training
         model.eval()
@@ -140,7 +140,7 @@ class EvalResults(Callback):
             ]
         model.train(was_training)
         parts = dist.all_gather_object(torch.cat(logits).numpy())
-        # Rank r has rows r, r + world_size, ...; the last ones may be repeated.
+        # Rank r has the rows r, r + world_size, ...; the last rows may be repeated.
         merged = np.stack(parts, axis=1).reshape(-1, parts[0].shape[-1])[:rows]
         if dist.get_global_rank() == 0:
             folder = os.path.join(self.folder, "predictions")
@@ -150,7 +150,7 @@ class EvalResults(Callback):
 
 
 def _inner(state: State) -> Any:
-    """The Composer model, also where DDP wraps it."""
+    """Return the Composer model, even if DDP wraps it."""
     return getattr(state.model, "module", state.model)
 
 
@@ -165,7 +165,7 @@ def _finite(value: float) -> float | None:
 
 
 def _share_done(state: State) -> float:
-    """Share of training that is done, also within an epoch."""
+    """Return the share of training that is done, within an epoch too."""
     assert state.max_duration is not None
     done = float(state.timestamp.get(state.max_duration.unit) / state.max_duration)
     if state.max_duration.unit.value == "ep" and state.dataloader_len is not None:
@@ -175,6 +175,6 @@ def _share_done(state: State) -> float:
 
 
 def _metric_names(model: Any) -> dict[str, str]:
-    """YAML names of metrics by the class names under which the host keeps them."""
+    """Map class names of metrics, which Composer uses, to their names in a YAML."""
     n = max(getattr(model.config, "num_labels", 2), 2)
     return {type(make(n)).__name__: name for name, make in CLASSIFICATION_METRICS.items()}

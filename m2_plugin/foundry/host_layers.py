@@ -1,4 +1,4 @@
-"""Monarch layers under names of the host's layer registries, for its own models such as MPT.
+"""Monarch layers for llm-foundry's own models such as MPT, registered in its layer registries.
 
 Dimension key: B batch, L sequence, D hidden, F intermediate, K blocks.
 """
@@ -8,13 +8,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
-from llmfoundry.models.layers.layer_builders import build_fc
-from llmfoundry.models.utils.config_defaults import attn_config_defaults, fc_type_defaults
-from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
+from llmfoundry.models.layers import build_fc
+from llmfoundry.models.utils import attn_config_defaults, fc_type_defaults
 from torch import Tensor, nn
 
 from m2_plugin.foundry.fsdp import keep_filters_fp32
+from m2_plugin.foundry.private import (
+    is_residual,
+    mark_residual,
+    resolve_ffn_hidden_size,
+    stacked_param_init_helper,
+    summon_dtensor,
+)
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.monarch_linear import MonarchLinear
@@ -24,50 +29,51 @@ from m2_plugin.ops.monarch_mlp import monarch_mlp
 __all__ = ["CausalMonarchMixer", "MonarchFFN", "MonarchGLU", "init_monarch_module"]
 
 FILTER_STD = 0.02  # of the filters' MLPs, as in M2-BERT
-GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the one that the op has
+GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the only ones that the op has
 
-# What the host may hand to an attention layer, and why there is nothing to do with it here.
-NOT_HERE = {
+# Arguments of MPT's attention layers that a convolution does not support, and why.
+UNSUPPORTED = {
     "past_key_value": "it keeps no keys and values: call generate(..., use_cache=False), or set "
     "use_cache: false in the model's config",
     "rotary_emb_w_meta_info": "it has no queries and keys to rotate: set attn_config.rope to false",
     "alibi_slopes": "it has no scores to bias: set attn_config.alibi to false",
-    "prev_layer_key_value": "it keeps no keys and values that a layer could take over",
-    "x_prev": "it keeps no keys and values that a layer could take over",
-    "key_value_states": "it attends to no other sequence",
+    "prev_layer_key_value": "it keeps no keys and values that another layer could reuse",
+    "x_prev": "it keeps no keys and values that another layer could reuse",
+    "key_value_states": "it has no cross-attention",
 }
 
 
 class CausalMonarchMixer(nn.Module):
-    """Gated long convolutions where MPT has attention: no position sees what follows it.
+    """Causal gated long convolutions in place of MPT's attention.
 
-    ``x1, x2, v = short_conv(W_in · x)``; ``y = W_out · (x2 ⊙ conv(v ⊙ x1))`` (arXiv 2310.12109,
-    section 4.1), all convolutions causal. Both projections are the host's `fc_type`. The input
-    projection has no bias, for the short convolution adds one to the same features; so padding on
-    the left leaves no trace, and generation in batches gives what each prompt would give alone.
+    The M2 mixer (arXiv 2310.12109, section 4.1) with causal convolutions; its equation is in
+    `m2_plugin.layers.monarch_mixer`. Both projections are llm-foundry's `fc_type`. The input
+    projection has no bias, since the short convolution adds one to the same features. Padding on
+    the left therefore leaves no trace: generation in batches gives what each prompt gives alone.
 
-    Called with the arguments of the host's attention. What a convolution cannot do is refused.
+    The arguments are those of MPT's attention. Values that a convolution cannot support raise an
+    error.
 
     Args:
         d_model: D.
-        n_heads: Any number: the host asks for it, the mixer has no heads.
+        n_heads: Any number; the mixer has no heads.
         head_dim: None.
-        fc_type: The host's choice of fully connected layer, with its arguments.
-        device: Where to make the parameters.
-        bias: Add a bias after the output projection.
-        attention_bias: Add a bias in the short convolution.
-        attn_pdrop: Probability of dropout after the first gate and before the output projection.
-        max_seq_len: The longest sequence. MPT does not tell its layers: set
-            `attn_config.max_seq_len` to the same number. The default is MPT's own.
-        residual_long_conv: Add the second convolution, of the input itself. M2-BERT has it because
-            its mixer has no residual connection round it; here the host's block adds one.
-        filter_order: Width of the filters' MLPs.
-        filter_emb_dim: Positional features of the filters, odd.
-        filter_w: Initial frequency of the filters' sines.
-        filter_w_mod: Constant factor on these frequencies.
+        fc_type: llm-foundry's kind of fully connected layer, with its arguments.
+        device: The device of the parameters.
+        bias: Whether the output projection has a bias.
+        attention_bias: Whether the short convolution has a bias.
+        attn_pdrop: The probability of dropout after the first gate and before the output
+            projection.
+        max_seq_len: The longest sequence. MPT does not pass its own value to its layers: set
+            `attn_config.max_seq_len` to the same number. The default is MPT's.
+        residual_long_conv: Whether to add the second convolution, of the input itself. M2-BERT has
+            it because its mixer has no residual connection around it; MPT's block has one.
+        filter_order: The width of the filters' MLPs.
+        filter_emb_dim: The positional features of the filters, an odd number.
+        filter_w: The initial frequency of the filters' sines.
+        filter_w_mod: A constant factor on these frequencies.
         backend: `auto`, `torch` or `triton`.
-        **attention_only: The host's other keys of `attn_config`, which must be at their defaults;
-            `attn_impl` may be any.
+        **attention_only: Other keys of `attn_config`, at their defaults; `attn_impl` may be any.
 
     Raises:
         ValueError: If a key is set that has no meaning for a convolution.
@@ -121,7 +127,7 @@ class CausalMonarchMixer(nn.Module):
         name = kwargs["name"]
         self.mixer.in_proj = build_fc(name, d_model, 3 * d_model, {**kwargs, "bias": False})
         self.mixer.out_proj = build_fc(name, d_model, d_model, {**kwargs, "bias": bias})
-        self.mixer.out_proj._is_residual = True  # type: ignore[assignment]
+        mark_residual(self.mixer.out_proj)
         if not attention_bias:
             self.mixer.short_conv.register_parameter("bias", None)
         keep_filters_fp32(self)
@@ -137,44 +143,44 @@ class CausalMonarchMixer(nn.Module):
         pos_id_within_seq: Tensor | None = None,
         **attention_only: Any,
     ) -> tuple[Tensor, None, None]:
-        """Maps (B, L, D) to (B, L, D), no attention weights and no cache.
+        """Map (B, L, D) to (B, L, D), with None for attention weights and cache.
 
         Args:
             x: (B, L, D).
-            attn_bias: What MPT adds to its scores, (B or 1, 1, 1, L) for padding.
-            attention_mask: (B, L), true at tokens, or None: padding is kept out.
+            attn_bias: MPT's bias on its scores, (B or 1, 1, 1, L) for padding.
+            attention_mask: (B, L), true at tokens, or None. Padding does not enter the result.
             is_causal: True.
             needs_weights: False.
-            flash_attn_padding_info: Where documents begin, under `attn_impl: flash`.
-            pos_id_within_seq: Positions, which a convolution knows.
-            **attention_only: See `NOT_HERE`; each must be None.
+            flash_attn_padding_info: The starts of documents, with `attn_impl: flash`.
+            pos_id_within_seq: Not used.
+            **attention_only: See `UNSUPPORTED`; each must be None.
 
         Raises:
-            ValueError: If asked for what a convolution has not, or if the sequence is longer than
-                `max_seq_len`.
+            ValueError: If a convolution does not support an argument, or if the sequence is longer
+                than `max_seq_len`.
         """
         del pos_id_within_seq
         for name, value in attention_only.items():
             if value is not None:
-                raise _refusal(NOT_HERE.get(name, f"it does not know the argument {name}"))
+                raise _refusal(UNSUPPORTED.get(name, f"it has no argument {name}"))
         if not is_causal:
             raise _refusal("it is causal")
         if needs_weights:
             raise _refusal("it has no attention weights: set output_attentions to false")
         if attn_bias is not None and attn_bias.shape[1] > 1:
-            raise _refusal(NOT_HERE["alibi_slopes"])
+            raise _refusal(UNSUPPORTED["alibi_slopes"])
         starts = (flash_attn_padding_info or {}).get("cu_seqlens_q")
         if (attn_bias is not None and attn_bias.shape[2] > 1) or (
             starts is not None and len(starts) > len(x) + 1
         ):
             raise _refusal(
-                "a convolution cannot keep documents in one sequence apart: set "
+                "a convolution cannot separate documents within one sequence: set "
                 "attn_config.attn_uses_sequence_id to false"
             )
         if x.shape[1] > (longest := self.mixer.long_conv.filter.max_length):
             raise ValueError(
-                f"The sequence has {x.shape[1]} positions, but the filters of monarch_mixer reach "
-                f"only attn_config.max_seq_len = {longest}: set it to the model's max_seq_len."
+                f"The sequence has {x.shape[1]} positions, but the filters of monarch_mixer have "
+                f"attn_config.max_seq_len = {longest}: set it to the model's max_seq_len."
             )
         if attention_mask is None:
             return self.mixer(x), None, None
@@ -183,26 +189,26 @@ class CausalMonarchMixer(nn.Module):
 
 
 def _refusal(reason: str) -> ValueError:
-    return ValueError(f"attn_type monarch_mixer cannot do this: {reason}.")
+    return ValueError(f"attn_type monarch_mixer does not support this: {reason}.")
 
 
 class MonarchFFN(nn.Module):
-    """``W_down · GELU(W_up · x) + b``, both maps block-diagonal (arXiv 2310.12109, section 4.1).
+    """`W_down · GELU(W_up · x) + b`, both maps block-diagonal (arXiv 2310.12109, section 4.1).
 
     Args:
         d_model: D.
         expansion_ratio: F / D.
         nblocks: K, the number of blocks of each map.
-        fc_type: The host's choice for the other layers; the maps here are block-diagonal always.
-        ffn_hidden_size: F, in place of `expansion_ratio`.
+        fc_type: Not used: both maps are block-diagonal.
+        ffn_hidden_size: F, instead of `expansion_ratio`.
         ffn_act_fn: None or `name: gelu`.
-        dropout: Probability of dropping an activation.
-        device: Where to make the parameters.
-        bias: Add a bias at the end.
+        dropout: The probability of dropping an activation.
+        device: The device of the parameters.
+        bias: Whether to add a bias at the end.
         backend: `auto`, `torch` or `triton`.
 
     Raises:
-        ValueError: If `ffn_act_fn` is another, or sizes do not fit.
+        ValueError: If `ffn_act_fn` is another function, or sizes do not fit.
     """
 
     glu = False
@@ -224,8 +230,8 @@ class MonarchFFN(nn.Module):
         del fc_type
         if ffn_act_fn is not None and ffn_act_fn not in GELU:
             raise ValueError(
-                f"ffn_config.ffn_act_fn must be {{name: gelu}} for the Monarch FFNs, whose kernel "
-                f"has no other, not {ffn_act_fn}."
+                f"ffn_config.ffn_act_fn must be {{name: gelu}} for the Monarch FFNs, the only "
+                f"one in their kernel, not {ffn_act_fn}."
             )
         self.intermediate_size = resolve_ffn_hidden_size(d_model, expansion_ratio, ffn_hidden_size)
         self.dropout = dropout
@@ -237,10 +243,10 @@ class MonarchFFN(nn.Module):
         self.down_proj = BlockDiagonalLinear(
             self.intermediate_size, d_model, nblocks, bias=bias, backend=backend, device=device
         )
-        self.down_proj._is_residual = True  # type: ignore[assignment]
+        mark_residual(self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         return monarch_mlp(
             x,
             self.up_proj.weight,
@@ -254,9 +260,9 @@ class MonarchFFN(nn.Module):
 
 
 class MonarchGLU(MonarchFFN):
-    """``W_down · (GELU(gate) ⊙ up) + b``, (gate, up) the halves of W_up · x; see `MonarchFFN`.
+    """`W_down · (GELU(gate) ⊙ up) + b` with the halves (gate, up) of W_up · x; see `MonarchFFN`.
 
-    The gate comes from the first half of the blocks of x, the other branch from the second.
+    The gate comes from the first half of x's blocks, the other branch from the second half.
     """
 
     glu = True
@@ -269,7 +275,7 @@ def _init_blocks(
     init_div_is_residual: int | float | str | bool,
     div_is_residual: float,
 ) -> None:
-    """Draws each block as the host draws a fully connected layer of its size."""
+    """Initialise each block like a fully connected layer of its size."""
     if isinstance(module, MonarchLinear):
         nn.init.normal_(module.right, std=module.right.shape[2] ** -0.5)  # keeps the variance
         weight = module.left
@@ -279,7 +285,7 @@ def _init_blocks(
     stacked_param_init_helper(weight, init_fn_, stack_dim=0)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-    if init_div_is_residual is not False and getattr(module, "_is_residual", False):
+    if init_div_is_residual is not False and is_residual(module):
         with torch.no_grad():
             weight.div_(div_is_residual)
 
@@ -303,21 +309,21 @@ def init_monarch_module(
     div_is_residual: float,
     **kwargs: Any,
 ) -> bool:
-    """Initialises what is ours of a model, for the host's `module_init_fns`.
+    """Initialise a module of this package, for llm-foundry's `module_init_fns`.
 
-    Block-diagonal weights follow the model's `init_config`, block by block; of the two factors of a
-    Monarch matrix the inner one keeps the variance and the outer one follows it. Biases are zero.
-    The filters and the short convolution have M2-BERT's own initialisation in any case.
+    Block-diagonal weights follow the model's `init_config`, block by block. Of a Monarch matrix the
+    outer factor follows it, and the inner factor keeps the variance. Biases are zero. Filters and
+    short convolutions always have M2-BERT's initialisation.
 
     Args:
-        module: Any module of the model; its children come on their own.
-        init_fn_: Draws a weight, by the model's `init_config`.
-        init_div_is_residual: Whether to scale down what writes to the residual stream.
-        div_is_residual: By how much.
-        **kwargs: What the host has for other modules.
+        module: A module of the model; its children are passed on their own.
+        init_fn_: The function of `init_config` that fills a weight.
+        init_div_is_residual: Whether to scale down layers that write to the residual stream.
+        div_is_residual: The divisor for them.
+        **kwargs: Arguments for other modules.
 
     Returns:
-        Whether the module is ours.
+        Whether the module is of this package.
     """
     del kwargs
     if isinstance(module, (BlockDiagonalLinear, MonarchLinear)):

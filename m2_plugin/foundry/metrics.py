@@ -1,10 +1,10 @@
-"""GLUE's metrics, defined where torchmetrics' and composer's are not.
+"""GLUE's metrics, with a value even if torchmetrics and Composer give none.
 
-Predictions that are all one class, or constant, leave correlations and F1 undefined: 0 / 0. Here
-they are 0, as scikit-learn has it for Matthews and F1: such predictions show no skill, and a NaN
-would take a whole average with it. scipy's correlations of a constant are NaN.
+If all predictions are one class, or constant, correlations and F1 are 0 / 0. Here they are 0, as in
+scikit-learn for Matthews and F1: such predictions show no skill, and one NaN would spoil an average
+over tasks. (scipy gives NaN for correlations of a constant.)
 
-The classes keep the names of those they extend, because the trainer logs metrics by class name.
+The classes keep the names of the classes they extend: the trainer logs metrics by class name.
 """
 
 from typing import Any
@@ -24,22 +24,25 @@ __all__ = [
 
 
 class BinaryF1Score(composer.metrics.BinaryF1Score):
-    """F1 of class 1 over logits (B, 2) and labels (B,); 0 where class 1 neither is nor is said."""
+    """F1 of class 1 over logits (B, 2) and labels (B,).
+
+    0 if class 1 occurs in neither labels nor predictions.
+    """
 
     def compute(self) -> Tensor:
-        """Returns F1, from 0 to 1."""
+        """Return F1, from 0 to 1."""
         return super().compute().nan_to_num(0.0)
 
 
 class MulticlassMatthewsCorrCoef(classification.MulticlassMatthewsCorrCoef):
     """Matthews correlation over logits (B, C) and labels (B,).
 
-    torchmetrics gives other values than scikit-learn where all predictions or all labels are of
-    one class, 1 if they agree, and counts in fp32, where the squares of large sets round.
+    Equal to scikit-learn's. torchmetrics differs if all predictions or all labels are one class
+    (1 if they agree), and computes in fp32, which rounds the squares of large counts.
     """
 
     def compute(self) -> Tensor:
-        """Returns the correlation, from -1 to 1; 0 where labels or predictions are one class."""
+        """Return the correlation, from -1 to 1; 0 if labels or predictions are one class."""
         confusion = self.confmat.double()  # (C, C), label by prediction
         total, right = confusion.sum(), confusion.trace()
         labels, predictions = confusion.sum(1), confusion.sum(0)
@@ -49,9 +52,9 @@ class MulticlassMatthewsCorrCoef(classification.MulticlassMatthewsCorrCoef):
 
 
 class PearsonCorrCoef(torchmetrics.PearsonCorrCoef):
-    """Pearson correlation of predictions (B,) and labels (B,); 0 where one is constant.
+    """Pearson correlation of predictions (B,) and labels (B,); 0 if one is constant.
 
-    Accumulated in fp64: predictions that hardly differ are lost in fp32.
+    Accumulated in fp64, since fp32 loses predictions that hardly differ.
     """
 
     def __init__(self, **kwargs: Any):
@@ -59,21 +62,21 @@ class PearsonCorrCoef(torchmetrics.PearsonCorrCoef):
         self.set_dtype(torch.float64)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Adds a batch."""
+        """Add a batch."""
         super().update(preds.double(), target.double())
 
     def compute(self) -> Tensor:
-        """Returns the correlation, from -1 to 1."""
+        """Return the correlation, from -1 to 1."""
         return super().compute().nan_to_num(0.0).float()
 
 
 class SpearmanCorrCoef(torchmetrics.SpearmanCorrCoef):
-    """Spearman correlation of predictions (B,) and labels (B,); 0 where one is constant."""
+    """Spearman correlation of predictions (B,) and labels (B,); 0 if one is constant."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Adds a batch."""
+        """Add a batch."""
         super().update(preds.double(), target.double())
 
     def compute(self) -> Tensor:
-        """Returns the correlation, from -1 to 1."""
+        """Return the correlation, from -1 to 1."""
         return super().compute().nan_to_num(0.0).float()

@@ -1,17 +1,16 @@
-"""The `mlm_text` dataloader: the host's `text` loader with masking that does not depend on luck.
+"""The `mlm_text` dataloader: llm-foundry's `text` loader with deterministic masking.
 
-The dataset, the streams and the data spec are the host's; the collator is ours. It masks as BERT
-does, with draws that are a pure function of (seed, epoch, tokens of the sample): worker, rank and
-neighbours in the batch do not matter, and a resumed run sees the masks of an unbroken one.
+Dataset, streams and data spec are llm-foundry's; the collator is ours. It masks as BERT does. The
+masks depend on the seed, the epoch and the tokens of the sample only, not on workers, ranks or the
+other samples of a batch, so that a resumed run has the masks of an unbroken run.
 """
 
 import copy
-import difflib
 import inspect
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,22 +26,22 @@ from llmfoundry.data.text_data import (
 from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.hashing import get_hash
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
+from m2_plugin.foundry.mds_index import INDEX, check_hashes, check_size, read_index, shard_file
+from m2_plugin.foundry.private import get_hash, release_shard, stop_reading
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
+from m2_plugin.suggest import check_keys
 
 __all__ = ["MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader"]
 
 log = logging.getLogger(__name__)
 
-PAD_MULTIPLE = 8  # rows of unequal length: tensor cores want lengths that are multiples of 8
-DEFAULT_SEED = 9176  # the host's default shuffle_seed
+DEFAULT_SEED = 9176  # llm-foundry's default shuffle_seed
 
 OWN_KEYS = frozenset({"mlm_probability", "mask_seed", "remask_each_epoch"})
-HOST_COLLATOR_KEYS = frozenset(
+FOUNDRY_COLLATOR_KEYS = frozenset(
     {
         "eos_token_id",
         "bos_token_id",
@@ -60,7 +59,7 @@ KEEP_FROM = np.uint64(int(0.9 * 2**32))  # 10 % unchanged; between the two, 10 %
 
 
 def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words in place (the finaliser of splitmix64); returns `x`."""
+    """Scramble 64-bit words in place (the finaliser of splitmix64), and return `x`."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -78,12 +77,12 @@ def _key64(*words: int) -> np.uint64:
 
 
 class MLMTextDataset(StreamingTextDataset):
-    """The host's text dataset, each item a dict that also carries the epoch it is drawn in.
+    """llm-foundry's text dataset, with the epoch in each item.
 
-    The collator runs in worker processes, which learn the epoch nowhere else. It is read from the
-    counter that streaming keeps in shared memory: it holds `epoch + 1` from the barrier that opens
-    an epoch until all workers have left that epoch, with persistent workers and after
-    `load_state_dict` too.
+    The collator needs the epoch, and its worker processes have no other way to learn it. The value
+    comes from Streaming's counter in shared memory. It is `epoch + 1` from the barrier at the start
+    of an epoch until all workers have left that epoch, also with persistent workers and after
+    `load_state_dict`.
     """
 
     failure: str | None = None
@@ -92,23 +91,20 @@ class MLMTextDataset(StreamingTextDataset):
         """Yield this worker's samples of one epoch.
 
         Raises:
-            RuntimeError: If a shard cannot be read, as `__getitem__`.
+            RuntimeError: If a shard cannot be read; the message names its file.
         """
         yield from super().__iter__()
-        if self.failure is not None:  # streaming ends the epoch then, as if it were over
+        if self.failure is not None:  # Streaming ends the epoch as if it were over
             raise RuntimeError(self.failure)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Read and tokenise one sample.
 
-        Args:
-            idx: Sample id.
-
         Returns:
-            `input_ids` (L,), `attention_mask` (L,) where the sample was text, and `epoch`.
+            `input_ids` (L,), `attention_mask` (L,) if the sample was text, and `epoch`.
 
         Raises:
-            RuntimeError: If the sample cannot be read; the message names the shard file.
+            RuntimeError: If the sample cannot be read; the message names the shard's file.
         """
         try:
             sample = super().__getitem__(idx)
@@ -125,30 +121,29 @@ class MLMTextDataset(StreamingTextDataset):
         }
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard, where it is not here; as the host's, but that a failure ends the run.
+        """Download a shard if it is not here; a failure ends the run.
 
-        Streaming would leave the shard marked as being worked on, for which others wait for ever,
-        and lose the error of the threads that run ahead of the reader.
+        Streaming alone would leave the shard marked as being prepared, so that other workers wait
+        for ever, and would lose the error of threads that download ahead.
 
         Args:
-            shard_id: Its number.
-            blocking: Whether to wait for another worker that is at it, as the reader does.
+            shard_id: The number of the shard.
+            blocking: Whether to wait for another worker that prepares it, as the reader does.
         """
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.REMOTE
+            release_shard(self, shard_id)
             self._fail(shard_id, error)
             if blocking:
                 raise
 
     def _fail(self, shard_id: int, error: Exception) -> None:
-        """Keep the first error, and let streaming's threads end."""
+        """Keep the first error, and end Streaming's threads."""
         if self.failure is None:
             file = self._shard_file(shard_id)
             self.failure = f"Samples cannot be read from shard {file}: {error}"
-        if hasattr(self, "_event"):
-            self._event.set()
+        stop_reading(self)
 
     def _shard_file(self, shard_id: int) -> str:
         stream = self.streams[self.stream_per_shard[shard_id]]
@@ -157,23 +152,23 @@ class MLMTextDataset(StreamingTextDataset):
 
 
 class MLMCollator:
-    """Pads samples into a batch and masks it as BERT does.
+    """Pad samples into a batch, and mask it as BERT does.
 
     Each position that is neither padding nor a special token is chosen independently with
-    `mlm_probability`; of the chosen, 80% become [MASK], 10% a random id and 10% stay. Labels hold
-    the original id at chosen positions and -100 elsewhere.
+    `mlm_probability`. Of the chosen positions 80% become [MASK], 10% a random id, and 10% stay.
+    Labels hold the original id at chosen positions and -100 elsewhere.
 
-    The draws are counters hashed with a key per row (splitmix64), the key a hash of the seed, the
-    epoch and the row's tokens, for the whole batch at once. Two equal samples of one epoch are
-    therefore masked alike, also where a stream's `repeat` gives one sample several times.
+    The random numbers are counters hashed with one key per row (splitmix64). The key is a hash of
+    the seed, the epoch and the row's tokens. Two equal samples in one epoch are therefore masked
+    alike, for example if a stream's `repeat` gives a sample several times.
 
     Args:
-        tokenizer: Gives the mask, padding and special ids and the vocabulary size.
-        mlm_probability: Share of the positions to predict, strictly between 0 and 1.
-        max_seq_len: Rows of unequal length are padded to a multiple of 8, to this at most.
-        seed: Another seed, other masks.
-        remask_each_epoch: Draw anew in each epoch; False keeps the masks of epoch 0, so that
-            evaluation losses compare.
+        tokenizer: The tokenizer, for the special ids and the vocabulary size.
+        mlm_probability: The share of the positions to predict, strictly between 0 and 1.
+        max_seq_len: The longest row; rows of unequal length are padded to a multiple of 8.
+        seed: The seed of the masks.
+        remask_each_epoch: Whether each epoch has new masks. False keeps the masks of epoch 0, so
+            that evaluation losses can be compared.
 
     Raises:
         ValueError: If the probability is out of range or the tokenizer has no mask or pad token.
@@ -203,7 +198,7 @@ class MLMCollator:
         self.vocab_size = len(tokenizer)
         self.is_special = np.zeros(self.vocab_size, dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
-        # A tokenizer may pad with its end-of-text token: then a stored pad id is text, not padding.
+        # If a tokenizer pads with its end-of-text token, a stored pad id is text, not padding.
         others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
         self.pad_id_is_padding = self.pad_id not in others
         self.choose_below = np.uint64(int(mlm_probability * 2**64))
@@ -213,11 +208,11 @@ class MLMCollator:
 
         Args:
             samples: Dicts with `input_ids` and optionally `attention_mask` and `epoch`, or 1-D
-                tensors of ids, mixed as they come.
+                tensors of ids, in any mixture.
 
         Returns:
             `input_ids`, `attention_mask`, `token_type_ids` and `labels`, each (B, L) int64, and
-            the host's token counts per row, `total_tokens` and `loss_generating_tokens`.
+            llm-foundry's token counts per row, `total_tokens` and `loss_generating_tokens`.
 
         Raises:
             ValueError: If an id lies outside the tokenizer's vocabulary.
@@ -230,7 +225,7 @@ class MLMCollator:
             "attention_mask": torch.from_numpy(attention.astype(np.int64)),
             "token_type_ids": torch.zeros(ids.shape, dtype=torch.int64),
             "labels": torch.from_numpy(np.where(chosen, ids, IGNORE_INDEX)),
-            # Lists, one entry per row, so that Composer splits them with the microbatches.
+            # Lists with one entry per row: Composer splits them with the microbatches.
             "total_tokens": attention.sum(axis=1).tolist(),
             "loss_generating_tokens": chosen.sum(axis=1).tolist(),
         }
@@ -264,13 +259,13 @@ class MLMCollator:
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
                 f"Token id {low if low < 0 else high} is outside the tokenizer's vocabulary of "
-                f"{self.vocab_size}: was the data written with another tokenizer?"
+                f"{self.vocab_size} tokens: use the tokenizer that the data was written with."
             )
 
     def _row_keys(
         self, ids: NDArray[np.int64], attention: NDArray[np.bool_], epochs: NDArray[np.int64]
     ) -> NDArray[np.uint64]:
-        """One key per row from seed, epoch and the tokens without padding, (B,)."""
+        """Compute one key per row, (B,), from seed, epoch and the tokens without padding."""
         positions = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
         content = _mix64(ids.view(np.uint64) + positions)  # (B, L)
         content *= attention
@@ -283,13 +278,13 @@ class MLMCollator:
     def _mask(
         self, ids: NDArray[np.int64], attention: NDArray[np.bool_], epochs: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Masked copy of `ids` and where it was masked, both (B, L)."""
+        """Return a masked copy of `ids`, and where it was masked, both (B, L)."""
         keys = self._row_keys(ids, attention, epochs)
         counters = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) * GOLDEN
         draws = _mix64(keys[:, None] + counters)  # (B, L), uniform over 64 bits
         chosen = (draws < self.choose_below) & attention & ~self.is_special[ids]
 
-        second = _mix64(draws[chosen] ^ ROULETTE_SALT)  # high half: what becomes; low half: which
+        second = _mix64(draws[chosen] ^ ROULETTE_SALT)  # high half: which kind; low half: which id
         roulette = second >> np.uint64(32)
         random_ids = (second & np.uint64(0xFFFFFFFF)) * np.uint64(self.vocab_size) >> np.uint64(32)
         originals = ids[chosen]
@@ -309,21 +304,11 @@ def _check_probability(probability: Any) -> None:
         )
 
 
-def check_keys(cfg: Mapping[str, Any], accepted: set[str], where: str) -> None:
-    for key in cfg:
-        if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Unknown key {key!r} in {where}.{hint} Accepted: {', '.join(sorted(accepted))}."
-            )
-
-
 def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
-    """Refuse what the host would drop without a word."""
-    host = set(inspect.signature(StreamingTextDataset).parameters)
-    host |= set(inspect.signature(StreamingDataset).parameters)
-    check_keys(dataset, (host - SET_BY_BUILDER) | OWN_KEYS | HOST_COLLATOR_KEYS, "dataset")
+    """Refuse keys that llm-foundry would ignore silently."""
+    foundry = set(inspect.signature(StreamingTextDataset).parameters)
+    foundry |= set(inspect.signature(StreamingDataset).parameters)
+    check_keys(dataset, (foundry - SET_BY_BUILDER) | OWN_KEYS | FOUNDRY_COLLATOR_KEYS, "dataset")
     stream_keys = set(inspect.signature(Stream).parameters)
     for name, stream in (dataset.get("streams") or {}).items():
         check_keys(stream, stream_keys, f"dataset.streams.{name}")
@@ -334,7 +319,7 @@ def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
 
 
 def _local_folders(dataset: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
-    """(local, split, validate_hash) of every stream that is read in place, not downloaded."""
+    """Return (local, split, validate_hash) of every stream that is not downloaded."""
     streams = list((dataset.get("streams") or {}).values()) or [dataset]
     folders = []
     for stream in streams:
@@ -349,73 +334,31 @@ def _local_folders(dataset: Mapping[str, Any]) -> list[tuple[str, str, str | Non
 def _check_shards(local: str, split: str, validate_hash: str | None) -> None:
     """Check an MDS folder against its index before any worker opens it.
 
-    Streaming itself reads a truncated shard as garbage or as an error in a worker, and checks
-    hashes only while downloading.
-
     Raises:
         ValueError: If there is no such split, or a shard is missing, truncated or altered; names
             the folder or the file.
     """
     folder = os.path.join(local, split)
-    index = os.path.join(folder, "index.json")
-    if not os.path.isfile(index):
-        raise ValueError(
-            f"No MDS data in {folder!r} (no index.json). "
-            f"Splits found in {local!r}: {_splits(local) or 'none'}."
-        )
-    try:
-        with open(index) as file:
-            shards = json.load(file)["shards"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"The MDS index {index!r} is empty or corrupt: {error!r}.") from error
-    for shard in shards:
-        _check_shard(folder, shard, validate_hash)
+    hint = f". Splits in {local!r} are {', '.join(_splits(local)) or 'none'}"
+    for shard in read_index(folder, hint):
+        if shard.get("raw_data") is None:  # a format of several files per shard: left to Streaming
+            continue
+        info = shard_file(shard, folder)
+        path = os.path.join(folder, info["basename"])
+        check_size(path, info)
+        # One rank of a node reads for all: a hash costs a pass over the data.
+        if validate_hash and dist.get_local_rank() == 0:
+            check_hashes(path, Path(path).read_bytes(), info, [validate_hash], get_hash)
 
 
 def _splits(local: str) -> list[str]:
-    if not os.path.isdir(local):
-        return []
-    return sorted(
-        name for name in os.listdir(local) if os.path.isfile(f"{local}/{name}/index.json")
-    )
-
-
-def _check_shard(folder: str, shard: Mapping[str, Any], validate_hash: str | None) -> None:
-    raw, zipped = shard.get("raw_data"), shard.get("zip_data")
-    if raw is None:  # a format that spreads a shard over other files: left to streaming
-        return
-    info = raw
-    if zipped and not os.path.isfile(os.path.join(folder, raw["basename"])):
-        info = zipped
-    path = os.path.join(folder, info["basename"])
-    if not os.path.isfile(path):
-        raise ValueError(f"MDS shard {path!r} is listed in index.json but missing.")
-    size = os.path.getsize(path)
-    if size != info["bytes"]:
-        raise ValueError(
-            f"MDS shard {path!r} has {size} bytes where index.json says {info['bytes']}: "
-            "truncated or corrupt; write or copy it again."
-        )
-    # One rank of a node reads for all: a hash costs a pass over the data.
-    if validate_hash and dist.get_local_rank() == 0:
-        _check_hash(path, info.get("hashes") or {}, validate_hash)
-
-
-def _check_hash(path: str, hashes: Mapping[str, str], algorithm: str) -> None:
-    if algorithm not in hashes:
-        raise ValueError(
-            f"validate_hash {algorithm!r} was not recorded for {path!r}; "
-            f"recorded: {sorted(hashes) or 'none'}."
-        )
-    with open(path, "rb") as file:
-        if get_hash(algorithm, file.read()) != hashes[algorithm]:
-            raise ValueError(f"MDS shard {path!r} fails its {algorithm} check: it is corrupt.")
+    return sorted(path.parent.name for path in Path(local).glob(f"*/{INDEX}"))
 
 
 def _build_dataset(
     tokenizer: PreTrainedTokenizerBase, dataset: dict[str, Any], batch_size: int
 ) -> MLMTextDataset:
-    ours = OWN_KEYS | HOST_COLLATOR_KEYS | {"streams"}
+    ours = OWN_KEYS | FOUNDRY_COLLATOR_KEYS | {"streams"}
     return MLMTextDataset(
         tokenizer=tokenizer,
         streams=build_streams(streams=dataset.get("streams")),
@@ -453,45 +396,42 @@ def build_mlm_text_dataloader(
     persistent_workers: bool = True,
     timeout: int = 0,
 ) -> DataSpec:
-    """Build the masked language modelling loader over MDS text or token streams.
+    """Build the loader for masked language modelling over MDS streams of text or tokens.
 
-    A YAML of the host's `text` loader works with only the name changed. On top of the host's keys
-    `dataset:` takes
+    A YAML of llm-foundry's `text` loader works if its name is changed and `mlm_probability` is
+    added. `dataset` takes the keys of that loader and
 
     * `mlm_probability` (required): 0.3 in M2-BERT's pretraining, 0.15 in evaluation;
-    * `mask_seed` (default: `shuffle_seed`): seed of the masks;
-    * `remask_each_epoch` (default: `shuffle`): new masks in each epoch. A loader cannot see
-      whether it is for training; those that shuffle are, and evaluation keeps its masks, so that
-      its losses compare.
+    * `mask_seed` (default: `shuffle_seed`): the seed of the masks;
+    * `remask_each_epoch` (default: `shuffle`): whether each epoch has new masks. A loader that
+      shuffles is taken for training; evaluation keeps its masks, so that losses can be compared.
 
-    The data spec counts tokens as the host does: `total`, all but padding, and `loss_generating`,
-    the masked positions. With `accumulate_train_batch_on_tokens: true`, the host's default,
-    Composer weights each microbatch of each rank by its masked positions, so that loss and
-    gradient are the mean over all masked tokens of the global batch, however it is cut. With
-    false, microbatches count by samples: a mean of means.
+    The data spec counts `total` tokens (all but padding) and `loss_generating` tokens (the masked
+    positions). With `accumulate_train_batch_on_tokens: true`, llm-foundry's default, Composer
+    weights each microbatch of each rank by its masked positions: loss and gradient are the mean
+    over all masked tokens of the global batch. With false they are a mean of the microbatches'
+    means.
+
+    `num_workers` to `timeout` are the arguments of `torch.utils.data.DataLoader`.
 
     Args:
-        tokenizer: Tokenizer with mask and padding tokens.
-        device_batch_size: Samples per batch on this device.
-        dataset: As the host's `text` loader, and the keys above.
-        drop_last: Drop the last, smaller batch.
-        num_workers: Worker processes; 0 reads in the main process.
-        pin_memory: As `torch.utils.data.DataLoader`.
-        prefetch_factor: As `DataLoader`; ignored without workers.
-        persistent_workers: As `DataLoader`; ignored without workers.
-        timeout: As `DataLoader`; ignored without workers.
+        tokenizer: A tokenizer with mask and padding tokens.
+        device_batch_size: The samples per batch on this device.
+        dataset: The keys above.
+        drop_last: Whether to leave out a last batch that is not full.
 
     Returns:
-        The host's data spec, its dataloader yielding what `MLMCollator` makes.
+        llm-foundry's data spec, with the batches of `MLMCollator`.
 
     Raises:
         ValueError: For an unknown or missing key, a probability out of range, a tokenizer without
-            mask token, a split that is not there, or a local shard that differs from its index.
+            mask token, a split that is not there, a local shard that differs from its index, or
+            fewer samples than a batch with `drop_last`.
     """
     if tokenizer is None:
         raise ValueError("mlm_text needs a tokenizer.")
-    # Calls leave their truncation and padding in a tokenizer. The run's own one goes into its
-    # checkpoints, and a sharded one loads only if the tokenizer has the same keys as it had there.
+    # Calls change the truncation and padding settings of a tokenizer. The run's own goes into its
+    # checkpoints, and a sharded checkpoint loads only if the tokenizer has the same keys.
     tokenizer = copy.deepcopy(tokenizer)
     dataset = dict(dataset)
     _check_dataset_cfg(dataset)
@@ -509,18 +449,18 @@ def build_mlm_text_dataloader(
         },
     )
     collator = _build_collator(tokenizer, dataset)  # first: cheap, and raises on a bad tokenizer
-    has_workers = num_workers > 0
-    loader: DataLoader[Any] = DataLoader(
-        _build_dataset(tokenizer, dataset, batch_size),
+    texts = _build_dataset(tokenizer, dataset, batch_size)
+    loader = build_loader(
+        texts,
+        num_samples=len(texts),
         collate_fn=collator,
         batch_size=batch_size,
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Without workers torch refuses all three.
-        prefetch_factor=prefetch_factor if has_workers else None,
-        persistent_workers=persistent_workers and has_workers,
-        timeout=timeout if has_workers else 0,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
+        timeout=timeout,
     )
     return construct_from_registry(
         name="data_spec",

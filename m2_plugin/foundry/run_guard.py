@@ -1,4 +1,4 @@
-"""Callback: a run that is killed at any point goes on when the same command is run again."""
+"""Callback: a killed run continues when the same command is run again."""
 
 import fcntl
 import logging
@@ -27,32 +27,31 @@ LOCK = ".run.lock"
 
 
 class RunGuard(CallbackWithConfig):
-    """Keeps a run's `save_folder` to one run, and such that a rerun can always go on from it.
+    """Keep `save_folder` for one run, in a state from which the run can always continue.
 
-    Composer writes a checkpoint under its final name, then moves the link to the latest one. A
-    run killed between leaves a file that a rerun takes for a future checkpoint, and refuses.
+    Composer writes a checkpoint under its final name and then moves the link to the latest one. If
+    a run is killed between the two, Composer takes the file for a checkpoint of the future on the
+    next start, and refuses it.
 
-    - At the start the folder is locked; the system drops the lock when the process ends, however
-      it ends.
-    - With `autoresume`, checkpoints that were never finished are removed then, and the link to
-      the latest one is set to the newest whole one. Those of a killed run count towards
-      `save_num_checkpoints_to_keep`.
-    - A run that is at its `max_duration` already ends without an error.
-    - Transformers folders are written before the checkpoint of the same batch: where that is,
-      they are whole.
-    - Weights that are not finite are an error instead of a checkpoint.
+    - At the start the folder is locked. The system drops the lock when the process ends.
+    - With `autoresume`, unfinished checkpoints are removed at the start, and the link is set to the
+      newest whole one. Checkpoints of a killed run count for `save_num_checkpoints_to_keep`.
+    - A run that has reached its `max_duration` ends without an error.
+    - A run whose loader gives no batch ends with an error.
+    - Transformers folders are written before the checkpoint of the same batch, so that they are
+      whole if the checkpoint is.
+    - If a weight is not finite, an error replaces the checkpoint.
 
-    A remote `save_folder` is neither locked nor tidied. Where a file system cannot lock, which is a
-    warning, nothing is removed; where its locks do not reach other machines, a run there is not
-    noticed.
+    A remote `save_folder` is neither locked nor tidied. If the file system has no locks, a warning
+    says so and nothing is removed. Runs on machines that its locks do not reach are not noticed.
 
     Args:
-        train_config: The run's settings, from the host.
+        train_config: The run's settings; llm-foundry passes them.
 
     Raises:
-        RuntimeError: At the start, if another run has the folder, or if what is to be loaded is not
-            whole, or sharded where the run is not, or the other way round; before a checkpoint, if
-            a weight is not finite.
+        RuntimeError: At the start, if another run uses the folder, if the checkpoint to load is not
+            whole, or if it is sharded and the run is not or the reverse, or if the training loader
+            gives no batch. Before a checkpoint, if a weight is not finite.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -64,21 +63,21 @@ class RunGuard(CallbackWithConfig):
         self.lock: IO[str] | None = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """Lock the folder and tidy it, before Composer looks there for a checkpoint."""
+        """Lock and tidy the folder before Composer looks for a checkpoint there."""
         del logger
         found: list[Any] = [None, False]
         if dist.get_global_rank() == 0:
             try:
                 found = [self._begin(state), self.resumes]
-            except (OSError, KeyError) as error:  # a full disk; an unknown placeholder
+            except (OSError, KeyError) as error:  # a full disk, an unknown placeholder
                 found[0] = f"save_folder cannot be used: {error!r}"
-        dist.broadcast_object_list(found, src=0)  # all ranks end, none waits for the others
+        dist.broadcast_object_list(found, src=0)  # so that all ranks end together
         refusal, self.resumes = found
         if refusal is not None:
             raise RuntimeError(refusal)
 
     def _begin(self, state: State) -> str | None:
-        """Lock the folder, and tidy it for what the run is to load; why it cannot, if so."""
+        """Lock and tidy the folder; return why the run must not start, or None."""
         saver, sharded = _local_saver(state), _sharded(state)
         if saver is not None:
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
@@ -91,8 +90,8 @@ class RunGuard(CallbackWithConfig):
                 # Composer refuses files of another run, and overwrites folders.
                 if sharded and not saver.overwrite and _checkpoints(folder, saver, state):
                     return (
-                        f"save_folder {str(folder)!r} has sharded checkpoints of another run: give "
-                        "this one a save_folder of its own, or set autoresume to go on from them."
+                        f"save_folder {str(folder)!r} has sharded checkpoints of another run: set "
+                        "another save_folder, or autoresume: true to continue from them."
                     )
             elif link is not None and link.exists() and link.is_dir() != sharded:
                 return _unfit(link.resolve(), "the checkpoint in save_folder,", sharded)
@@ -101,8 +100,8 @@ class RunGuard(CallbackWithConfig):
                 self.resumes = newest is not None
                 if newest is not None and self.load_path:
                     log.warning(
-                        "Going on from %s in save_folder, not from load_path %s: a run that is to "
-                        "begin there needs a save_folder of its own.",
+                        "Continuing from %s in save_folder, not from load_path %s. To start from "
+                        "load_path, set another save_folder.",
                         newest.name,
                         self.load_path,
                     )
@@ -119,10 +118,10 @@ class RunGuard(CallbackWithConfig):
         if elapsed is None or elapsed < 1 or self.export_only:
             return
         if self.load_path and not self.resumes:
-            return  # another run's end: the host says that there would be no training
+            return  # the end of another run: Composer says that nothing is left to train
         log.warning(
-            "%s is finished: its checkpoint is at batch %d, max_duration is %s. Nothing is left "
-            "to do; a longer max_duration trains on.",
+            "%s is finished: its checkpoint is at batch %d and max_duration is %s. Set a longer "
+            "max_duration to train on.",
             state.run_name,
             state.timestamp.batch.value,
             state.max_duration,
@@ -130,20 +129,26 @@ class RunGuard(CallbackWithConfig):
         raise SystemExit(0)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Put what writes transformers folders before what writes checkpoints."""
+        """Refuse to train on no batch; let transformers folders be written before checkpoints."""
         del logger
-        # The host sorts them the other way round, for remote folders, whose uploads take time.
+        if state.dataloader_len is not None and state.dataloader_len.value == 0:
+            raise RuntimeError(
+                "train_loader gives no batch: an epoch has fewer samples per rank than a batch. "
+                "Set train_loader.drop_last to false, a smaller global_train_batch_size, or give "
+                "more data."
+            )
+        # llm-foundry sorts them the other way round, since uploads to remote folders take time.
         if _local_saver(state) is not None:
             state.callbacks = sorted(state.callbacks, key=_order)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Check the weights, if they are about to be saved."""
+        """Check the weights if they are about to be saved."""
         del logger
         if self.saves(state, Event.BATCH_CHECKPOINT):
             _check_finite(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Check the weights, if they are about to be saved."""
+        """Check the weights if they are about to be saved."""
         del logger
         if self.saves(state, Event.EPOCH_CHECKPOINT):
             _check_finite(state)
@@ -172,23 +177,25 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     """Lock a folder for this process.
 
     Returns:
-        The file that holds the lock until it is closed, or None where there are no locks; and why
-        the folder is refused, if so.
+        The file that holds the lock until it is closed, or None if there are no locks; and why the
+        folder is refused, or None.
     """
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (open as long as the run)
     try:
-        # Not flock: workers would inherit it and hold it after the death of their parent.
+        # With flock, workers would inherit the lock and hold it after their parent's death.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = file.read() or "unknown"
         file.close()
         return None, (
-            f"save_folder {str(folder)!r} is in use by another run: {holder}. Wait for its end, "
-            "or give this one a save_folder of its own."
+            f"save_folder {str(folder)!r} is in use by another run: {holder}. Wait until it "
+            "ends, or set another save_folder."
         )
     except OSError as error:
-        log.warning("%r cannot be locked (%s): start no second run there.", str(folder), error)
+        log.warning(
+            "%r cannot be locked (%s): do not start a second run there.", str(folder), error
+        )
         file.close()
         return None, None
     file.truncate(0)
@@ -198,48 +205,48 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
 
 
 def _unfit(path: Path, key: str, sharded: bool) -> str | None:
-    """Why a run cannot load a checkpoint; the host says it without its name, or its remedy."""
+    """Return why a run cannot load a checkpoint, or None; Composer does not name the file."""
     what = f"{key} {str(path)!r}"
     if path.is_dir() and not sharded:
         return (
-            f"{what} is a sharded checkpoint, and this run's are files. Load it on two processes "
-            "or more with fsdp_config.state_dict_type sharded, or make a file of it: python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+            f"{what} is a sharded checkpoint, but the checkpoints of this run are files. Load it "
+            "on two or more processes with fsdp_config.state_dict_type: sharded, or convert it: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
         )
     if path.is_file() and sharded:
         return (
-            f"{what} is a file, and this run's checkpoints are sharded: set "
-            "fsdp_config.state_dict_type to full."
+            f"{what} is a file, but the checkpoints of this run are sharded: set "
+            "fsdp_config.state_dict_type: full."
         )
     if path.suffix == ".pt" and path.is_file() and not _is_whole(path):
         return (
-            f"{what} is no whole checkpoint: it is cut short, or another kind of file. Give one "
-            "that a run has finished writing."
+            f"{what} is not a whole checkpoint: it is cut short or another kind of file. Give a "
+            "checkpoint that a run has finished writing."
         )
     return None
 
 
 def _tidy(folder: Path, saver: CheckpointSaver, state: State, delete: bool = True) -> Path | None:
-    """Remove unfinished checkpoints, set the link to the newest one, tell the saver of the rest.
+    """Remove unfinished checkpoints, set the link to the newest, and tell the saver the others.
 
     Args:
-        folder: Where they are.
-        saver: Is to count them.
-        state: Of the run.
-        delete: Whether no other run can be writing there.
+        folder: The folder of the checkpoints.
+        saver: The callback that counts them.
+        state: The state of the run.
+        delete: Whether files may be removed, because no other run can be writing them.
 
     Returns:
-        The newest.
+        The newest whole checkpoint, or None.
     """
     sharded = _sharded(state)
     found = _checkpoints(folder, saver, state)
     unfinished = [path for path in found if not _is_whole(path)]
     found = [path for path in found if path not in unfinished]
     if delete:
-        for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' files, not yet renamed
+        for path in folder.glob("huggingface/*/.tmp??????"):  # safetensors' temporary files
             path.unlink()
         for path in unfinished:
-            log.warning("Removing %s: it was not finished when its run was killed.", path)
+            log.warning("Removing the unfinished checkpoint %s of a killed run.", path)
             shutil.rmtree(path) if sharded else path.unlink()
     if not found:
         return None
@@ -259,18 +266,18 @@ def _tidy(folder: Path, saver: CheckpointSaver, state: State, delete: bool = Tru
 
 
 def _link(folder: Path, saver: CheckpointSaver, state: State) -> Path | None:
-    """The link to the latest checkpoint, there or not; None if the run has none."""
+    """Return the link to the latest checkpoint, which may not exist; None if the run uses none."""
     if saver.latest_filename is None:
         return None
     return folder / format_name_with_dist(str(saver.latest_filename.filename), state.run_name)
 
 
 def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Path]:
-    """The checkpoints in a folder, whole or not, oldest first."""
+    """Return the checkpoints in a folder, whole or not, oldest first."""
     name = Path(str(saver.filename.filename))
     if _sharded(state):
         name = name.parent / state.fsdp_config.sharded_ckpt_prefix_dir
-    elif name.suffix != ".pt":  # whether an archive of another kind is whole, we cannot tell
+    elif name.suffix != ".pt":  # we cannot tell whether another kind of archive is whole
         return []
     name = Path(partial_format(str(name), run_name=state.run_name))
     pattern = re.compile(re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(name.name)))
@@ -284,12 +291,12 @@ def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Pat
 
 
 def _sharded(state: State) -> bool:
-    """Whether checkpoints will be; the state itself knows it only once the model is."""
+    """Whether checkpoints will be sharded; the state's own property needs a sharded model."""
     return state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded"
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether what is written last is there: a zip's directory, a sharded checkpoint's metadata."""
+    """Whether the part that is written last exists: a zip's directory, or shards' metadata."""
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     return zipfile.is_zipfile(checkpoint)
@@ -305,7 +312,7 @@ def _check_finite(state: State) -> None:
     found = [name for name in dist.all_gather_object(bad) if name]
     if found:
         raise RuntimeError(
-            f"The weights are not finite after batch {state.timestamp.batch.value} (the first: "
-            f"{found[0]}). They are not saved: the last checkpoint is from before. Start again "
-            "with a smaller learning rate."
+            f"Weights are not finite after batch {state.timestamp.batch.value}, first in "
+            f"{found[0]}. They are not saved; the last checkpoint is older. Start again with a "
+            "smaller learning rate."
         )

@@ -1,6 +1,5 @@
 """What a model starts from, and how it gets there: key → source → config → weights → fit."""
 
-import difflib
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from m2_plugin.checkpoints.read import is_checkpoint_file, read_file
 from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
+from m2_plugin.suggest import did_you_mean
 
 __all__ = ["build_from_keys", "prepare_for_host"]
 
@@ -135,10 +135,9 @@ def _check_folder(path: str) -> None:
 def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         if not hasattr(config, key):
-            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"config_overrides: {type(config).__name__} has no field {key!r}.{hint}"
+                f"config_overrides: {type(config).__name__} has no field {key!r}."
+                f"{did_you_mean(key, config.to_dict())}"
             )
 
 

@@ -23,14 +23,14 @@ import torch
 from composer.core.data_spec import DataSpec
 from composer.utils import dist
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.data.formats import DataError, is_saved_dataset
 from m2_plugin.data.rows import Row, class_names, read_rows, text_bytes
-from m2_plugin.foundry.mlm_text import PAD_MULTIPLE, check_keys
+from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
 from m2_plugin.glue.tasks import Task
 from m2_plugin.glue.tasks import task as glue_task
+from m2_plugin.suggest import check_keys
 
 __all__ = [
     "TextClassificationCollator",
@@ -495,15 +495,9 @@ def _build(
         least = max(max(examples["label"]) + 1, 2)
     # As every DistributedSampler, it draws an epoch's order from seed + epoch, which Composer sets.
     sampler = dist.get_sampler(examples, drop_last=drop_last, shuffle=bool(shuffle), seed=seed)
-    batch_size = int(device_batch_size)
-    if drop_last and len(sampler) < batch_size:
-        raise ValueError(
-            f"drop_last: true leaves no batch: {len(sampler)} examples per rank are fewer than "
-            f"the {batch_size} of a batch."
-        )
-    has_workers = num_workers > 0
-    loader: DataLoader[Any] = DataLoader(
+    loader = build_loader(
         examples,
+        num_samples=len(sampler),
         sampler=sampler,
         collate_fn=TextClassificationCollator(
             tokenizer,
@@ -512,14 +506,13 @@ def _build(
             num_labels,
             least,
         ),
-        batch_size=batch_size,
+        batch_size=int(device_batch_size),
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Without workers torch refuses all three.
-        prefetch_factor=prefetch_factor if has_workers else None,
-        persistent_workers=persistent_workers and has_workers,
-        timeout=timeout if has_workers else 0,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
+        timeout=timeout,
     )
     # Not llm-foundry's data spec: it expects a label for each token.
     return DataSpec(

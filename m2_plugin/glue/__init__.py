@@ -1,1 +1,1 @@
-"""GLUE: the tasks, the sweep over them, its report."""
+"""GLUE: the tasks, the sweep over them, and its report."""

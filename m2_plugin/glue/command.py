@@ -1,4 +1,4 @@
-"""`m2-plugin glue`: its arguments, and what they mean."""
+"""The command `m2-plugin glue`."""
 
 import argparse
 import logging
@@ -14,15 +14,15 @@ EPILOG = """examples:
   m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start m2-bert-base.pt
   m2-plugin glue --config ... --tasks cola sst2 --seeds 19 variables.glue_path=/data/glue
   m2-plugin glue --report-only --out runs/glue-m2-bert-base
-The same command again goes on where it was stopped."""
+The same command continues a sweep that was stopped."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """Build the parser of the arguments."""
     parser = argparse.ArgumentParser(
         prog="m2-plugin glue",
-        description="Fine-tune on the GLUE tasks by a recipe, every task and seed in a process of "
-        "its own, and make the table.",
+        description="Fine-tune on the GLUE tasks by a recipe, each task and seed in its own "
+        "process, and write the table.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -31,22 +31,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", metavar="CHECKPOINT", help="transformers folder or .pt file")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--seeds", nargs="+", metavar="N", help="only these seeds of the recipe")
-    parser.add_argument("--jobs", type=int, metavar="N", help="at a time (default: one per GPU)")
     parser.add_argument(
-        "--report-only", action="store_true", help="no training: the table of what is there"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="jobs at a time; default: one per GPU, or per 4 cores",
     )
     parser.add_argument(
-        "--submission", type=Path, metavar="DIR", help="then write files for the GLUE server"
+        "--report-only",
+        action="store_true",
+        help="no training; only the table of existing results",
+    )
+    parser.add_argument(
+        "--submission", type=Path, metavar="DIR", help="also write the files for the GLUE server"
     )
     parser.add_argument(
         "--write-yamls", type=Path, metavar="DIR", help="only write the single-task YAMLs"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the sweep file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the sweep file")
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse arguments; `key=value` may stand anywhere, also after a list."""
+    """Parse the arguments; `key=value` may stand anywhere, even after a list."""
     arguments = build_parser().parse_intermixed_args(argv)
     for name in ("tasks", "seeds"):
         values = getattr(arguments, name) or []
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 if all that was asked for is there, 1 if a job failed, 2 for bad input, 130 if stopped.
+        0 if all results are complete, 1 if a job failed, 2 for wrong input, 130 if stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -74,17 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"m2-plugin glue: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped. The same command goes on from here.\n")
+        sys.stderr.write("Stopped. Run the same command again to continue.\n")
         return 130
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.report_only:
         if arguments.out is None and arguments.config is None:
-            raise ValueError("--report-only needs --out, or --config to know the default.")
+            raise ValueError("--report-only needs --out, or --config to find the default.")
         return _report(arguments, _out(arguments))
     if arguments.config is None:
-        raise ValueError("--config is missing: a sweep file, such as sweep-m2-bert-base.yaml.")
+        raise ValueError("--config is missing: give a sweep file, such as sweep-m2-bert-base.yaml.")
     sweep = load_sweep(arguments.config, arguments.overrides)
     if arguments.write_yamls:
         for path in write_yamls(sweep, arguments.config, arguments.write_yamls):
@@ -108,7 +115,7 @@ def _out(arguments: argparse.Namespace) -> Path:
 
 
 def _report(arguments: argparse.Namespace, out: Path) -> int:
-    """Write the report, and the submission if asked for."""
+    """Write the report, and the submission if it was requested."""
     from m2_plugin.glue.report import load_report, to_text, write_report
 
     report = load_report(out)

@@ -1,15 +1,14 @@
-"""Sweep files: the published recipe by task, and the host's job made of it.
+"""Sweep files: the published recipe per task, and the training job of one task and seed.
 
-A sweep file (`yamls/finetune/glue/sweep-*.yaml`) names a model, shared settings of the host's jobs
-and a few hyper-parameters per task. `job_config` makes of it the YAML that `composer train.py` runs
-for one task and seed. No import of the host: a sweep's own process stays light.
+A sweep file (`yamls/finetune/glue/sweep-*.yaml`) has a model, shared settings of all jobs and a few
+hyper-parameters per task. `job_config` builds from it the YAML that `composer train.py` runs for
+one task and seed. This module does not import llm-foundry, so that a sweep's own process is light.
 """
 
 import copy
 import dataclasses
-import difflib
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from m2_plugin.constants import POOLINGS
 from m2_plugin.glue import tasks as glue_tasks
+from m2_plugin.suggest import check_keys
 
 __all__ = ["Recipe", "Sweep", "job_config", "load_sweep", "to_yaml", "write_yamls"]
 
 OPTIMIZERS = ("decoupled_adamw", "torch_adamw")
 MNLI = "mnli"
-MODEL_FOLDER = "huggingface/final"  # where the host's hf_checkpointer leaves a job's model
-# Keys of `job` that come from the task or the seed; set in `job` they would not be used.
+MODEL_FOLDER = "huggingface/final"  # where hf_checkpointer writes a job's model
+# Keys that come from the task or the seed, so that `job` may not set them.
 PER_TASK = {
     "callbacks.eval_results",
     "callbacks.hf_checkpointer",
@@ -41,6 +41,24 @@ PER_TASK = {
     "run_name",
     "seed",
 }
+# Keys for a single run only: a job of a sweep starts again if it was killed.
+SINGLE_RUN: dict[str, Any] = {
+    "load_weights_only": True,
+    "load_strict_model_weights": False,  # the head is not that of pretraining
+    "load_ignore_keys": ["state/model/model.classifier*"],
+    "save_folder": "${variables.out}",
+    "save_interval": "1ep",
+    "save_num_checkpoints_to_keep": 1,
+    "autoresume": True,
+}
+CALLBACKS: dict[str, Any] = {
+    "eval_results": {"folder": "${variables.out}"},
+    "hf_checkpointer": {
+        "save_folder": "${variables.out}",
+        "save_interval": "1dur",
+        "huggingface_folder_name": "final",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,16 @@ class Recipe:
     """Hyper-parameters of one task.
 
     Attributes:
-        optimizer: "decoupled_adamw" or "torch_adamw", as the host's registry names them.
-        lr: Peak learning rate.
-        weight_decay: As the optimizer means it: per step, or multiplied by the learning rate.
-        max_duration: In the host's units, such as "3ep".
-        batch_size: Global training batch, in rows.
-        max_seq_len: Tokens to cut or pad to.
-        eval_interval: In the host's units, such as "500ba".
+        optimizer: "decoupled_adamw" or "torch_adamw", as in llm-foundry's registry.
+        lr: The peak learning rate.
+        weight_decay: Per step (decoupled), or multiplied by the learning rate (torch).
+        max_duration: The duration in Composer's units, such as "3ep".
+        batch_size: The rows of a global training batch.
+        max_seq_len: The tokens to cut or pad to.
+        eval_interval: The interval in Composer's units, such as "500ba".
         pooling: What the classifier reads, "cls" or "mean"; None leaves it to the model.
-        seeds: One job each.
-        precision: In place of the job's.
+        seeds: The seeds, one job each.
+        precision: A precision that replaces the job's.
         start: "mnli" to start from the fine-tuned model of MNLI.
     """
 
@@ -76,19 +94,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, merged with what it includes and with overrides, and checked.
+    """A checked sweep file, merged with its included file and with overrides.
 
     Attributes:
-        name: Names the runs.
-        tasks: Recipes by task name, in the order of the file.
-        model: The host's `model` section.
-        job: Shared settings in the host's schema.
-        variables: What `${variables.*}` refers to.
-        start: Checkpoint to fine-tune, or None for random weights.
-        mnli_checkpoint: In place of the MNLI model of this sweep.
-        predict: Predict the test splits too.
-        keep_models: Keep every job's model.
-        paper_average: The paper's score of this model, in percent, if it has one.
+        name: The first part of the runs' names.
+        tasks: The recipes by task name, in the order of the file.
+        model: The `model` section of the jobs.
+        job: The shared settings in llm-foundry's schema.
+        variables: The values of `${variables.*}`.
+        start: The checkpoint to fine-tune, or None for random weights.
+        mnli_checkpoint: A checkpoint to use instead of this sweep's MNLI model.
+        predict: Whether to predict the test splits too.
+        keep_models: Whether to keep every job's model.
+        paper_average: The paper's score of this model in percent, or None.
     """
 
     name: str
@@ -112,28 +130,27 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file.
 
     Args:
-        path: The file; what its `include` names, relative to it, comes first.
-        overrides: `key=value` each, such as `tasks.cola.lr=3.0e-5`, coming last.
+        path: The file. Its `include`, relative to it, is read first.
+        overrides: Texts `key=value`, such as `tasks.cola.lr=3.0e-5`, applied last.
 
     Raises:
-        ValueError: If a file is missing or no YAML, or a key or value is not as it should be; the
-            message names it.
+        ValueError: If a file is missing or is not YAML, or if a key or value is wrong; names it.
     """
     merged = OmegaConf.merge(_load_files(Path(path)), _from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
     raw: Any = OmegaConf.to_container(merged)
     where = str(path)
-    _check_keys(raw, TOP_KEYS, where)
+    check_keys(raw, TOP_KEYS, where)
     for section in ("tasks", "model", "job", "variables"):
         if not isinstance(raw.get(section), dict) or not raw[section]:
             raise ValueError(f"{where}: `{section}` must be a section with keys.")
     if "name" not in raw["model"]:
-        raise ValueError(f"{where}: `model` lacks `name`, such as m2_bert_classification.")
+        raise ValueError(f"{where}: `model` needs `name`, such as m2_bert_classification.")
     for dotted in sorted(PER_TASK):
         if _lookup(raw["job"], dotted) is not None:
             raise ValueError(f"{where}: job.{dotted} is set per task; set tasks.<task> instead.")
     paper = raw.get("paper") or {}
-    _check_keys(paper, {"average"}, f"{where}: paper")
+    check_keys(paper, {"average"}, f"{where}: paper")
     default_seed = raw.get("default_seed", 19)
     tasks = {
         name: _recipe(name, settings, default_seed, where)
@@ -165,9 +182,9 @@ def _load_files(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} is no mapping of keys to values.")
+        raise ValueError(f"{path} is not a mapping of keys to values.")
     include = config.pop("include", None)
     if include is None:
         return config
@@ -179,18 +196,8 @@ def _load_files(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
 def _from_dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"{override!r} is no key=value, such as tasks.cola.lr=3.0e-5.")
+            raise ValueError(f"{override!r} is not key=value, such as tasks.cola.lr=3.0e-5.")
     return OmegaConf.from_dotlist(list(overrides))
-
-
-def _check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    for key in section:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"{where}: unknown key {key!r}.{hint} Keys: {', '.join(sorted(known))}."
-            )
 
 
 def _lookup(section: Any, dotted: str) -> Any:
@@ -213,10 +220,10 @@ def _recipe(name: str, settings: Any, default_seed: int, file: str) -> Recipe:
     task = glue_tasks.task(name)
     where = f"{file}: tasks.{name}"
     if not task.score_metrics:
-        raise ValueError(f"{where}: {task.folder} does not count in the score; take it out.")
+        raise ValueError(f"{where}: {task.folder} does not count in the score; remove it.")
     if not isinstance(settings, dict):
         raise ValueError(f"{where} must be a section with keys, got {settings!r}.")
-    _check_keys(settings, RECIPE_KEYS, where)
+    check_keys(settings, RECIPE_KEYS, where)
     seeds = settings.get("seeds")
     seeds = [default_seed] if seeds is None else seeds
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
@@ -263,16 +270,16 @@ def job_config(
     out: str | None = None,
     start: str | None = None,
 ) -> dict[str, Any]:
-    """The host's YAML of one task, as `composer train.py` takes it.
+    """Build the YAML of one task for `composer train.py`.
 
     Args:
         sweep: The sweep.
         task_name: One of its tasks.
         seed: One of the task's seeds; by default the first.
-        run_name: By default `NAME-TASK`.
-        out: Folder for everything the run leaves; by default `./runs/RUN_NAME`.
-        start: Checkpoint to start from; by default the sweep's, or for a task that starts from
-            MNLI, where the single run of that task leaves its model.
+        run_name: The name of the run; by default `NAME-TASK`.
+        out: The folder for all results; by default `./runs/RUN_NAME`.
+        start: The checkpoint to start from; by default the sweep's. For a task that starts from
+            MNLI, by default the model that the single run of MNLI writes.
 
     Raises:
         ValueError: If the task is not in the sweep.
@@ -282,20 +289,14 @@ def job_config(
         raise ValueError(f"{sweep.name} has no task {task_name!r}: {', '.join(sweep.tasks)}.")
     task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
     run_name = run_name or f"{sweep.name}-{task_name}"
-    if start is None:
-        start = sweep.start
-        if recipe.start:
-            start = sweep.mnli_checkpoint or f"./runs/{sweep.name}-{MNLI}/{MODEL_FOLDER}"
     job = copy.deepcopy(sweep.job)
-    optimizer, tokenizer = job.pop("optimizer", {}), job.pop("tokenizer", {})
-    callbacks = job.pop("callbacks", {})
+    optimizer, callbacks = job.pop("optimizer", {}), job.pop("callbacks", {})
     precision = job.pop("precision", "amp_bf16")
-    train_loader, eval_loader = job.pop("train_loader"), job.pop("eval_loader")
-    config: dict[str, Any] = {
+    return {
         "variables": {
             "run_name": run_name,
             "out": out or f"./runs/{run_name}",
-            "start": start,
+            "start": _start(sweep, recipe) if start is None else start,
             **sweep.variables,
             "max_seq_len": recipe.max_seq_len,
         },
@@ -304,22 +305,8 @@ def job_config(
         "precision": recipe.precision or precision,
         "max_seq_len": "${variables.max_seq_len}",
         "model": _model(sweep.model, task, recipe),
-        "tokenizer": {
-            **tokenizer,
-            "kwargs": {"model_max_length": "${variables.max_seq_len}"}
-            | tokenizer.get("kwargs", {}),
-        },
-        "train_loader": _loader(
-            train_loader,
-            task_name,
-            task.train_split or "train",
-            shuffle_seed="${seed}",
-            max_samples="${variables.max_train_samples}",
-        ),
-        "eval_loader": [
-            {"label": task.eval_label(split), **_loader(eval_loader, task_name, split)}
-            for split in task.eval_splits
-        ],
+        "tokenizer": _tokenizer(job.pop("tokenizer", {})),
+        **_loaders(job.pop("train_loader"), job.pop("eval_loader"), task),
         "optimizer": {
             "name": recipe.optimizer,
             "lr": recipe.lr,
@@ -332,34 +319,43 @@ def job_config(
         "global_train_batch_size": recipe.batch_size,
         "device_train_microbatch_size": recipe.batch_size,
         **job,
-    }
-    # What a run on its own wants; a sweep's jobs are short, and made anew when they were killed.
-    config |= {
-        "load_weights_only": True,
-        "load_strict_model_weights": False,  # the head is another than in pretraining
-        "load_ignore_keys": ["state/model/model.classifier*"],
-        "save_folder": "${variables.out}",
-        "save_interval": "1ep",
-        "save_num_checkpoints_to_keep": 1,
-        "autoresume": True,
+        **copy.deepcopy(SINGLE_RUN),
         "progress_bar": True,
         "log_to_console": False,
+        "callbacks": {**callbacks, **copy.deepcopy(CALLBACKS)},
     }
-    config["callbacks"] = {
-        **callbacks,
-        "eval_results": {"folder": "${variables.out}"},
-        "hf_checkpointer": {
-            "save_folder": "${variables.out}",
-            "save_interval": "1dur",
-            "huggingface_folder_name": "final",
-        },
+
+
+def _start(sweep: Sweep, recipe: Recipe) -> str | None:
+    if not recipe.start:
+        return sweep.start
+    return sweep.mnli_checkpoint or f"./runs/{sweep.name}-{MNLI}/{MODEL_FOLDER}"
+
+
+def _tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {"model_max_length": "${variables.max_seq_len}", **tokenizer.get("kwargs", {})}
+    return {**tokenizer, "kwargs": kwargs}
+
+
+def _loaders(train: dict[str, Any], evaluation: Any, task: glue_tasks.Task) -> dict[str, Any]:
+    return {
+        "train_loader": _loader(
+            train,
+            task.name,
+            task.train_split or "train",
+            shuffle_seed="${seed}",
+            max_samples="${variables.max_train_samples}",
+        ),
+        "eval_loader": [
+            {"label": task.eval_label(split), **_loader(evaluation, task.name, split)}
+            for split in task.eval_splits
+        ],
     }
-    return config
 
 
 def _model(model: dict[str, Any], task: glue_tasks.Task, recipe: Recipe) -> dict[str, Any]:
     model = copy.deepcopy(model)
-    # null takes the architecture of the checkpoint.
+    # null means the architecture of the checkpoint.
     overrides = model.pop("config_overrides", None) or {}
     if recipe.pooling is not None:
         overrides["classifier_pooling"] = recipe.pooling
@@ -387,9 +383,9 @@ def _loader(loader: dict[str, Any], task: str, split: str, **keys: Any) -> dict[
 
 
 def predict_loader(sweep: Sweep, task_name: str, split: str, label: str) -> dict[str, Any]:
-    """A loader like those of the evaluation, for a split without labels.
+    """Return a loader like those of the evaluation, for a split without labels.
 
-    It raises at a broken row: one left out would shift the rows after it.
+    A broken row is an error: leaving it out would shift the rows after it.
     """
     loader = _loader(sweep.job["eval_loader"], task_name, split, on_error="raise")
     return {"label": label, **loader}
@@ -399,10 +395,10 @@ def predict_loader(sweep: Sweep, task_name: str, split: str, label: str) -> dict
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keys in their order, lists of scalars on one line, null as nothing, sections apart."""
+    """A dumper with lists of scalars on one line, and `null` spelt out."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> Any:
-        del indentless  # list items stand deeper than their key
+        del indentless  # list items are indented more than their key
         return super().increase_indent(flow, False)
 
 
@@ -421,7 +417,7 @@ _Dumper.add_representer(type(None), _represent_none)
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """A config as YAML, its larger sections set apart by empty lines."""
+    """Return a config as YAML, with empty lines around larger sections."""
     parts: list[str] = []
     for key, value in config.items():
         text = yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, width=100)
@@ -433,30 +429,47 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 
 def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
-    """The single-task YAML, with a heading that says how to run it and where it comes from."""
-    task, recipe = glue_tasks.task(task_name), sweep.tasks[task_name]
+    """Return the single-task YAML, with a heading on how to run it and where it comes from."""
+    paragraphs = [
+        *_how_to_run(sweep, task_name),
+        *_notes(sweep, task_name),
+        "Generated from the sweep file, as for the other tasks. To change it, change that file and "
+        "run:",
+        f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue",
+    ]
+    lines = [line for paragraph in paragraphs for line in ("", *_wrap(paragraph))]
+    heading = "".join(f"# {line}".rstrip() + "\n" for line in lines[1:])
+    return heading + "\n" + to_yaml(job_config(sweep, task_name))
+
+
+def _how_to_run(sweep: Sweep, task_name: str) -> list[str]:
+    folder = glue_tasks.task(task_name).folder
+    title = f"{folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
     command = f"    composer -n 1 train.py yamls/finetune/glue/{sweep.name}-"
     checkpoint = "variables.start=CHECKPOINT"
-    title = f"{task.folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
-    if recipe.start:
-        paragraphs = [
+    if sweep.tasks[task_name].start:
+        return [
             title,
             "It starts from the fine-tuned model of MNLI, encoder and pooler, as published:",
             f"{command}{MNLI}.yaml {checkpoint}\n{command}{task_name}.yaml",
-            "`variables.start` may name another: a transformers folder, or a .pt file of Composer "
-            "or of the M2 release.",
+            "`variables.start` may be another: a transformers folder, or a .pt file of Composer or "
+            "of the M2 release.",
         ]
-    else:
-        paragraphs = [
-            title,
-            f"{command}{task_name}.yaml {checkpoint}",
-            "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
-            "without one, training starts from random weights. `load_path=FILE.pt` is the host's "
-            "own way to a Composer checkpoint.",
-        ]
+    return [
+        title,
+        f"{command}{task_name}.yaml {checkpoint}",
+        "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
+        "without it, training starts from random weights. `load_path=FILE.pt` is "
+        "llm-foundry's own way to load a Composer checkpoint.",
+    ]
+
+
+def _notes(sweep: Sweep, task_name: str) -> list[str]:
+    recipe = sweep.tasks[task_name]
+    paragraphs = []
     if "training_additions" in sweep.variables:
         paragraphs.append(
-            "The released 80M checkpoint has `variables.training_additions`; for one pretrained by "
+            "The released 80M checkpoint has `variables.training_additions`; for a checkpoint of "
             "yamls/pretrain/m2-bert-base.yaml add `variables.training_additions=false`."
         )
     notes = ["Data is the hub's `glue`, or the official TSV files: `variables.glue_path=FOLDER`."]
@@ -468,23 +481,16 @@ def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
     paragraphs.append(" ".join(notes))
     if recipe.pooling is not None:
         accident = (
-            "The published numbers come from training data that was never shuffled; this shuffles."
+            "The published numbers come from training data that was never shuffled; this recipe "
+            "shuffles."
         )
         if recipe.pooling == "mean" and task_name != "qnli":
             accident += (
-                " They also contain that QNLI's mean pooling stayed on for the tasks after it, so "
-                "`classifier_pooling` is that here."
+                " Also, QNLI's mean pooling stayed on for the tasks after it, so "
+                "`classifier_pooling` is mean here."
             )
         paragraphs.append(accident)
-    paragraphs.append(
-        "Generated, with the other tasks, from the sweep's file. To change it, change that one and:"
-    )
-    paragraphs.append(f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue")
-    lines: list[str] = []
-    for paragraph in paragraphs:
-        lines += ["", *_wrap(paragraph)]
-    heading = "".join(f"# {line}".rstrip() + "\n" for line in lines[1:])
-    return heading + "\n" + to_yaml(job_config(sweep, task_name))
+    return paragraphs
 
 
 def _wrap(paragraph: str) -> list[str]:
@@ -498,8 +504,8 @@ def write_yamls(sweep: Sweep, source: str, folder: str | Path) -> list[Path]:
 
     Args:
         sweep: The sweep.
-        source: What their headings call the sweep's file.
-        folder: Where to write `NAME-TASK.yaml`; made if missing.
+        source: The name of the sweep's file in the headings.
+        folder: The folder of the files `NAME-TASK.yaml`; made if missing.
 
     Returns:
         The files.

@@ -1,9 +1,8 @@
-"""The table of a sweep: text, Markdown, CSV and a picture, from the results of its jobs.
+"""The table of a sweep as text, Markdown, CSV and a picture, from the results of its jobs.
 
-A task's score is, as the paper counts it, the mean over its seeds, evaluation splits and counting
-metrics, of the final evaluation; the average is the unweighted mean over the eight tasks. Nothing
-is averaged silently: a task that lacks a seed is shown as far as it goes, and there is no average
-until all are whole.
+As in the paper, the score of a task is the mean of the final evaluation over its seeds, evaluation
+splits and counting metrics, and the average is the unweighted mean over the eight tasks. The table
+shows a task with missing seeds and says so; there is no average until all tasks are complete.
 """
 
 import csv
@@ -45,16 +44,16 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What is known of one task.
+    """The results of one task.
 
     Attributes:
-        task: Name of the task.
-        seeds: Seeds of the plan.
-        statuses: By seed: finished, failed, blocked, missing (not run yet) or other settings (a
+        task: The name of the task.
+        seeds: The seeds of the plan.
+        statuses: By seed: finished, failed, blocked, missing (not run yet), or other settings (a
             result of settings that the plan no longer has).
-        problems: By seed that failed or was blocked, what went wrong.
-        values: In percent, by (evaluation label, metric) and seed; None where undefined.
-        scores: In percent, by finished seed: the mean over splits and counting metrics; None where
+        problems: The reason, by seed that failed or was blocked.
+        values: In percent, by (evaluation label, metric) and seed; None if undefined.
+        scores: In percent, by finished seed: the mean over splits and counting metrics; None if
             one of them is undefined.
     """
 
@@ -67,7 +66,7 @@ class TaskReport:
 
     @property
     def defined(self) -> list[float]:
-        """Scores of the seeds that have one."""
+        """The scores of the seeds that have one."""
         return [score for score in self.scores.values() if score is not None]
 
     @property
@@ -77,12 +76,12 @@ class TaskReport:
 
     @property
     def score(self) -> float | None:
-        """Mean of the scores; None unless complete."""
+        """The mean of the scores; None unless complete."""
         return statistics.fmean(self.defined) if self.is_complete else None
 
     @property
     def note(self) -> str:
-        """What is not as it should be; empty if all is."""
+        """What is missing or wrong; empty if nothing is."""
         parts = []
         for status in (FAILED, BLOCKED, MISSING, OTHER_SETTINGS):
             seeds = [str(seed) for seed in self.seeds if self.statuses[seed] == status]
@@ -102,9 +101,9 @@ class Report:
     """The results of a sweep.
 
     Attributes:
-        name: Of the sweep.
-        paper_average: What the paper reports for this model, in percent.
-        tasks: One of each task of the plan.
+        name: The name of the sweep.
+        paper_average: The paper's average for this model in percent, or None.
+        tasks: One entry per task of the plan.
     """
 
     name: str
@@ -121,7 +120,7 @@ class Report:
 
     @property
     def average_text(self) -> str:
-        """The average, or what it lacks."""
+        """The average, or why there is none."""
         if self.average is not None:
             return f"{self.average:.1f}"
         complete = sum(task.is_complete for task in self.tasks)
@@ -132,7 +131,7 @@ def load_report(out: Path) -> Report:
     """Read the plan and the results of a sweep.
 
     Args:
-        out: Folder of the sweep.
+        out: The folder of the sweep.
 
     Raises:
         ValueError: If no sweep was started there.
@@ -194,7 +193,7 @@ def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> Tas
 
 
 def _spread(values: Sequence[float | None]) -> str:
-    """Mean and sample standard deviation of what is defined."""
+    """Return mean and sample standard deviation of the defined values, as text."""
     known = [value for value in values if value is not None]
     if not known:
         return "—"
@@ -203,7 +202,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _rows(report: Report) -> list[list[str]]:
-    """Header and cells: a line per task, evaluation split and metric."""
+    """Return header and cells: a line per task, evaluation split and metric."""
     rows = [["task", "metric", "value", "score", "seeds", "note"]]
     for task in report.tasks:
         about = glue_tasks.task(task.task)
@@ -249,7 +248,7 @@ def _footer(report: Report) -> list[str]:
 
 
 def to_text(report: Report) -> str:
-    """The table for a terminal."""
+    """Return the table for a terminal."""
     rows = _rows(report)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -261,7 +260,7 @@ def to_text(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     rows = _rows(report)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "| --- | --- | ---: | ---: | ---: | --- |")
@@ -270,7 +269,7 @@ def to_markdown(report: Report) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """Every value of every job, a line each; scores and the average have `metric` score."""
+    """Return a line per value of each job; scores and the average have the metric `score`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("task", "evaluation", "metric", "counts", "seed", "status", "percent"))
@@ -294,21 +293,19 @@ def to_csv(report: Report) -> str:
 
 # --- as a picture --------------------------------------------------------------------------------
 
-# Of Okabe and Ito's palette, which the colour-blind can tell apart; the marks differ in shape too.
+# From Okabe and Ito's palette for the colour-blind; the marks differ in shape too.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.45"
 
 
 def draw(report: Report) -> Any:
-    """Scores by task: seeds as dots, their mean and sample standard deviation; the averages below.
+    """Draw the seeds of each task, their mean and sample standard deviation, and the averages.
 
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = []
     for y, task in enumerate(report.tasks):
@@ -346,7 +343,7 @@ def draw(report: Report) -> Any:
 
 
 def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
-    """Draw a task's line; returns what it is called."""
+    """Draw the line of a task, and return its label."""
     about = glue_tasks.task(task.task)
     metrics = " and ".join(METRIC_NAMES.get(name, name) for name in about.score_metrics)
     name = f"{about.folder}  ({metrics})"
@@ -355,7 +352,7 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
         _say(axes, y, task.note)
         return name
     color = BLUE if task.is_complete else GREY
-    # Below the mean, not to hide each other.
+    # Below the mean, so that they do not hide it.
     below = [y + 0.22] * len(values)
     axes.plot(values, below, "o", color=color, markerfacecolor="none", markersize=4)
     mean = statistics.fmean(values)
@@ -369,7 +366,7 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
 
 
 def _say(axes: Any, y: float, text: str) -> None:
-    """Write at the left what stands in place of a value."""
+    """Write a text at the left in place of a value."""
     axes.text(
         0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=GREY,
         style="italic", fontsize=9,

@@ -33,20 +33,20 @@ TEST_ROWS = {
     "WNLI.tsv": 146,
     "AX.tsv": 1_104,
 }
-# The server wants a file of WNLI, which the paper leaves out: the class of most training rows.
+# The server needs a file for WNLI, which the paper leaves out: the most frequent training class.
 WNLI_CLASS = 0
 
 
 def format_predictions(task: glue_tasks.Task, logits: Any) -> str:
-    """Predictions as the server takes them.
+    """Format predictions for the server.
 
     Args:
         task: The task.
         logits: (N, num_labels), or (N, 1) for a regression, in the order of the test file.
 
     Returns:
-        Lines of index and prediction with a header: the class as the official files write it, or
-        the number, clipped to the task's range.
+        A header, and lines of index and prediction: the class as in the official files, or the
+        number, clipped to the task's range.
     """
     if task.is_regression:
         predictions = [f"{value:.3f}" for value in np.clip(logits[:, 0], *task.label_range)]
@@ -57,21 +57,21 @@ def format_predictions(task: glue_tasks.Task, logits: Any) -> str:
 
 
 def write_submission(out: Path, folder: Path) -> list[Path]:
-    """Write a file per test split, and `submission.zip` of all.
+    """Write one file per test split, and `submission.zip` with all of them.
 
-    Of each task the seed with the best score on the development set is taken; AX is predicted by
-    the model of MNLI.
+    The predictions of each task are those of the seed with the best score on the development set.
+    The model of MNLI predicts AX.
 
     Args:
-        out: Folder of a finished sweep.
-        folder: Where to write; made if missing.
+        out: The folder of a finished sweep.
+        folder: The folder to write; made if missing.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: If a task is not finished or was not predicted; names all that is missing.
-            Nothing is written then.
+        ValueError: If a task is not finished or was not predicted; names everything that is
+            missing. Nothing is written then.
     """
     report = load_report(out)
     problems: list[str] = []
@@ -117,17 +117,17 @@ def _best_seed(task: TaskReport | None, name: str, problems: list[str]) -> int |
 
 
 def _load(folder: Path, label: str) -> Any:
-    """Logits, or what is wrong."""
+    """Return the logits, or a text that says what is wrong."""
     result = read_json(folder / "result.json")
     assert isinstance(result, dict) and result["status"] == FINISHED
     said = result.get("predictions", {}).get(label)
     if said is None:
-        return f"{folder.name} was run without predictions of {label}; rerun it with predict=true"
+        return f"{folder.name} has no predictions of {label}; run it again with predict=true"
     if "error" in said:
         return f"{folder.name} could not read the test file: {said['error']}"
     path = folder / "predictions" / f"{label}.npy"
     if not path.is_file():
-        return f"{path} is not there"
+        return f"{path} does not exist"
     return np.load(path)
 
 
@@ -146,7 +146,7 @@ def _log_choice(report: Report) -> None:
         if len(task.seeds) > 1:
             seed = max(task.seeds, key=lambda seed: task.scores[seed] or 0.0)
             log.info("%s: predictions of seed %d, the best on the development set", task.task, seed)
-    log.info("WNLI.tsv is one class throughout: the paper does not train this task.")
+    log.info("WNLI.tsv has one class only: the paper does not train this task.")
 
 
 def _join(problems: Sequence[str]) -> str:

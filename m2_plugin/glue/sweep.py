@@ -1,13 +1,13 @@
-"""The sweep: one process of the host per task and seed, in parallel, resumable.
+"""The sweep: one llm-foundry process per task and seed, in parallel, resumable.
 
-    OUT/plan.json               what there is to do, with a hash of each job's settings
-    OUT/sweep.yaml              the sweep file as it was merged
-    OUT/TASK-seedN/job.yaml     what the host ran
-                   log.txt      what it said
-                   metrics.json, predictions/, huggingface/     what it left
-                   result.json  the outcome, whole or not there
+    OUT/plan.json               the jobs, with a hash of each job's settings
+    OUT/sweep.yaml              the merged sweep file
+    OUT/TASK-seedN/job.yaml     the YAML that llm-foundry ran
+                   log.txt      its output
+                   metrics.json, predictions/, huggingface/     its results
+                   result.json  the outcome, written last
 
-A job whose result.json says `finished` under the same hash is not run again.
+A job is not run again if its result.json has the status `finished` and the same hash.
 """
 
 import copy
@@ -38,6 +38,7 @@ from m2_plugin.glue import tasks as glue_tasks
 from m2_plugin.glue.recipes import (
     MNLI,
     MODEL_FOLDER,
+    SINGLE_RUN,
     Sweep,
     job_config,
     predict_loader,
@@ -53,18 +54,8 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
 TAIL_LINES = 30
 THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
-# What a single run wants and a sweep's job does not: it is made anew when it was killed.
-SINGLE_RUN_KEYS = (
-    "autoresume",
-    "load_ignore_keys",
-    "load_strict_model_weights",
-    "load_weights_only",
-    "save_folder",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-)
 
-# A traceback's last line; torch puts the rank before it.
+# The last line of a traceback; torch puts the rank before it.
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 
 Command = Callable[["Job"], Sequence[str]]
@@ -75,13 +66,13 @@ class Job:
     """One task and seed.
 
     Attributes:
-        task: Name of the task.
+        task: The name of the task.
         seed: The seed.
-        folder: Where it runs and leaves its results.
-        config: The host's YAML.
-        hash: Of everything that its result depends on.
-        needs: Name of the job whose model it starts from.
-        keeps_model: Whether it leaves a transformers folder.
+        folder: The folder of its results.
+        config: The YAML for llm-foundry.
+        hash: A hash of everything that its result depends on.
+        needs: The name of the job whose model it starts from, or None.
+        keeps_model: Whether it writes a transformers folder.
     """
 
     task: str
@@ -94,16 +85,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As its folder is called."""
+        """The name of its folder."""
         return job_name(self.task, self.seed)
 
     @property
     def model_folder(self) -> Path:
-        """Where it leaves its model, if it keeps one."""
+        """The folder of its model, if it keeps one."""
         return self.folder / MODEL_FOLDER
 
     def is_finished(self) -> bool:
-        """Whether its result is there, whole, and of these settings."""
+        """Whether its result is complete and of these settings."""
         result = read_json(self.folder / "result.json")
         if not isinstance(result, dict) or result.get("status") != FINISHED:
             return False
@@ -112,28 +103,27 @@ class Job:
 
 
 def job_name(task: str, seed: int) -> str:
-    """Name of a job and of its folder."""
+    """Return the name of a job and of its folder."""
     return f"{task}-seed{seed}"
 
 
-# --- what there is to do -------------------------------------------------------------------------
+# --- the plan ------------------------------------------------------------------------------------
 
 
 def plan(sweep: Sweep, out: Path, *, on_cpu: bool = False) -> list[Job]:
-    """All jobs of a sweep, each after what it needs.
+    """List all jobs of a sweep, each after the job that it needs.
 
     Args:
         sweep: The sweep.
-        out: Folder of the sweep.
-        on_cpu: Use fp32: Composer refuses other precisions on a CPU.
+        out: The folder of the sweep.
+        on_cpu: Whether to use fp32, since Composer refuses other precisions on a CPU.
 
     Raises:
-        ValueError: If a checkpoint or the folder of the data is not there: each job would only
-            find out for itself.
+        ValueError: If a checkpoint or the folder of the data does not exist.
     """
     _check_paths(sweep)
     mnli = sweep.tasks.get(MNLI)
-    # The first seed: known before any is run, and published with one only.
+    # The first seed: it is known before any run, and the published recipe has only one.
     needed = job_name(MNLI, mnli.seeds[0]) if mnli else job_name(MNLI, 0)
     starts = any(r.start for r in sweep.tasks.values()) and sweep.mnli_checkpoint is None
     jobs: dict[str, Job] = {}
@@ -170,7 +160,7 @@ def _check_paths(sweep: Sweep) -> None:
         is_path = value is not None and str(value).startswith((".", "/", "~"))
         is_path |= key == "variables.glue_path" or str(value).endswith(CHECKPOINT_SUFFIXES)
         if value is not None and is_path and not Path(value).expanduser().exists():
-            raise ValueError(f"{key}: there is no {value!r}.")
+            raise ValueError(f"{key}: {value!r} does not exist.")
 
 
 def _sweep_job(
@@ -185,8 +175,8 @@ def _sweep_job(
     config = job_config(
         sweep, task, seed, run_name=f"{sweep.name}-{folder.name}", out=str(folder), start=start
     )
-    config["variables"]["start"] = start  # job_config fills in what a single run would start from
-    for key in SINGLE_RUN_KEYS:
+    config["variables"]["start"] = start  # job_config sets the start of a single run
+    for key in SINGLE_RUN:
         config.pop(key)
     if on_cpu:
         config["precision"] = "fp32"
@@ -204,12 +194,12 @@ def _sweep_job(
 
 
 def prediction_label(task: str, split: str) -> str:
-    """What the predictions of a test split are called: `cola`, `mnli_matched`, ..."""
+    """Return the name of a test split's predictions: `cola`, `mnli_matched`, ..."""
     return task + split.removeprefix("test")
 
 
 def _fingerprint(start: str | None) -> str:
-    """Of a checkpoint: names, sizes and times of its files; a name that is no path is itself."""
+    """Hash names, sizes and times of a checkpoint's files; return a hub's name as it is."""
     if start is None:
         return "random"
     path = Path(start).expanduser()
@@ -221,7 +211,7 @@ def _fingerprint(start: str | None) -> str:
 
 
 def _hash(config: Mapping[str, Any], origin: str) -> str:
-    """Of the settings, without where they run and how they report."""
+    """Hash the settings, without names, folders and reporting."""
     config = copy.deepcopy(dict(config))
     for key in ("run_name", "out", "start"):
         del config["variables"][key]
@@ -233,11 +223,11 @@ def _hash(config: Mapping[str, Any], origin: str) -> str:
 def select(
     jobs: Sequence[Job], tasks: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> list[Job]:
-    """The jobs of some tasks and seeds.
+    """Select the jobs of some tasks and seeds.
 
     Raises:
-        ValueError: If a task or seed is not in the plan, or a job needs the MNLI model and would
-            neither find nor make it.
+        ValueError: If a task or seed is not in the plan, or if a job needs the MNLI model and the
+            selection neither has it nor trains it.
     """
     for name in tasks or ():
         if name not in {job.task for job in jobs}:
@@ -247,8 +237,8 @@ def select(
         known = sorted({job.seed for job in jobs})
         if seed not in known:
             raise ValueError(
-                f"--seeds: no task of this sweep has seed {seed}; there are "
-                f"{', '.join(map(str, known))}. For others: tasks.TASK.seeds=[{seed}]."
+                f"--seeds: no task of this sweep has seed {seed}, only "
+                f"{', '.join(map(str, known))}. To add it: tasks.TASK.seeds=[{seed}]."
             )
     chosen = [
         job for job in jobs if (not tasks or job.task in tasks) and (not seeds or job.seed in seeds)
@@ -264,10 +254,9 @@ def select(
         if job.needs not in names and not (source and source.is_finished()):
             which = ", ".join(sorted({job.task for job in waiting}))
             raise ValueError(
-                f"{which} start from the MNLI model, which is not there: run mnli too"
-                f"{f' (seed {source.seed})' if source else ''}, or give "
-                f"mnli_checkpoint=CHECKPOINT, or tasks.{job.task}.start=null to start from "
-                f"`start`."
+                f"{which} start from the MNLI model, which does not exist: run mnli too"
+                f"{f' (seed {source.seed})' if source else ''}, or set "
+                f"mnli_checkpoint=CHECKPOINT, or tasks.{job.task}.start=null to start from `start`."
             )
     return chosen
 
@@ -276,8 +265,8 @@ def select(
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs for CUDA_VISIBLE_DEVICES."""
-    import torch  # slow to import, and a report needs no GPU
+    """Return the names of the GPUs for CUDA_VISIBLE_DEVICES."""
+    import torch  # slow to import, and not needed for a report
 
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -285,11 +274,11 @@ def visible_gpus() -> list[str]:
 
 
 def make_slots(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
-    """Environments of jobs that run at the same time.
+    """Return the environments of jobs that run at the same time.
 
     Args:
-        gpus: Names of the GPUs; one each, or shared in turn if there are more jobs.
-        jobs: How many at a time; by default one per GPU, or per four cores.
+        gpus: The names of the GPUs; each job has one, shared if there are more jobs.
+        jobs: The number of jobs at a time; by default one per GPU, or per four cores.
 
     Raises:
         ValueError: If `jobs` is less than 1.
@@ -305,7 +294,7 @@ def make_slots(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
 
 
 def host_command(job: Job) -> list[str]:
-    """The host's own train function, in a process of its own."""
+    """Return the command that runs llm-foundry's training in its own process."""
     yaml = str(job.folder / "job.yaml")
     return [sys.executable, "-m", "llmfoundry.cli.cli", "train", yaml]
 
@@ -324,19 +313,19 @@ def run_jobs(
     command: Command = host_command,
     lock: int | None = None,
 ) -> dict[str, str]:
-    """Run jobs, as many at a time as there are slots; finished ones are left as they are.
+    """Run the jobs that are not finished, as many at a time as there are slots.
 
-    A job starts when the one it needs has finished. If that fails, it is blocked; the others go
-    on. Whatever ends this function ends its processes.
+    A job starts when the job that it needs has finished, and is blocked if that failed; the others
+    continue. When this function ends, for any reason, its processes end too.
 
     Args:
-        jobs: The jobs, the first ones first.
-        slots: Variables of the environment by slot.
-        command: The command line of a job.
-        lock: File descriptor for the processes to inherit.
+        jobs: The jobs in their order.
+        slots: The environment variables of each slot.
+        command: A function that returns the command line of a job.
+        lock: A file descriptor that the processes inherit.
 
     Returns:
-        Status by name of the job.
+        The status by name of the job.
     """
     statuses = {job.name: FINISHED for job in jobs if job.is_finished()}
     pending = [job for job in jobs if job.name not in statuses]
@@ -361,7 +350,7 @@ def run_jobs(
                     statuses[job.name] = _block(job)
                     bar.update()
                 text = "; ".join(_describe(current.job) for current in running.values())
-                if text != shown and sys.stderr.isatty():  # a file gets a line per job, no more
+                if text != shown and sys.stderr.isatty():  # a file gets one line per job
                     shown = text
                     bar.set_postfix_str(text)
                 if running:
@@ -384,7 +373,7 @@ def _is_blocked(job: Job, statuses: Mapping[str, str]) -> bool:
 
 
 def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int | None) -> _Running:
-    # What an earlier attempt left says nothing about this one.
+    # Files of an earlier attempt must not count as results of this one.
     if job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True)
@@ -393,7 +382,7 @@ def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int 
     environment = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        "_TYPER_STANDARD_TRACEBACK": "1",  # not the boxes drawn round the host's tracebacks
+        "_TYPER_STANDARD_TRACEBACK": "1",  # without the boxes around llm-foundry's tracebacks
         **slot,
     }
     process = subprocess.Popen(
@@ -409,7 +398,7 @@ def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int 
 
 
 def _finish(current: _Running) -> str:
-    """Write the result of a process that has ended; returns its status."""
+    """Write the result of a process that has ended, and return its status."""
     current.log.close()
     job, code = current.job, current.process.returncode
     seconds = round(time.time() - current.started, 1)
@@ -427,7 +416,7 @@ def _finish(current: _Running) -> str:
     elif not isinstance(report, dict):
         problem = "it ended without metrics.json"
     elif job.keeps_model and not (job.model_folder / "config.json").is_file():
-        problem = f"it left no model in {job.model_folder}"
+        problem = f"it wrote no model to {job.model_folder}"
     if problem is None:
         assert isinstance(report, dict)
         write_json(job.folder / "result.json", {"status": FINISHED, **result, **report})
@@ -444,14 +433,14 @@ def _finish(current: _Running) -> str:
 def _block(job: Job) -> str:
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"task": job.task, "seed": job.seed, "hash": job.hash}
-    problem = f"{job.needs}, which it starts from, failed"
+    problem = f"{job.needs}, from which it starts, failed"
     write_json(job.folder / "result.json", {"status": BLOCKED, **result, "problem": problem})
     log.error("%s not run: %s", job.name, problem)
     return BLOCKED
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """End processes, with some seconds to end by themselves."""
+    """Terminate the processes, and kill those that do not end within some seconds."""
     for current in running:
         current.process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
@@ -475,12 +464,12 @@ def _tail(path: Path) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").splitlines()
-    # A progress bar rewrites its line; what counts is how it ended.
+    # A progress bar rewrites its line: only its last text counts.
     return [line.rsplit("\r", 1)[-1] for line in lines if line.strip()][-TAIL_LINES:]
 
 
 def _last_error(tail: Sequence[str]) -> str:
-    """The line that names the exception, or the last one."""
+    """Return the line that names the exception, or the last line."""
     found = [match[1] for line in tail if (match := EXCEPTION.match(line))]
     return found[-1] if found else tail[-1] if tail else ""
 
@@ -508,7 +497,7 @@ def _describe(job: Job) -> str:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[int]:
-    """Keep other sweeps out; the lock lasts as long as any process of this one."""
+    """Lock the folder; the lock lasts as long as any process of this sweep."""
     path = out / ".lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -517,8 +506,8 @@ def _locked(out: Path) -> Iterator[int]:
         except OSError as error:
             owner = path.read_text().strip() or "unknown"
             raise ValueError(
-                f"{out} is in use by another sweep, or by a job that one left running: process "
-                f"{owner}."
+                f"{out} is in use by another sweep, or by a job of it that still runs: process "
+                f"{owner}. Wait until it ends, or set another --out."
             ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -529,7 +518,7 @@ def _locked(out: Path) -> Iterator[int]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that processes are ended."""
+    """Let SIGTERM unwind the stack, so that the jobs are ended."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -542,7 +531,7 @@ def _terminable() -> Iterator[None]:
 
 
 def write_plan(sweep: Sweep, jobs: Sequence[Job], out: Path) -> None:
-    """Write what a report and a reader need to know."""
+    """Write the files that a report needs."""
     write_atomically(out / "sweep.yaml", to_yaml(_plain(dataclasses.asdict(sweep))))
     entries = [{"task": job.task, "seed": job.seed, "hash": job.hash} for job in jobs]
     write_json(
@@ -552,7 +541,7 @@ def write_plan(sweep: Sweep, jobs: Sequence[Job], out: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Turn tuples to lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -568,22 +557,22 @@ def run_sweep(
     gpus: Sequence[str] | None = None,
     command: Command = host_command,
 ) -> dict[str, str]:
-    """Run what is not finished of a sweep.
+    """Run the jobs of a sweep that are not finished.
 
     Args:
         sweep: The sweep.
-        out: Its folder.
-        tasks: Only these.
-        seeds: Only these.
-        jobs: How many jobs at a time.
-        gpus: GPUs to use; by default all that are visible.
-        command: The command line of a job.
+        out: The folder of the sweep.
+        tasks: The tasks to run; by default all.
+        seeds: The seeds to run; by default all.
+        jobs: The number of jobs at a time.
+        gpus: The GPUs to use; by default all visible ones.
+        command: A function that returns the command line of a job.
 
     Returns:
-        Status, "finished", "failed" or "blocked", by name of the job.
+        The status, "finished", "failed" or "blocked", by name of the job.
 
     Raises:
-        ValueError: If the choice makes no sense, or another sweep is running there.
+        ValueError: If the selection is wrong, or another sweep runs in the folder.
     """
     gpus = visible_gpus() if gpus is None else gpus
     planned = plan(sweep, out, on_cpu=not gpus)
@@ -593,7 +582,7 @@ def run_sweep(
     with _locked(out) as lock, _terminable():
         write_plan(sweep, planned, out)
         if not gpus and sweep.job.get("precision", "amp_bf16") != "fp32":
-            log.warning("No GPU: the jobs run in fp32, as Composer asks of a CPU.")
+            log.warning("No GPU: the jobs run in fp32, as Composer requires on a CPU.")
         needed = {job.needs for job in chosen} - {job.name for job in chosen}
         known = [job for job in planned if job.name in needed and job.is_finished()]
         statuses = run_jobs([*known, *chosen], slots, command, lock)

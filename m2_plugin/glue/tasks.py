@@ -1,17 +1,18 @@
-"""The GLUE tasks: what their columns, labels, splits, metrics and files are called.
+"""The GLUE tasks: the names of their columns, labels, splits, metrics and files.
 
-Names of tasks, columns, splits and labels are those of the hub's dataset `glue`; the official ones
-are of the files that https://gluebenchmark.com/tasks gives and takes. Metrics and which of them
-count are those of Monarch Mixer (arXiv 2310.12109). Light to import: the standard library only.
+Names of tasks, columns, splits and labels are those of the hub's dataset `glue`; "official" names
+are those of the files of https://gluebenchmark.com/tasks. The metrics, and which of them count, are
+those of Monarch Mixer (arXiv 2310.12109). Imports the standard library only.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 
+from m2_plugin.suggest import did_you_mean
+
 __all__ = ["TASKS", "Task", "task"]
 
-# Official file of a split, by the hub's name of the split.
+# The official file of a split, by the hub's name of the split.
 SPLIT_FILES = {
     "train": "train",
     "validation": "dev",
@@ -28,21 +29,21 @@ class Task:
     """One task of GLUE.
 
     Attributes:
-        name: Config of the hub's dataset `glue`.
-        folder: Folder of the official files.
-        text_columns: The text or the pair of texts.
-        label_names: Names of the classes in the order of their ids; empty for a regression.
-        metrics: What to report, as `m2_bert_classification` names metrics.
-        score_metrics: Those of them that count in the paper's average.
-        official_text_columns: What the official files call `text_columns`.
-        official_label_column: What they call the label.
-        official_labels: How they, and the GLUE server, write the classes; in the order of the ids.
-        official_columns: Columns of a training or validation file without a header line.
-        label_range: Smallest and largest number of a regression.
-        train_split: None where there is nothing to train on.
-        eval_splits: Labelled splits to evaluate on.
-        test_splits: Splits without labels, to predict for the GLUE server.
-        submission_files: The server's name of the predictions, one for each test split.
+        name: The config of the hub's dataset `glue`.
+        folder: The folder of the official files.
+        text_columns: The columns of the text, or of the pair of texts.
+        label_names: The names of the classes in the order of their ids; empty for a regression.
+        metrics: The metrics to report, by the names of `m2_bert_classification`.
+        score_metrics: The metrics that count in the paper's average.
+        official_text_columns: The names of `text_columns` in the official files.
+        official_label_column: The name of the label column there.
+        official_labels: The classes in the official files and on the GLUE server, by id.
+        official_columns: The columns of a training or validation file without a header line.
+        label_range: The smallest and the largest number of a regression.
+        train_split: The training split, or None.
+        eval_splits: The labelled splits to evaluate on.
+        test_splits: The splits without labels, to predict for the GLUE server.
+        submission_files: The names of the server's files, one for each test split.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Number of classes; 1 for a regression, as transformers counts."""
+        """The number of classes; 1 for a regression, as in transformers."""
         return len(self.label_names) or 1
 
     @property
@@ -73,16 +74,16 @@ class Task:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """All splits there are."""
+        """All splits of the task."""
         train = (self.train_split,) if self.train_split else ()
         return (*train, *self.eval_splits, *self.test_splits)
 
     def eval_label(self, split: str) -> str:
-        """Label of an evaluation in a YAML's `eval_loader`: `cola`, `mnli_matched`, ..."""
+        """Return an evaluation's label in a YAML's `eval_loader`: `cola`, `mnli_matched`, ..."""
         return self.name + split.removeprefix("validation")
 
     def official_files(self, split: str) -> tuple[str, ...]:
-        """Where an official copy may hold a split, below the folder of all tasks, best first."""
+        """Return the paths of a split below the folder of all tasks, best first."""
         if self.name == "ax":
             return ("AX/AX.tsv", "AX/test.tsv", "AX.tsv", "diagnostic/diagnostic.tsv")
         return (f"{self.folder}/{SPLIT_FILES[split]}.tsv",)
@@ -211,7 +212,7 @@ TASKS: dict[str, Task] = {
             submission_files=("WNLI.tsv",),
         ),
         Task(
-            name="ax",  # diagnostic sentences, predicted by the model of MNLI
+            name="ax",  # diagnostic sentences; the model of MNLI predicts them
             folder="AX",
             text_columns=("premise", "hypothesis"),
             label_names=NLI,
@@ -229,15 +230,15 @@ TASKS: dict[str, Task] = {
 
 
 def task(name: str) -> Task:
-    """The task of that name.
+    """Return the task of that name.
 
     Raises:
-        ValueError: If there is none; the message names the closest.
+        ValueError: If there is none; the message proposes the closest name.
     """
     found = TASKS.get(name)
     if found is None:
-        known = {t.folder.lower(): t.name for t in TASKS.values()} | {name: name for name in TASKS}
-        close = difflib.get_close_matches(str(name).lower(), known, n=1)
-        hint = f" Did you mean {known[close[0]]!r}?" if close else ""
+        spelling = str(name).lower()
+        folders = {t.folder.lower(): t.name for t in TASKS.values()}
+        hint = did_you_mean(folders.get(spelling, spelling), TASKS)
         raise ValueError(f"There is no GLUE task {name!r}.{hint} Tasks: {', '.join(TASKS)}.")
     return found

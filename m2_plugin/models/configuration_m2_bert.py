@@ -1,7 +1,6 @@
 """Configuration of M2-BERT."""
 
 import copy
-import difflib
 import inspect
 import logging
 import math
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 
 from m2_plugin.constants import POOLINGS, VOCAB_MULTIPLE
 from m2_plugin.ops.backend import BACKENDS
+from m2_plugin.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -325,24 +325,22 @@ def padded_size(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def unknown_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Find the keys that are no field of M2BertConfig and that transformers does not write.
+def unknown_keys(keys: Iterable[str]) -> list[str]:
+    """Find the keys that are no field of M2BertConfig and that transformers does not write."""
+    known = _known_keys()
+    return [key for key in keys if key not in known and not key.startswith("_")]
 
-    Returns:
-        Each unknown key, and the known key that is spelt most like it, or an empty string.
-    """
+
+def _known_keys() -> set[str]:
     own = set(inspect.signature(M2BertConfig.__init__).parameters) - {"self", "kwargs"}
     base = set(inspect.signature(PretrainedConfig.__init__).parameters) - {"self", "kwargs"}
-    known = own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
-    unknown = [key for key in keys if key not in known and not key.startswith("_")]
-    close = {key: difflib.get_close_matches(key, sorted(known), n=1) for key in unknown}
-    return {key: found[0] if found else "" for key, found in close.items()}
+    return own | base | set(PretrainedConfig().to_dict()) | TRANSFORMERS_KEYS
 
 
 def _reject_unknown_keys(kwargs: Mapping[str, Any]) -> None:
-    for key, close in unknown_keys(kwargs).items():
-        hint = f"; did you mean {close!r}?" if close else ""
-        raise ValueError(f"M2BertConfig has no key {key!r}{hint}")
+    for key in unknown_keys(kwargs):
+        proposal = did_you_mean(key, sorted(_known_keys()))
+        raise ValueError(f"M2BertConfig has no key {key!r}.{proposal}")
 
 
 @lru_cache  # a config is read several times when a model is loaded

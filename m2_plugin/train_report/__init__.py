@@ -1,1 +1,1 @@
-"""`m2-plugin train-report`: what a run's loggers wrote, as pictures and one page."""
+"""`m2-plugin train-report`: draw the curves of runs from the files of their loggers."""

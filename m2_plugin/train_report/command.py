@@ -1,4 +1,4 @@
-"""`m2-plugin train-report`: its arguments, and what they write."""
+"""The command `m2-plugin train-report`."""
 
 import argparse
 import logging
@@ -19,25 +19,25 @@ log = logging.getLogger(__name__)
 EPILOG = """examples:
   m2-plugin train-report runs/m2-bert-base
   m2-plugin train-report runs/m2-bert-base runs/bert-base --x tokens --out compared
-It reads event files of TensorBoard, MLflow's file stores, offline files of Weights & Biases and
-loss_curve.csv, wherever they lie below the folders."""
+It reads TensorBoard event files, MLflow file stores, offline files of Weights & Biases, and
+loss_curve.csv, at any depth below the folders."""
 
 
 def write_report(
     folders: Sequence[str | Path], out: str | Path | None = None, axis: str = "batch"
 ) -> tuple[list[list[str]], list[Path]]:
-    """Draws the runs below some folders together.
+    """Draw the runs below some folders on common axes.
 
     Args:
-        folders: each with the logs of one run or more.
-        out: where to write; by default `report` in a single folder, else `./train-report`.
-        axis: one of `AXES`.
+        folders: Folders with the logs of one run or more.
+        out: The folder to write; by default `report` in a single folder, else `./train-report`.
+        axis: One of `AXES`.
 
     Returns:
         The table of results, header first, and the files written.
 
     Raises:
-        ValueError: if a folder has no logs, or no run knows the axis.
+        ValueError: If a folder has no logs, or no run has the axis.
     """
     runs = load_runs([Path(folder) for folder in folders])
     _check_axis(runs, axis)
@@ -67,17 +67,14 @@ def _check_axis(runs: Sequence[Run], axis: str) -> None:
     if len(lacking) == len(runs):
         raise ValueError(f"--x {axis} needs {needed}: {', '.join(lacking)} has none")
     for name in lacking:
-        log.warning("%s has no %s: it is in the table only", name, needed)
+        log.warning("%s has no %s: only the table shows it", name, needed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `m2-plugin train-report`.
-
-    Args:
-        argv: arguments, without the program's name.
+    """Run `m2-plugin train-report`.
 
     Returns:
-        0, or 1 if something was refused.
+        0, or 1 if the input is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin train-report",
@@ -88,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="a folder with a run's logs")
     parser.add_argument(
-        "--out", metavar="DIR", help="where to write (RUN_DIR/report; of several ./train-report)"
+        "--out", metavar="DIR", help="default: RUN_DIR/report, or ./train-report for several"
     )
-    parser.add_argument("--x", dest="axis", default="batch", choices=AXES, help="(batch)")
+    parser.add_argument("--x", dest="axis", default="batch", choices=AXES, help="default: batch")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

@@ -1,14 +1,14 @@
-"""Draws the curves of runs on common axes, in light or dark colours."""
+"""Draw the curves of runs on common axes, in light or dark colours."""
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m2_plugin.curves import End, annotate_ends, default_span, running_mean
 from m2_plugin.train_report.readers import Series
 from m2_plugin.train_report.runs import (
     AXES,
@@ -16,18 +16,21 @@ from m2_plugin.train_report.runs import (
     TRAIN,
     Run,
     common_rate,
+    default_span,
     memory_series,
+    running_mean,
 )
 
 __all__ = ["DARK", "LIGHT", "PANELS", "Theme", "draw"]
 
-DRAWN = 2000  # points of a line; a picture is 1,200 wide
+DRAWN = 2000  # points of a line; a picture is 1,200 pixels wide
+End = tuple[float, float, str]  # last x of a curve, its value there, its colour
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; `runs` are told apart by the colour-blind, after Okabe and Ito."""
+    """Colours of a picture; those of `runs` suit the colour-blind (Okabe and Ito)."""
 
     paper: str
     ink: str
@@ -46,22 +49,20 @@ DARK = Theme(
 
 
 class _Panel:
-    """Axes with the runs' colours and the x axis chosen."""
+    """Axes, with a colour for each run and the chosen x axis."""
 
-    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme):
-        # Here, not at the top: matplotlib is slow to import, and `--help` needs none.
+    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme, smoothing: int | None = None):
+        # Imported here because it is slow, and `--help` does not need it.
         from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor=theme.paper)
-        FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(facecolor=theme.paper)
-        self.runs, self.axis, self.theme = runs, axis, theme
+        self.runs, self.axis, self.theme, self.smoothing = runs, axis, theme, smoothing
         self.ends: list[End] = []
         self.colors: list[Any] = list(theme.runs[: len(runs)])
         lengths = [sum(run.ends) - sum(wall for wall, _ in run.starts) for run in runs]
-        # A CPU's quickstart takes minutes, a pretraining days.
+        # The quickstart takes minutes, a pretraining days.
         self.in_minutes = axis == "time" and max(lengths) < 2 * 3600
         if len(runs) > len(theme.runs):
             self.colors = list(colormaps["turbo"](np.linspace(0.08, 0.92, len(runs))))
@@ -71,12 +72,12 @@ class _Panel:
         return len(self.runs) == 1
 
     def x(self, run: Run, series: Series) -> NDArray[np.float64] | None:
-        """Where the points of a curve lie."""
+        """Return the x values of a curve."""
         x = run.x(series, self.axis)
         return x * 60 if x is not None and self.in_minutes else x
 
     def line(self, run: Run, series: Series, values: Any = None, **style: Any) -> bool:
-        """Draws a curve; false if the run does not know its x axis."""
+        """Draw a curve; return false if the run has no values for the x axis."""
         x = self.x(run, series)
         if x is None:
             return False
@@ -85,7 +86,7 @@ class _Panel:
         return True
 
     def finish(self, ylabel: str, missing: str) -> Any:
-        """Labels the axes; where nothing was drawn, says what would have logged it."""
+        """Label the axes; if nothing was drawn, name the callback that would log it."""
         axes, theme = self.axes, self.theme
         empty = not axes.lines
         if empty:
@@ -115,20 +116,38 @@ class _Panel:
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
         self._add_legend()
         if len(self.ends) <= 6:
-            annotate_ends(axes, self.ends)
+            _annotate_ends(axes, self.ends)
         return self.figure
 
     def _add_legend(self) -> None:
         entries = len(self.axes.get_legend_handles_labels()[0])
         if not entries:
             return
-        if entries > 8:  # it would lie upon the curves
+        if entries > 8:  # it would cover the curves
             legend = self.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         else:
             legend = self.axes.legend(fontsize=9)
         legend.set_frame_on(False)
         for text in legend.get_texts():
-            text.set(color=self.theme.ink, parse_math=False)  # a name may hold a $
+            text.set(color=self.theme.ink, parse_math=False)  # a name may contain a $
+
+
+def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
+    """Write final values right of the axes, and move them apart if they would overlap."""
+    low, high = axes.get_ylim()
+    below = -math.inf
+    for x, value, color in sorted(ends, key=lambda end: end[1]):
+        height = max(value, below + 0.035 * (high - low))  # a line of text is 3.5 % of the axis
+        below = height
+        axes.annotate(
+            f"{value:.3f}",
+            (x, value),
+            xytext=(1.01, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=color,
+            fontsize=9,
+        )
 
 
 def _engineering(x: float, _: float) -> str:
@@ -141,7 +160,7 @@ def _engineering(x: float, _: float) -> str:
 def _thin(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of a long curve the lowest and the highest point of each stretch: no peak is lost."""
+    """Reduce a long curve to the lowest and highest point of each stretch: peaks stay."""
     if len(x) <= DRAWN:
         return x, y
     edges = np.linspace(0, len(x), DRAWN // 2 + 1).astype(int)
@@ -170,7 +189,7 @@ def _draw_loss(panel: _Panel) -> Any:
     if not panel.axes.lines:
         labels, baselines = [], {}
     for i, label in enumerate(labels):
-        # Of several runs colours mean the run: what a dashed line is, is said once, in grey.
+        # With several runs, a colour means a run: one grey entry explains the dashed lines.
         shade = panel.theme.runs[(i + 1) % len(panel.theme.runs)]
         panel.axes.plot(
             [], [], color=shade if panel.alone else panel.theme.faint, markersize=4, linewidth=1.2,
@@ -191,8 +210,8 @@ def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
     train = run.get(TRAIN)
     if train is None or (x := panel.x(run, train)) is None:
         return False
-    smooth = running_mean(train.values, default_span(len(train)))
-    # Paler where several runs lie upon each other: their means are to be read.
+    smooth = running_mean(train.values, panel.smoothing or default_span(len(train)))
+    # Paler if there are several runs, so that their means can be read.
     panel.line(run, train, color=color, linewidth=0.6, alpha=0.4 if panel.alone else 0.25)
     name = "training, smoothed" if panel.alone else run.name
     panel.line(run, train, smooth, color=color, linewidth=1.6, label=name)
@@ -244,12 +263,12 @@ def _draw_throughput(panel: _Panel) -> Any:
         if device is not None and (each := float(np.median(device.values))) < 0.99 * median:
             name += f", {each:,.4g} per device" if each < 1000 else f", {each:,.0f} per device"
         values = series.values
-        if len(series) > DRAWN:  # it is a mean already, but thousands of them are a band
+        if len(series) > DRAWN:  # thousands of means look like a band
             panel.line(run, series, color=color, linewidth=0.6, alpha=0.4)
             values = running_mean(values, default_span(len(series)))
         panel.line(run, series, values, color=color, linewidth=1.6,
                    label=name if panel.alone else f"{run.name}: {name}")  # fmt: skip
-        # A single odd value must not flatten the rest.
+        # A single outlier must not flatten the rest.
         highest = max(highest, float(np.percentile(series.values, 99.5)))
     if panel.axes.lines:
         panel.axes.set_ylim(0, 1.15 * highest)
@@ -281,7 +300,7 @@ def _draw_memory(panel: _Panel) -> Any:
     )
 
 
-# File name: what the page calls it, and what draws it.
+# File name: title on the page, and the function that draws it.
 PANELS: dict[str, tuple[str, Callable[[_Panel], Any]]] = {
     "loss": ("Loss", _draw_loss),
     "learning_rate": ("Learning rate", _draw_learning_rate),
@@ -290,19 +309,27 @@ PANELS: dict[str, tuple[str, Callable[[_Panel], Any]]] = {
 }
 
 
-def draw(name: str, runs: Sequence[Run], axis: str = "batch", theme: Theme = LIGHT) -> bytes:
-    """Draws one of `PANELS`.
+def draw(
+    name: str,
+    runs: Sequence[Run],
+    axis: str = "batch",
+    theme: Theme = LIGHT,
+    smoothing: int | None = None,
+) -> bytes:
+    """Draw one of `PANELS`.
 
     Args:
-        name: its name.
-        runs: a colour each.
-        axis: one of `AXES`; runs that do not know it are left out.
-        theme: colours.
+        name: The name of the panel.
+        runs: The runs, a colour each.
+        axis: One of `AXES`; runs without it are left out.
+        theme: The colours.
+        smoothing: The span, in points, of the training loss's running mean; by default 1/50 of
+            the points.
 
     Returns:
         A PNG.
     """
-    figure = PANELS[name][1](_Panel(runs, axis, theme))
+    figure = PANELS[name][1](_Panel(runs, axis, theme, smoothing))
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor=theme.paper)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The page: pictures, the table of results and that of hyperparameters, in one file."""
+"""The page: pictures, the table of results and the table of hyperparameters, in one file."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from m2_plugin.train_report.runs import Run, Summary
 
 __all__ = ["page", "table"]
 
-# What of a run's YAML one looks for first.
+# The settings of a run to show first.
 MAIN = (
     "model.name", "model.pretrained_model_name_or_path", "max_duration", "max_seq_len",
     "global_train_batch_size", "n_params", "optimizer.name", "optimizer.lr", "optimizer.betas",
@@ -89,7 +89,7 @@ def _cells(row: Summary) -> list[str]:
 
 
 def table(rows: Sequence[Summary]) -> list[list[str]]:
-    """Header and cells of the table of results, as text."""
+    """Return header and cells of the table of results, as text."""
     kind = rows[0].rate_kind
     header = [
         "run", "batches", "training loss", "evaluation loss", "best evaluation",
@@ -100,7 +100,7 @@ def table(rows: Sequence[Summary]) -> list[list[str]]:
 
 
 def _rows(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of a table, the first its header."""
+    """Return the rows of an HTML table; the first is its header."""
     tags = ["th", *["td"] * (len(cells) - 1)]
     return "".join(
         f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>\n"
@@ -109,7 +109,7 @@ def _rows(cells: Sequence[Sequence[str]]) -> str:
 
 
 def _parameters(runs: Sequence[Run]) -> str:
-    """Hyperparameters, a column for each run; the main ones first, the others folded."""
+    """Return the hyperparameters, a column per run; all but the main ones are folded."""
     names = {name for run in runs for name in run.parameters}
     if not names:
         return ""
@@ -139,13 +139,13 @@ def page(
     pictures: Mapping[str, tuple[bytes, bytes]],
     written: datetime,
 ) -> str:
-    """The page as HTML; it loads nothing from anywhere.
+    """Return the page as HTML; it loads no other file.
 
     Args:
-        runs: what was read.
-        rows: their summaries.
-        pictures: of each panel a PNG in light colours and one in dark.
-        written: when, for the page to say.
+        runs: The runs.
+        rows: The summaries of the runs.
+        pictures: For each panel, a PNG in light colours and one in dark colours.
+        written: The time that the page shows.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figures = "\n".join(
@@ -175,8 +175,9 @@ def page(
 <div class="scroll"><table>
 {_rows(table(rows))}</table></div>
 <p>Losses in nats. The training loss is the last value of its running mean. Throughput is the
-median of what was logged. Wall time is that of all attempts, lost work included, without the
-pauses between them; after a resume the curves show each batch once, as it was trained last.</p>
+median of the logged values. Wall time is that of all attempts, with lost work and without the
+pauses between them. If a run was resumed, batches trained twice appear once, with the last
+attempt's values.</p>
 <div class="pictures">
 {figures}
 </div>

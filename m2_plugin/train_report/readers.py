@@ -1,4 +1,4 @@
-"""Reads what the host's loggers wrote: TensorBoard, MLflow, Weights & Biases, `loss_curve.csv`."""
+"""Read the files of Composer's loggers: TensorBoard, MLflow, Weights & Biases, `loss_curve.csv`."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import os
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-__all__ = ["SOURCES", "Log", "Series", "read_logs"]
+__all__ = ["SOURCES", "Log", "Series", "loss_curve_series", "read_logs"]
 
 log = logging.getLogger(__name__)
 
 TENSORBOARD, MLFLOW, WANDB, CSV = "TensorBoard", "MLflow", "Weights & Biases", "loss_curve.csv"
-# Where several hold the same curve, the first of these is believed.
+# If several have the same curve, the first of these counts.
 SOURCES = (TENSORBOARD, MLFLOW, WANDB, CSV)
-# Of some 50 curves that a run logs; reading only these saves half the memory.
+# The curves to read, of about 50 in a log; this saves half the memory.
 WANTED = re.compile(
     r"loss/train/total|lr-.*|throughput/.*|memory/peak_.*|cpu_memory_used|baseline/.*"
     r"|time/(batch|token)|metrics/(?!train/).*(CrossEntropy|Loss)"
@@ -33,7 +33,7 @@ EVENT_FILE = re.compile(r".*tfevents\.(\d+)\.(.*)\.(\d+)")  # torch: time, host 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve as logged: for each point its batch, when it was logged (Unix time), its value."""
+    """A logged curve: for each point the batch, the Unix time and the value."""
 
     steps: NDArray[np.int64]
     walls: NDArray[np.float64]
@@ -43,21 +43,21 @@ class Series:
         return len(self.steps)
 
     def where(self, mask: NDArray[Any]) -> "Series":
-        """The points that a mask or an index takes."""
+        """Return the points that a mask or an index selects."""
         return Series(self.steps[mask], self.walls[mask], self.values[mask])
 
 
 @dataclass
 class Log:
-    """What one logger wrote of one run; `walls` are NaN where it notes no time.
+    """What one logger wrote about one run; `walls` are NaN if it keeps no times.
 
     Attributes:
-        source: one of `SOURCES`.
-        name: of the run.
-        folder: where it lies.
-        series: curves by tag.
-        parameters: hyperparameters.
-        starts: when each process that wrote began, as far as the files tell.
+        source: One of `SOURCES`.
+        name: The name of the run.
+        folder: The folder of the log.
+        series: The curves by tag.
+        parameters: The hyperparameters.
+        starts: The Unix times at which processes began to write, as far as the files show.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Log:
 
 
 class _Points:
-    """Curves that grow."""
+    """Curves to which points are added."""
 
     def __init__(self) -> None:
         self.columns: dict[str, tuple[array[int], array[float], array[float]]] = {}
@@ -102,15 +102,15 @@ class _Points:
         }
 
     def span(self) -> tuple[float, float]:
-        """When the first and the last point were logged."""
+        """Return the times of the first and the last point."""
         walls = [column[1] for column in self.columns.values()]
         return min(map(min, walls)), max(map(max, walls))
 
 
 def read_logs(folder: Path) -> list[Log]:
-    """Reads all logs below a folder.
+    """Read all logs below a folder.
 
-    A file that cannot be read, or ends in the middle, is a warning: what is whole of it counts.
+    A file that cannot be read, or that is cut short, is a warning; its whole records count.
     """
     events: dict[Path, list[Path]] = defaultdict(list)
     logs: list[Log] = []
@@ -135,7 +135,7 @@ def read_logs(folder: Path) -> list[Log]:
 def _attempt(read: Any, *arguments: Any) -> list[Log]:
     try:
         return [read(*arguments)]
-    except Exception as error:  # of any kind: a broken file must not hide the whole ones
+    except Exception as error:  # of any kind: other files may be whole
         log.warning("%s cannot be read: %s", arguments[0], error or type(error).__name__)
         return []
 
@@ -144,7 +144,7 @@ def _attempt(read: Any, *arguments: Any) -> list[Log]:
 
 
 def _read_events(folder: Path, files: list[Path]) -> Log:
-    """One folder of event files; Composer begins a new one at every flush."""
+    """Read a folder of event files; Composer begins a new file at every flush."""
     found = Log(TENSORBOARD, folder.resolve().name, folder)
     points, until, overlapping = _Points(), -np.inf, False
     for writer in _writers(files):
@@ -157,20 +157,20 @@ def _read_events(folder: Path, files: list[Path]) -> Log:
         if not written.columns:
             continue
         first, last = written.span()
-        if first < until:  # such as all ranks of a run, where rank_zero_only is false
+        if first < until:  # for example all ranks, if rank_zero_only is false
             overlapping = True
             continue
         found.starts.append(first)
         points.extend(written)
         until = last
     if overlapping:
-        log.warning("%s was written by several processes at once: one of them is drawn", folder)
+        log.warning("%s was written by several processes at once: only one is drawn", folder)
     found.series = points.series()
     return found
 
 
 def _writers(files: list[Path]) -> Iterator[list[Path]]:
-    """The files of each process, by age."""
+    """Return the files of each process, by age."""
     named = []
     for path in files:
         match = EVENT_FILE.match(path.name)
@@ -179,7 +179,7 @@ def _writers(files: list[Path]) -> Iterator[list[Path]]:
     writers: list[tuple[str, int, list[Path]]] = []  # process, last count, files
     for _, count, process, path in sorted(named):
         for i, (other, last, paths) in enumerate(writers):
-            # In containers the next process may have the same id, but its count begins anew.
+            # In a container the next process may have the same id, but its count restarts.
             if other == process and last < count:
                 paths.append(path)
                 writers[i] = (other, count, paths)
@@ -195,13 +195,13 @@ def _read_event_file(path: Path, points: _Points, parameters: dict[str, str]) ->
     from tensorboard.compat.proto.event_pb2 import Event
 
     whole = 0
-    # The raw loader: the others turn every number into a tensor, and hide where a file breaks off.
+    # The other loaders turn every number into a tensor, and hide that a file is cut short.
     for record in RawEventFileLoader(str(path)).Load():
         whole += len(record) + 16  # a length and two checksums
         try:
             event = Event.FromString(record)
         except DecodeError:
-            log.warning("%s has a record that is no event, at byte %d", path, whole)
+            log.warning("%s has a record that is not an event, at byte %d", path, whole)
             continue
         for value in event.summary.value:
             if points.wants(value.tag) and value.HasField("simple_value"):
@@ -210,7 +210,7 @@ def _read_event_file(path: Path, points: _Points, parameters: dict[str, str]) ->
                 parameters |= _hyperparameters(value.metadata.plugin_data.content)
     if whole < (size := path.stat().st_size):
         log.warning(
-            "%s is whole up to byte %d of %d only: its run was killed, or is still writing",
+            "%s is whole only up to byte %d of %d: its run was killed, or is still writing",
             path,
             whole,
             size,
@@ -229,10 +229,10 @@ def _hyperparameters(content: bytes) -> dict[str, str]:
 
 
 def _flat(name: str, value: Any) -> dict[str, str]:
-    """A hyperparameter as text; loggers write whole sections of a YAML as one."""
+    """Return a hyperparameter as text; loggers write whole sections of a YAML as one."""
     if isinstance(value, str) and value[:1] in "{\"'":
         try:
-            value = yaml.load(value, yaml.BaseLoader)  # all as text: digits stay as logged
+            value = yaml.load(value, yaml.BaseLoader)  # as text, so that digits stay as logged
         except yaml.YAMLError:
             return {name: value}
     if isinstance(value, dict):
@@ -251,7 +251,7 @@ def _flat(name: str, value: Any) -> dict[str, str]:
 
 
 def _read_mlflow(folder: Path) -> Log:
-    """A run of a file store: a file for each curve, with lines `milliseconds value step`."""
+    """Read a run of a file store: a file per curve, with lines `milliseconds value step`."""
     about = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8")) or {}
     points = _Points()
     for path in sorted((folder / "metrics").rglob("*")):
@@ -277,12 +277,12 @@ def _read_mlflow(folder: Path) -> Log:
 
 
 def _read_wandb(path: Path) -> Log:
-    """The file of an offline run, read as `wandb sync` reads it."""
+    """Read the file of an offline run in the way of `wandb sync`."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    # Else its reader refuses to run. `wandb sync` calls it too; wandb declares it nowhere.
+    # Without this call the reader refuses to run. `wandb sync` calls it too; it is private.
     vars(wandb)["_set_internal_process"](disable=True)
     store = DataStore()
     store.open_for_scan(str(path))
@@ -297,7 +297,7 @@ def _read_wandb(path: Path) -> Log:
                 found.parameters |= _wandb_config(record.run.config)
             if record.HasField("config"):
                 found.parameters |= _wandb_config(record.config)
-    except AssertionError:  # it checks by `assert`
+    except AssertionError:  # its reader checks with `assert`
         log.warning("%s is not whole: its run was killed, or is still writing", path)
     found.series = points.series()
     found.starts = [points.span()[0]] if points.columns else []
@@ -325,14 +325,21 @@ def _wandb_config(config: Any) -> dict[str, str]:
 
 
 def _read_csv(path: Path) -> Log:
-    """What the callback `loss_curve` wrote; it knows no times."""
-    points = _Points()
-    names = {"train": "loss/train/total"}
+    """Read what the callback `loss_curve` wrote; it has no times."""
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            batch, curve = int(row["batch"]), row["curve"]
-            baseline = batch == 0 and curve.startswith("unigram_")
-            tag = f"baseline/{curve}" if baseline else f"metrics/{curve}/LanguageCrossEntropy"
-            step = batch - 1 if curve == "train" else batch  # as Composer's loggers number losses
-            points.add(names.get(curve, tag), step, np.nan, float(row["loss"]))
-    return Log(CSV, path.parent.resolve().name, path.parent, points.series())
+        series = loss_curve_series(file)
+    return Log(CSV, path.parent.resolve().name, path.parent, series)
+
+
+def loss_curve_series(lines: Iterable[str]) -> dict[str, Series]:
+    """Read the lines of a `loss_curve.csv`; the tags are those of Composer's loggers."""
+    points = _Points()
+    for row in csv.DictReader(lines):
+        batch, curve = int(row["batch"]), row["curve"]
+        tag = f"metrics/{curve}/LanguageCrossEntropy"
+        if curve == "train":
+            tag, batch = "loss/train/total", batch - 1  # loggers count the batches before it
+        elif batch == 0 and curve.startswith("unigram_"):
+            tag = f"baseline/{curve}"
+        points.add(tag, batch, np.nan, float(row["loss"]))
+    return points.series()

@@ -1,4 +1,4 @@
-"""Makes runs of logs: which belong together, which points count, and what they come to."""
+"""Combine logs to runs: which logs belong together, which points count, and the results."""
 
 import logging
 import os
@@ -11,21 +11,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m2_plugin.curves import default_span
 from m2_plugin.train_report.readers import CSV, SOURCES, TENSORBOARD, Log, Series, read_logs
 
-__all__ = ["AXES", "Run", "Summary", "common_rate", "load_runs", "memory_series", "summarize"]
+__all__ = [
+    "AXES",
+    "Run",
+    "Summary",
+    "common_rate",
+    "default_span",
+    "load_runs",
+    "memory_series",
+    "running_mean",
+    "summarize",
+]
 
 log = logging.getLogger(__name__)
 
 TRAIN = "loss/train/total"
-CLOCKS = ("time/batch", TRAIN)  # logged once a batch, so that a repeated batch is a resume
+CLOCKS = ("time/batch", TRAIN)  # logged once per batch: a repeated batch is a resume
 EVAL = re.compile(r"metrics/(.+)/(\w+)")
 # x axis: its label, and what a run must have logged for it.
 AXES = {
     "batch": ("batch", ""),
-    "tokens": ("tokens", "time/token, which Composer logs where a batch knows its tokens"),
-    "time": ("hours of training", "times, which a logger notes and loss_curve.csv does not"),
+    "tokens": ("tokens", "time/token, which Composer logs if batches count their tokens"),
+    "time": ("hours of training", "times, which loggers write and loss_curve.csv does not"),
 }
 RATES = ("tokens", "samples", "batches")
 GPU_PEAK, GPU_RESERVED = "memory/peak_allocated_mem", "memory/peak_reserved_mem"
@@ -34,16 +43,16 @@ CPU_USED = "cpu_memory_used"
 
 @dataclass
 class Run:
-    """One training run, all its attempts put together.
+    """One training run, with all its attempts.
 
     Attributes:
-        name: for the legend.
-        folder: where its first log lies.
-        series: curves by tag, a point per batch, in order.
-        parameters: hyperparameters, as the last attempt logged them.
-        sources: the loggers that it was read from.
-        starts: when each attempt began and at which batch; empty where no times are known.
-        ends: when each attempt logged its last point.
+        name: The name in the legend.
+        folder: The folder of its first log.
+        series: The curves by tag, one point per batch, in order.
+        parameters: The hyperparameters that the last attempt logged.
+        sources: The loggers whose files were read.
+        starts: The Unix time and the batch at which each attempt began; empty without times.
+        ends: The Unix time of each attempt's last point.
     """
 
     name: str
@@ -55,7 +64,7 @@ class Run:
     ends: list[float] = field(default_factory=list)
 
     def get(self, tag: str) -> Series | None:
-        """The finite points of a curve; None if there are none."""
+        """Return the finite points of a curve; None if there are none."""
         found = self.series.get(tag)
         if found is None:
             return None
@@ -63,7 +72,7 @@ class Run:
         return found if len(found) else None
 
     def evals(self) -> dict[str, Series]:
-        """Evaluation losses by label: the cross-entropy, or where there is none another loss."""
+        """Return evaluation losses by label: the cross-entropy, or another loss without it."""
         tags = [match for tag in self.series if (match := EVAL.fullmatch(tag))]
         found: dict[str, Series] = {}
         for match in sorted(tags, key=lambda m: ("CrossEntropy" not in m[2], m[0])):
@@ -73,18 +82,18 @@ class Run:
         return dict(sorted(found.items()))
 
     def rate(self, kind: str, device: bool = False) -> Series | None:
-        """Throughput in `kind` per second, of all devices or of one."""
+        """Return the throughput in `kind` per second, of all devices or of one."""
         return self.get(f"throughput/{'device/' if device else ''}{kind}_per_sec")
 
     def learning_rates(self) -> dict[str, Series]:
-        """By group, as the logger named it."""
+        """Return the learning rates by parameter group."""
         tags = sorted(tag for tag in self.series if tag.startswith("lr-"))
         return {
             tag.removeprefix("lr-"): series for tag in tags if (series := self.get(tag)) is not None
         }
 
     def x(self, series: Series, axis: str) -> NDArray[np.float64] | None:
-        """Where the points of a curve lie on an axis of `AXES`; None if the run cannot tell."""
+        """Return the x values of a curve on an axis of `AXES`; None if the run has none."""
         if axis == "batch":
             return series.steps.astype(np.float64)
         if axis == "time":
@@ -95,7 +104,7 @@ class Run:
         return np.interp(series.steps, tokens.steps, tokens.values)
 
     def _hours(self, walls: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        """Hours since the start, less the pauses between attempts."""
+        """Return the hours since the start without the pauses between attempts."""
         if not np.isfinite(walls).all():
             return None
         begins = np.array([wall for wall, _ in self.starts])
@@ -109,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to; None where it was not logged. Losses in nats, memory in GB."""
+    """The results of a run, None if not logged. Losses are in nats, memory is in GB."""
 
     name: str
     batches: int
@@ -127,12 +136,26 @@ class Summary:
     attempts: int | None
 
 
+def default_span(points: int) -> int:
+    """Return the span of a running mean over that many points: 1/50 of them."""
+    return min(points // 50 + 4, points)
+
+
+def running_mean(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
+    """Return the centred mean over `span` values; the window shrinks at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low = np.maximum(index - span // 2, 0)
+    high = np.minimum(index + span // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
 def summarize(run: Run, rate_kind: str) -> Summary:
-    """The row of a run in the table; its throughput in `rate_kind` per second."""
+    """Return the row of a run in the table, with its throughput in `rate_kind` per second."""
     train = run.series.get(TRAIN)
     loss = None
     if train is not None and len(train):
-        # The last point of the curve that is drawn; NaN if the run ended in it.
+        # The last point of the drawn curve; NaN if the run ended with NaN.
         loss = float(np.mean(train.values[-(default_span(len(train)) // 2 + 1) :]))
     evals = next(iter(run.evals().values()), None)
     best = 0 if evals is None else int(np.argmin(evals.values))
@@ -165,7 +188,7 @@ def _batches(run: Run) -> int:
 
 
 def memory_series(run: Run) -> tuple[Series | None, str]:
-    """Memory in GB and whose: "GPU" if the run had one, else "machine"."""
+    """Return the memory in GB, and of what: "GPU" if the run had one, else "machine"."""
     peak = run.get(GPU_PEAK)
     if peak is not None:
         return peak, "GPU"
@@ -176,7 +199,7 @@ def memory_series(run: Run) -> tuple[Series | None, str]:
 
 
 def common_rate(runs: Sequence[Run]) -> str:
-    """The unit of throughput that most runs have: tokens, samples or batches."""
+    """Return the unit of throughput that most runs have: tokens, samples or batches."""
     counts = {kind: sum(run.rate(kind) is not None for run in runs) for kind in RATES}
     return max(RATES, key=lambda kind: counts[kind])  # the first of equals
 
@@ -185,10 +208,10 @@ def common_rate(runs: Sequence[Run]) -> str:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs below some folders.
+    """Read all runs below some folders.
 
     Raises:
-        ValueError: if a folder is none, or has nothing to read.
+        ValueError: If a folder does not exist, or has no logs.
     """
     found: list[tuple[Path, Run]] = []
     for folder in folders:
@@ -197,10 +220,9 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         runs = [run for logs in _groups(read_logs(folder)) if (run := _merge(logs)).series]
         if not runs:
             raise ValueError(
-                f"{str(folder)!r} has no logs of a run: what is read are TensorBoard event files, "
-                "MLflow file stores (mlruns), offline files of Weights & Biases and "
-                "loss_curve.csv. `loggers: {tensorboard: {log_dir: ...}}` in the run's YAML "
-                "writes the first."
+                f"{str(folder)!r} has no logs of a run. Accepted are TensorBoard event files, "
+                "MLflow file stores (mlruns), offline files of Weights & Biases, loss_curve.csv. "
+                "`loggers: {tensorboard: {log_dir: ...}}` in the run's YAML writes event files."
             )
         known = [run.folder for _, run in found]
         found += [(folder, run) for run in runs if run.folder not in known]
@@ -209,10 +231,10 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _groups(logs: Sequence[Log]) -> list[list[Log]]:
-    """Logs of the same run, from several loggers or several processes.
+    """Group the logs of each run, from several loggers or several processes.
 
-    A folder of TensorBoard is a run; so is a name of MLflow's or Weights & Biases's, where each
-    attempt has a folder of its own.
+    A TensorBoard folder is one run. In MLflow and Weights & Biases each attempt has a folder of its
+    own, and the name identifies the run.
     """
     groups: dict[str, list[Log]] = defaultdict(list)
     events = [entry for entry in logs if entry.source == TENSORBOARD]
@@ -220,7 +242,7 @@ def _groups(logs: Sequence[Log]) -> list[list[Log]]:
         groups[_key(entry, events)].append(entry)
     for key, group in list(groups.items()):
         if all(entry.source == CSV for entry in group) and len(groups) == 2:
-            (other,) = groups.keys() - {key}  # it lies elsewhere, but whose else should it be
+            (other,) = groups.keys() - {key}  # there is only one run that it can belong to
             if any(entry.source != CSV for entry in groups[other]):
                 groups[other] += groups.pop(key)
     return list(groups.values())
@@ -228,7 +250,7 @@ def _groups(logs: Sequence[Log]) -> list[list[Log]]:
 
 def _key(entry: Log, events: Sequence[Log]) -> str:
     if entry.source == TENSORBOARD:
-        # Hyperparameters lie in a folder below their run's.
+        # Hyperparameters are in a folder below their run's.
         parents = [e.folder for e in events if e.series and e.folder in entry.folder.parents]
         return str(parents[-1] if parents and not entry.series else entry.folder)
     if entry.source == CSV:
@@ -240,7 +262,7 @@ def _key(entry: Log, events: Sequence[Log]) -> str:
 
 
 def _merge(logs: Sequence[Log]) -> Run:
-    """One run: of each curve the points of the first source that has it, each batch once."""
+    """Build one run: each curve from the first source that has it, and each batch once."""
     logs = sorted(logs, key=lambda entry: SOURCES.index(entry.source))
     parts: dict[str, list[Series]] = {}
     owner: dict[str, str] = {}
@@ -275,7 +297,7 @@ def _merge(logs: Sequence[Log]) -> Run:
 
 
 def _sorted(several: Sequence[Series]) -> Series:
-    """Points of several logs, in the order in which they were logged."""
+    """Join the points of several logs in the order of their times."""
     together = Series(
         np.concatenate([s.steps for s in several]),
         np.concatenate([s.walls for s in several]),
@@ -285,15 +307,15 @@ def _sorted(several: Sequence[Series]) -> Series:
 
 
 def _attempts(clock: Series, starts: Sequence[float]) -> list[tuple[float, int]]:
-    """When and at which batch each attempt began.
+    """Return the time and the batch at which each attempt began.
 
-    A new process, or a batch that is not beyond the last one: loggers that go on in one run of
-    theirs do not tell processes apart.
+    An attempt begins with a new process, or with a batch that is not after the last one: some
+    loggers continue their own run and do not show that the process is new.
     """
     begins = {0, *(np.flatnonzero(np.diff(clock.steps) <= 0) + 1)}
     begins |= {int(np.searchsorted(clock.walls, start)) for start in starts}
     found = [(float(clock.walls[i]), int(clock.steps[i])) for i in sorted(begins - {len(clock)})]
-    # What a process logs before its first batch is a part of its attempt.
+    # Points before the first batch of a process belong to its attempt.
     earlier = sorted(starts)
     for i, (wall, step) in enumerate(found):
         before = [s for s in earlier if s <= wall and (i == 0 or s > found[i - 1][0])]
@@ -302,11 +324,10 @@ def _attempts(clock: Series, starts: Sequence[float]) -> list[tuple[float, int]]
 
 
 def _clean(series: Series, starts: Sequence[tuple[float, int]]) -> Series:
-    """Each batch once, as the last attempt logged it.
+    """Keep each batch once, with the last attempt's value.
 
-    What an attempt logged beyond the batch at which the next began is lost work, also where the
-    next has not come that far. At that batch itself its evaluation may stand, which the next
-    attempt does not repeat.
+    Points after the batch at which the next attempt began are lost work, even if the next attempt
+    has not got that far. Points at that batch stay: its evaluation is not repeated.
     """
     keep = np.ones(len(series), dtype=bool)
     for wall, step in starts[1:]:
@@ -318,7 +339,7 @@ def _clean(series: Series, starts: Sequence[tuple[float, int]]) -> Series:
 
 
 def _name(folders: Sequence[Path], runs: Sequence[Run]) -> None:
-    """Makes names unique, by what tells their folders apart."""
+    """Make names unique by the parts in which their folders differ."""
     counts = Counter(run.name for run in runs)
     for name in [name for name, count in counts.items() if count > 1]:
         alike = [i for i, run in enumerate(runs) if run.name == name]

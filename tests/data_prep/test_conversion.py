@@ -528,7 +528,7 @@ def test_disk_full(tmp_path, jsonl, caplog):
 
 
 def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch):
-    monkeypatch.setattr(worker, "write_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(worker, "write_block", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run_text(tmp_path, jsonl) == 1
     assert "exit code -9" in caplog.text and "--num_workers" in caplog.text
 

@@ -19,9 +19,9 @@ from m2_plugin.foundry.callbacks import (
     SeedEachBatch,
     _from_csv,
     _to_csv,
-    draw_loss_curve,
     unigram_baseline,
 )
+from m2_plugin.train_report import draw
 
 TINY = {
     "hidden_size": 16,
@@ -103,7 +103,7 @@ def test_resumed_run_is_the_unbroken_run(make_trainer, tmp_path):
         assert memory.data[f"baseline/{name}"]
         assert name in {row["curve"] for row in rows}
     with Image.open(tmp_path / "whole/loss_curve.png") as image:
-        assert image.size == (1200, 750)
+        assert image.size == (1200, 675)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
 
     # Cut one batch after the checkpoint of batch 3, as a killed run would be.
@@ -199,18 +199,36 @@ def test_unigram_baseline(tokenizer):
     assert capped["unigram_cross_entropy"] == pytest.approx(cross_entropy)
 
 
-def test_figure_survives_odd_points():
-    points = [(1, "train", math.nan), (2, "train", 3.0), (2, "a", 3.0), (2, "b", 3.0)]
-    figure = draw_loss_curve(points, {"unigram_entropy": 2.0}, "run")
-    axes = figure.axes[0]
-    assert axes.get_title() == "run"
+def test_figure_survives_odd_points(monkeypatch, tmp_path):
+    """A NaN, equal ends, names with a dollar sign: one picture, its texts apart."""
+    figures = []
+    monkeypatch.setattr(draw._Panel, "finish", keep_figure(draw._Panel.finish, figures))
+    curve = LossCurve(str(tmp_path), smoothing=1)
+    curve.points = [(1, "train", math.nan), (2, "train", 3.0), (2, "a", 3.0), (2, "b", 3.0)]
+    curve.baseline = {"unigram_entropy": 2.0}
+    state = State.__new__(State)
+    state.run_name = "run $1$"
+    curve.fit_end(state, None)
+    axes = figures[0].axes[0]
+    assert axes.get_title(loc="left") == "run $1$"
     assert axes.get_xlabel() == "batch"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["train, smoothed", "a", "b", "unigram entropy: 2.000"]
+    assert set(labels) == {
+        "training, smoothed", "evaluation (a)", "evaluation (b)", "unigram entropy: 2.000"
+    }  # fmt: skip
     heights = sorted(text.xyann[1] for text in axes.texts)
     assert len(heights) == 3
     assert min(np.diff(heights)) > 0  # equal values, texts apart
-    draw_loss_curve([], {}, "empty")
+    with Image.open(tmp_path / "loss_curve.png") as image:
+        assert image.size == (1200, 675)
+
+
+def keep_figure(finish, figures):
+    def kept(*arguments):
+        figures.append(finish(*arguments))
+        return figures[-1]
+
+    return kept
 
 
 @pytest.mark.parametrize(

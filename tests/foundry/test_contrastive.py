@@ -164,7 +164,10 @@ def test_starts_from_a_pretraining_with_a_new_pooler(tokenizer, tmp_path, caplog
     ("keys", "message"),
     [
         ({"loss": "triplet"}, "model.loss must be infonce or orthogonal_projection, got 'triplet'"),
-        ({"contrastive_config": {"temprature": 1}}, "no key 'temprature'. Did you mean 'temperat"),
+        (
+            {"contrastive_config": {"temprature": 1}},
+            "Unknown key 'temprature' in .* Did you mean 'temperat",
+        ),
         ({"contrastive_config": {"vector_representation": "eos"}}, "classifier_pooling"),
         (
             {"loss": "orthogonal_projection", "contrastive_config": {"normalize_output": False}},

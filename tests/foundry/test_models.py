@@ -233,7 +233,7 @@ def test_meta_init_draws_what_the_cpu_draws(family, task):
 
 def test_meta_init_reports_what_it_does_not_know():
     inner = build("bert", "mlm", init_device="meta").model
-    with pytest.raises(ValueError, match="Linear was put into the model after it was built"):
+    with pytest.raises(ValueError, match="Linear was added after the model was built"):
         inner.param_init_fn(torch.nn.Linear(2, 2))
 
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer.callbacks import CheckpointSaver
+from composer.core import Time
 
-from m2_plugin.foundry.run_guard import _link, _tidy, _unfit
+from m2_plugin.foundry.run_guard import RunGuard, _link, _tidy, _unfit
 
 SHARDED = SimpleNamespace(state_dict_type="sharded", sharded_ckpt_prefix_dir="ep{epoch}-ba{batch}")
 
@@ -80,9 +81,9 @@ def test_an_empty_folder_has_no_newest(tmp_path):
         ("ep0-ba6-rank0.pt", False, None),
         ("ep0-ba6", True, None),
         ("nowhere.pt", False, None),  # the host says it
-        ("ep0-ba6", False, "is a sharded checkpoint, and this run's are files"),
-        ("ep0-ba6-rank0.pt", True, "is a file, and this run's checkpoints are sharded"),
-        ("ep0-ba18-rank0.pt", False, "is no whole checkpoint"),
+        ("ep0-ba6", False, "is a sharded checkpoint, but the checkpoints of this run are files"),
+        ("ep0-ba6-rank0.pt", True, "is a file, but the checkpoints of this run are sharded"),
+        ("ep0-ba18-rank0.pt", False, "is not a whole checkpoint"),
     ],
 )
 def test_what_cannot_be_loaded(folder, name, sharded, message):
@@ -92,3 +93,17 @@ def test_what_cannot_be_loaded(folder, name, sharded, message):
         assert found is None
     else:
         assert f"load_path '{folder / name}' {message}" in found
+
+
+@pytest.mark.parametrize(("batches", "refused"), [(0, True), (1, False), (None, False)])
+def test_a_loader_without_batches_is_refused(batches, refused):
+    """Whatever loader it is: Composer would go on from epoch to epoch for ever."""
+    length = None if batches is None else Time(batches, "ba")
+    state = SimpleNamespace(dataloader_len=length, callbacks=[])
+    guard = RunGuard({"save_interval": "1ep"})
+    if refused:
+        with pytest.raises(RuntimeError, match="no batch: .*train_loader.drop_last"):
+            guard.fit_start(state, None)
+    else:
+        guard.fit_start(state, None)
+        assert state.callbacks == []

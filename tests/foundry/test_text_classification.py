@@ -376,7 +376,7 @@ def test_broken_official_files(tokenizer, tmp_path, name, split, line, new, mess
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"max_seq_length": 128}, "'max_seq_length' in dataset. Did you mean 'max_seq_len'"),
         ({"max_seq_len": None}, "glue needs the key 'max_seq_len'"),
-        ({"loader": {"drop_last": True}, "batch_size": 64}, "leaves no batch: 32 examples .* 64"),
+        ({"loader": {"drop_last": True}, "batch_size": 64}, "leaves no batch: .* 32 samples .* 64"),
     ],
 )
 def test_bad_glue_keys(tokenizer, keys, message):

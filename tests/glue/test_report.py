@@ -289,7 +289,7 @@ def test_an_incomplete_submission_names_all_that_is_missing(predicted, tmp_path)
         write_submission(out, folder)
     message = str(caught.value)
     assert "AX.tsv: mnli-seed19 could not read the test file: there is no file AX" in message
-    assert "QNLI.tsv: qnli-seed19 was run without predictions" in message
+    assert "QNLI.tsv: qnli-seed19 has no predictions" in message
     assert "rte is not finished (failed: seed 19)" in message
     assert not folder.exists()
 

@@ -154,7 +154,7 @@ def test_tasks_that_start_from_a_failed_mnli_are_blocked(out):
     assert blocked == {"rte-seed1", "mrpc-seed1", "stsb-seed1"}
     assert statuses["cola-seed1"] == "finished"
     assert not blocked & set(started(out))
-    assert result(out, "rte-seed1")["problem"] == "mnli-seed19, which it starts from, failed"
+    assert result(out, "rte-seed1")["problem"] == "mnli-seed19, from which it starts, failed"
     table = to_text(load_report(out))
     assert table.count("blocked") >= 3 and "incomplete: 4 of 8 tasks" in table
 
@@ -213,7 +213,7 @@ def test_an_explicit_mnli_checkpoint_frees_from_waiting(out):
 )
 def test_what_no_job_would_find_is_named_at_once(out, override):
     key, value = override.split("=")
-    with pytest.raises(ValueError, match=f"{key}: there is no '{value}'"):
+    with pytest.raises(ValueError, match=f"{key}: '{value}' does not exist"):
         run(out, override)
     assert not started(out)
 

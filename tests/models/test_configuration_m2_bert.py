@@ -76,9 +76,9 @@ def test_a_resized_vocabulary_is_saved_and_loaded(size, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hiden_size": 64}, "no key 'hiden_size'; did you mean 'hidden_size'?"),
-        ({"long_conv_max": 64}, "no key 'long_conv_max'; did you mean 'long_conv_l_max'?"),
-        ({"xyzzy": 1}, "no key 'xyzzy'$"),
+        ({"hiden_size": 64}, "no key 'hiden_size'. Did you mean 'hidden_size'?"),
+        ({"long_conv_max": 64}, "no key 'long_conv_max'. Did you mean 'long_conv_l_max'?"),
+        ({"xyzzy": 1}, "no key 'xyzzy'.$"),
         ({"hyena_emb_dim": 4}, "hyena_emb_dim must be odd and at least 3.*, not 4"),
         ({"hyena_emb_dim": 1}, "hyena_emb_dim must be odd and at least 3.*, not 1"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer, not 0"),

@@ -42,8 +42,8 @@ LOCAL_FILES_HELP = f"""files, folders or patterns on disk, instead of the hub: {
 that exists is that file, otherwise it is a pattern. SPLIT=PATH gives a file to one split
 (train=a.jsonl val=b.jsonl). Without SPLIT= the files serve the splits named; naming both training
 and validation splits then needs --val_fraction."""
-VAL_FRACTION_HELP = """hold out this share of the documents for validation: which ones depends on
-a hash of their text alone, so no document is in both, and copies of one are on the same side."""
+VAL_FRACTION_HELP = """hold out this share of the documents for validation; a hash of the text
+decides, so that no document is in both splits and copies of a document are in the same one."""
 CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":
 ndarray:int32}. Without it a sample is a document, {"text": str}, tokenised while training."""
 
@@ -67,7 +67,7 @@ def _add_io(parser: argparse.ArgumentParser, splits: dict[str, Split]) -> None:
     parser.add_argument("--text_column", "--text-column", default="text", metavar="KEY")
     parser.add_argument(
         "--txt_documents", "--txt-documents", choices=TXT_DOCUMENTS, default="file",
-        help="what is a document in a text file: all of it, a line, or a block between empty lines",
+        help="a document in a text file: the whole file, a line, or what empty lines separate",
     )  # fmt: skip
     parser.add_argument(
         "--max_chars_per_doc", "--max-chars-per-doc", type=int, metavar="N",
@@ -95,29 +95,29 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_workers", "--num-workers", type=int, metavar="N",
-        help="processes; default: one for each core. The output does not depend on it",
+        help="processes; default: one per core. The output does not depend on it",
     )  # fmt: skip
     parser.add_argument(
         "--on_error", "--on-error", choices=("fail", "skip"), default="fail",
-        help="at a document that cannot be read: stop and name it, or count it and go on",
+        help="if a document cannot be read: stop and name it, or count it and continue",
     )  # fmt: skip
     parser.add_argument(
-        "--overwrite", action="store_true", help="drop the splits that are there, finished or not"
+        "--overwrite", action="store_true", help="remove existing splits, finished or not"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read everything again when it is written"
+        "--verify", action="store_true", help="read and compare everything once it is written"
     )
     parser.add_argument(
         "--verify_only", "--verify-only", action="store_true",
-        help="convert nothing; check the splits that are there",
+        help="convert nothing; check existing splits",
     )  # fmt: skip
 
 
 def c4_parser() -> argparse.ArgumentParser:
     """Build the parser of convert_c4.py."""
     parser = argparse.ArgumentParser(
-        description="Convert C4 to MDS, from the hub or from files on disk. A run that was cut "
-        "short goes on when the same command is run again.",
+        description="Convert C4 to MDS, from the hub or from files on disk. Run the same command "
+        "again to continue an interrupted run.",
     )
     parser.add_argument("--dataset", default="allenai/c4", help="name on the hub")
     _add_io(parser, C4_SPLITS)
@@ -130,8 +130,8 @@ def c4_parser() -> argparse.ArgumentParser:
 def text_parser() -> argparse.ArgumentParser:
     """Build the parser of convert_text.py."""
     parser = argparse.ArgumentParser(
-        description="Convert Wikipedia, BookCorpus or your own files to MDS. A run that was cut "
-        "short goes on when the same command is run again.",
+        description="Convert Wikipedia, BookCorpus or your own files to MDS. Run the same command "
+        "again to continue an interrupted run.",
     )
     parser.add_argument(
         "--dataset", help=f"{', '.join(TEXT_CORPORA)}, or any name on the hub; or --local_files"
@@ -142,7 +142,7 @@ def text_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- what they mean ------------------------------------------------------------------------------
+# --- jobs ----------------------------------------------------------------------------------------
 
 
 def _requested_splits(arguments: argparse.Namespace) -> list[str]:
@@ -161,7 +161,7 @@ def _native_label(path: str) -> str | None:
 
 
 class LocalFiles:
-    """The files given with --local_files, and which split they go to."""
+    """The files of --local_files, and their splits."""
 
     def __init__(self, arguments: argparse.Namespace, splits: dict[str, Split]):
         self.splits = splits
@@ -184,11 +184,11 @@ class LocalFiles:
             self.labelled.append((label, file))
 
     def known_splits(self) -> set[str]:
-        """Return the names that files were given to."""
+        """Return the split names in SPLIT=PATH."""
         return {label for label, _ in self.labelled}
 
     def unused_labels(self) -> list[str]:
-        """Return the names that files were given to, but that no split asked for reads."""
+        """Return the split names in SPLIT=PATH that no requested split reads."""
         labels = sorted(self.known_splits())
         return [
             label
@@ -197,7 +197,7 @@ class LocalFiles:
         ]
 
     def of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
-        """Return a split's files, and whether it takes the held-out documents of them."""
+        """Return the files of a split, and whether it takes their held-out documents."""
         files = tuple(f for label, f in self.labelled if _label_fits(label, name, self.splits))
         if files:
             return files, None
@@ -212,8 +212,8 @@ class LocalFiles:
         )]  # fmt: skip
         if len({is_held_out(n) for n in unlabelled}) > 1:
             raise ConversionError(
-                f"--local_files would put the same documents into {', '.join(unlabelled)}. Say "
-                "which files go where (train=PATH val=PATH), or hold some out: --val_fraction 0.01"
+                f"--local_files would put the same documents into {', '.join(unlabelled)}. Assign "
+                "files to splits (train=PATH val=PATH), or hold some out: --val_fraction 0.01"
             )
         return tuple(self.plain), None
 
@@ -225,7 +225,7 @@ def _check(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
         raise ConversionError("--concat_tokens needs a --tokenizer (a name or a folder)")
     if arguments.concat_tokens is None and arguments.tokenizer:
         raise ConversionError(
-            "--tokenizer is only used with --concat_tokens: text is not tokenised"
+            "--tokenizer is only used with --concat_tokens: texts are not tokenised"
         )
     if arguments.val_fraction is not None and not 0 < arguments.val_fraction < 1:
         raise ConversionError("--val_fraction must be between 0 and 1")
@@ -315,7 +315,7 @@ def _run(arguments: argparse.Namespace, splits: dict[str, Split], own_process: b
     local = LocalFiles(arguments, splits) if arguments.local_files else None
     _check_names(names, splits, local)
     if local is not None and (unused := local.unused_labels()):
-        log.warning("--local_files: no split asked for uses %s=", ", ".join(unused))
+        log.warning("--local_files: no requested split uses %s=", ", ".join(unused))
     jobs = [_job(arguments, splits, name, local) for name in names]
     for job in jobs:
         convert(job, arguments.num_workers, arguments.overwrite, alone=own_process)
@@ -326,7 +326,7 @@ def _run(arguments: argparse.Namespace, splits: dict[str, Split], own_process: b
 def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[str] | None) -> int:
     arguments = parser.parse_args(argv)
     own_process = argv is None
-    # The workers are what runs in parallel; tokenizers would warn at each fork.
+    # The workers run in parallel already; tokenizers would warn at each fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -334,12 +334,12 @@ def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[
     except ConversionError as error:
         log.error("%s", error)
         return 1
-    except OSError as error:  # no permission, a failing disk: it names the file
+    except OSError as error:  # no permission, a failing disk; the error names the file
         log.error("%s", error)
         log.debug("where it came from", exc_info=True)
         return 1
     except KeyboardInterrupt:
-        log.error("interrupted; run the same command again to go on")
+        log.error("interrupted; run the same command again to continue")
         return 130
     return 0
 

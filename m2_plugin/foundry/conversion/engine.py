@@ -1,4 +1,4 @@
-"""The conversion of one split: blocks handed to worker processes, and put in order."""
+"""The conversion of one split: the main process gives blocks to workers, in order."""
 
 import logging
 import multiprocessing
@@ -32,17 +32,17 @@ from m2_plugin.foundry.conversion.sources import (
     Block,
     HubSource,
     InputFile,
+    Stream,
+    file_streams,
     text_bytes_estimate,
 )
-from m2_plugin.foundry.conversion.sources import Stream as Lane
-from m2_plugin.foundry.conversion.sources import file_streams as file_lanes
-from m2_plugin.foundry.conversion.worker import Output, Placement, Summary, worker_main, write_part
+from m2_plugin.foundry.conversion.worker import Output, Placement, Summary, worker_main, write_block
 
 log = logging.getLogger(__name__)
 
-# Lanes read at once. Reading is decompression or the network; the workers do the rest.
-MAX_LANES_AT_ONCE = 4
-# Blocks that a worker may hold while those before them are not prepared.
+# Streams read at once. Reading is decompression or the network; the workers do the rest.
+MAX_STREAMS_AT_ONCE = 4
+# Blocks that a worker may hold while it waits for earlier blocks.
 MAX_HELD = 2
 FORMAT_VERSION = 1
 
@@ -53,19 +53,19 @@ class Job:
 
     Args:
         out: The split's folder.
-        files: The input files, in order; or
-        hub: the data set to stream.
-        options: What is read of them.
-        tokenizer: Name or folder; with `concat_tokens`.
-        tokenizer_kwargs: Further arguments of `AutoTokenizer.from_pretrained`.
-        bos_text: Put before each document when concatenating.
-        eos_text: Put after each document when concatenating.
-        concat_tokens: Tokens in a sample; None writes one document to a sample.
-        no_wrap: Drop the rest of a document in which a sample ended.
-        compression: As for `MDSWriter`.
-        max_samples: Stop after so many samples.
-        expected_documents: How many documents the input holds, for the progress bar.
-        block_bytes: Text in a block, which is about the size of a shard.
+        files: The input files in order, or
+        hub: the data set on the hub to stream.
+        options: How documents are read.
+        tokenizer: A name or folder, for `concat_tokens`.
+        tokenizer_kwargs: More arguments of `AutoTokenizer.from_pretrained`.
+        bos_text: A text before each document, for `concat_tokens`.
+        eos_text: A text after each document, for `concat_tokens`.
+        concat_tokens: The tokens in a sample; None makes each document a sample.
+        no_wrap: Whether to drop the rest of a document in which a sample ended.
+        compression: The `compression` of `MDSWriter`.
+        max_samples: The number of samples to stop at.
+        expected_documents: The number of documents, if known, for the progress bar.
+        block_bytes: The bytes of text in a block, about the size of a shard.
     """
 
     out: Path
@@ -83,14 +83,14 @@ class Job:
     expected_documents: int | None = None
     block_bytes: int = 48 << 20
 
-    def lanes(self) -> list[Lane]:
+    def streams(self) -> list[Stream]:
         """Return the ordered streams of the input."""
         if self.hub is not None:
             return self.hub.streams()
-        return file_lanes(list(self.files), self.options.text_column)
+        return file_streams(list(self.files), self.options.text_column)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the output, short of where and when the files were stored."""
+        """Return the settings that determine the output, without paths and times of files."""
         hub = None if self.hub is None else dict(self.hub.load_args)
         return {
             "format_version": FORMAT_VERSION,
@@ -115,15 +115,15 @@ class Job:
 # --- reading ahead -------------------------------------------------------------------------------
 
 
-class LaneReader:
-    """Reads the blocks of a lane in a thread, at most one ahead.
+class StreamReader:
+    """Read the blocks of a stream in a thread, at most one ahead.
 
-    Blocks that are finished already come as None: a compressed stream has to be read past them.
+    Finished blocks come as None: a compressed stream must be read past them.
     """
 
-    def __init__(self, index: int, lane: Lane, blocks: int | None, wake: Connection):
+    def __init__(self, index: int, stream: Stream, blocks: int | None, wake: Connection):
         self.index = index
-        self.lane = lane
+        self.stream = stream
         self.known_blocks = blocks
         self.wake = wake
         self.queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
@@ -138,7 +138,7 @@ class LaneReader:
         self.thread.start()
 
     def stop(self) -> None:
-        """Stop reading; what was read is dropped."""
+        """Stop reading, and drop what was read."""
         self.stopping.set()
 
     def _run(self) -> None:
@@ -155,7 +155,7 @@ class LaneReader:
         known = self.known_blocks
         if known is not None and len(self.done_blocks) == known:
             return iter([None] * known)
-        return iter(self.lane.blocks(self.block_bytes))
+        return iter(self.stream.blocks(self.block_bytes))
 
     def _put(self, item: tuple[str, Any]) -> None:
         while not self.stopping.is_set():
@@ -171,11 +171,11 @@ class LaneReader:
 
 
 @dataclass
-class LaneState:
-    """How far the blocks of a lane are placed."""
+class StreamState:
+    """The state of a stream: which of its blocks have their place in the output."""
 
-    reader: LaneReader
-    carry: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
+    reader: StreamReader
+    rest: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     handed_out: int = 0
     next_to_place: int = 0
     summaries: dict[int, tuple["WorkerHandle | None", Any]] = field(default_factory=dict)
@@ -200,7 +200,7 @@ class WorkerHandle:
 
 
 class Progress:
-    """The bar: samples where their number is known, else bytes of input."""
+    """The progress bar, in samples or documents if their number is known, else in bytes."""
 
     def __init__(self, job: Job):
         self.by_samples = job.max_samples is not None
@@ -227,21 +227,21 @@ class Progress:
         self.bar.update(documents if self.by_documents else 0)
 
     def close(self) -> None:
-        """End the bar; an input can hold fewer samples than the split may have."""
+        """End the bar; the input may have fewer samples than expected."""
         if self.by_samples:
             self.bar.total = self.bar.n
         self.bar.close()
 
     def kept(self, record: dict[str, Any]) -> None:
-        """Count a part of an earlier run: done, but not to this run's rate."""
+        """Count a block of an earlier run, without adding to this run's rate."""
         self.placed(record["samples"], record["stored"])
         self.bar.update(record["counts"]["documents"] if self.by_documents else 0)
 
     def placed(self, samples: int, stored: int) -> None:
-        """Count what has its place in the output."""
+        """Count samples that have their place in the output."""
         if self.by_samples:
             self.bar.update(samples)
-        elif not self.by_documents:  # what lies behind a piece of a compressed file is estimated
+        elif not self.by_documents:  # estimated within a compressed file
             self.bar.update(min(stored, max(0, (self.bar.total or stored) - self.bar.n)))
 
 
@@ -258,21 +258,21 @@ class Conversion:
         self.records: dict[Key, dict[str, Any]] = {}
         self.kept: set[Key] = set()
         self.stored: dict[Key, int] = {}
-        self.lanes: list[Lane] = []
-        self.active: dict[int, LaneState] = {}
-        self.carries: dict[int, Tokens] = {}
+        self.streams: list[Stream] = []
+        self.active: dict[int, StreamState] = {}
+        self.rests: dict[int, Tokens] = {}
         self.samples = 0
         self.wake_receive, self.wake_send = multiprocessing.Pipe(duplex=False)
 
     # --- the run ---
 
     def run(self, records: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write all parts that have no record; return all records in order."""
+        """Write all blocks without a record; return all records in order."""
         self.records = records
         self.kept = set(records)
         self._start_workers()
         try:
-            self.lanes = self.job.lanes()
+            self.streams = self.job.streams()
             self.progress = Progress(self.job)
             try:
                 self._loop()
@@ -281,7 +281,7 @@ class Conversion:
         finally:
             self._stop()
         if not self.full:
-            self._join_carries()
+            self._join_rests()
         return [record for _, record in sorted(self.records.items())]
 
     @property
@@ -290,9 +290,9 @@ class Conversion:
         return self.job.max_samples is not None and self.samples >= self.job.max_samples
 
     def _loop(self) -> None:
-        self.waiting_lanes = deque(range(len(self.lanes)))
+        self.waiting_streams = deque(range(len(self.streams)))
         while True:
-            self._open_lanes()
+            self._open_streams()
             for worker in self.workers:
                 if not worker.busy_with:
                     self._give_work(worker)
@@ -302,19 +302,19 @@ class Conversion:
             working = any(w.busy_with for w in self.workers)
             if working or writing or self.active:
                 self._receive()
-            elif not self.waiting_lanes:
+            elif not self.waiting_streams:
                 return
 
-    def _open_lanes(self) -> None:
-        # Which samples a cut split keeps depends on their order, so its lanes follow each other.
-        at_once = 1 if self.job.max_samples else min(MAX_LANES_AT_ONCE, self.num_workers)
-        while self.waiting_lanes and len(self.active) < at_once and not self.full:
-            index = self.waiting_lanes.popleft()
-            blocks = self.folder.lane_blocks(index)
-            reader = LaneReader(index, self.lanes[index], blocks, self.wake_send)
-            done = {block for lane, block in self.kept if lane == index}
+    def _open_streams(self) -> None:
+        # With max_samples the order decides which samples are kept: read one stream at a time.
+        at_once = 1 if self.job.max_samples else min(MAX_STREAMS_AT_ONCE, self.num_workers)
+        while self.waiting_streams and len(self.active) < at_once and not self.full:
+            index = self.waiting_streams.popleft()
+            blocks = self.folder.stream_blocks(index)
+            reader = StreamReader(index, self.streams[index], blocks, self.wake_send)
+            done = {block for stream, block in self.kept if stream == index}
             reader.start(done, self.job.block_bytes)
-            self.active[index] = LaneState(reader)
+            self.active[index] = StreamState(reader)
 
     def _give_work(self, worker: WorkerHandle) -> None:
         if worker.to_write:
@@ -324,7 +324,7 @@ class Conversion:
             self._send(worker, "prepare", *found)
 
     def _send(self, worker: WorkerHandle, action: str, key: Key, content: Any) -> None:
-        # Only to a worker that waits: if both sides sent at once, both could block.
+        # Only to a waiting worker: if both sides sent at once, both could block.
         assert not worker.busy_with
         worker.busy_with = action
         try:
@@ -333,25 +333,25 @@ class Conversion:
             self._worker_died(worker)
 
     def _next_block(self) -> tuple[Key, Block] | None:
-        for index, lane in list(self.active.items()):
+        for index, stream in list(self.active.items()):
             while True:
                 try:
-                    kind, content = lane.reader.queue.get_nowait()
+                    kind, content = stream.reader.queue.get_nowait()
                 except queue.Empty:
                     break
                 if kind == "error":
                     raise content
                 if kind == "end":
-                    lane.ended = True
-                    self.folder.set_lane_blocks(index, lane.handed_out)
+                    stream.ended = True
+                    self.folder.set_stream_blocks(index, stream.handed_out)
                     self._place(index)
                     break
-                key = (index, lane.handed_out)
-                lane.handed_out += 1
+                key = (index, stream.handed_out)
+                stream.handed_out += 1
                 if content is not None:
-                    self.stored[key] = sum(segment.stored for segment in content)
+                    self.stored[key] = sum(documents.stored for documents in content)
                     return key, content
-                lane.summaries[key[1]] = (None, None)
+                stream.summaries[key[1]] = (None, None)
                 self._place(index)
         return None
 
@@ -388,57 +388,58 @@ class Conversion:
     # --- order ---
 
     def _place(self, index: int) -> None:
-        """Place the blocks of a lane whose predecessors are all placed."""
-        lane = self.active[index]
-        while lane.next_to_place in lane.summaries and not self.full:
-            key = (index, lane.next_to_place)
-            worker, summary = lane.summaries.pop(lane.next_to_place)
-            lane.next_to_place += 1
+        """Place the blocks of a stream whose predecessors are all placed."""
+        stream = self.active[index]
+        while stream.next_to_place in stream.summaries and not self.full:
+            key = (index, stream.next_to_place)
+            worker, summary = stream.summaries.pop(stream.next_to_place)
+            stream.next_to_place += 1
             if worker is None:
                 record = self.records[key]
-                lane.carry = np.asarray(record["carry_out"], np.int32)
+                stream.rest = np.asarray(record["rest"], np.int32)
                 self.samples += record["samples"]
                 self.progress.kept(record)
                 continue
-            placement = self._placement(lane.carry, summary, self.stored.pop(key))
-            lane.carry = placement.carry_out
+            placement = self._placement(stream.rest, summary, self.stored.pop(key))
+            stream.rest = placement.rest_after
             worker.held -= 1
             worker.to_write.append((key, placement))
             self.samples += placement.samples
             self.progress.placed(placement.samples, placement.stored)
-        if lane.finished:
-            self.carries[index] = lane.carry
+        if stream.finished:
+            self.rests[index] = stream.rest
             del self.active[index]
 
-    def _placement(self, carry: Tokens, summary: Summary, stored: int) -> Placement:
+    def _placement(self, rest_before: Tokens, summary: Summary, stored: int) -> Placement:
         length = self.job.concat_tokens
         if length is None:
-            samples, carry_out = summary.counts.documents, carry
+            samples, rest_after = summary.counts.documents, rest_before
         else:
-            starts, rest = cut_tokens(summary.lengths, len(carry), length, self.job.no_wrap)
+            no_wrap = self.job.no_wrap
+            starts, left = cut_tokens(summary.lengths, len(rest_before), length, no_wrap)
             samples = len(starts)
-            carry_out = np.concatenate([carry, summary.tail])
-            carry_out = carry_out[len(carry_out) - rest :]
+            rest_after = np.concatenate([rest_before, summary.tail])
+            rest_after = rest_after[len(rest_after) - left :]
         if self.job.max_samples is not None:
             samples = min(samples, self.job.max_samples - self.samples)
-        return Placement(carry, carry_out, samples, stored)
+        return Placement(rest_before, rest_after, samples, stored)
 
-    def _join_carries(self) -> None:
-        """Cut what the lanes left over, in order: only the last incomplete sample is lost."""
-        length, key = self.job.concat_tokens, (len(self.lanes), 0)
-        if length is None or len(self.lanes) < 2 or key in self.records:
+    def _join_rests(self) -> None:
+        """Cut the rests of all streams to samples; only the last incomplete sample is lost."""
+        length, key = self.job.concat_tokens, (len(self.streams), 0)
+        if length is None or len(self.streams) < 2 or key in self.records:
             return
-        rests = [self.carries[index] for index in sorted(self.carries)]
+        rests = [self.rests[index] for index in sorted(self.rests)]
         starts, _ = cut_tokens([len(rest) for rest in rests], 0, length, self.job.no_wrap)
-        stream = np.concatenate(rests)
-        samples = [stream[start : start + length] for start in starts]
+        tokens = np.concatenate(rests)
+        samples = [tokens[start : start + length] for start in starts]
         empty = np.empty(0, np.int32)
-        self.records[key] = write_part(key, samples, Counts(), empty, 0, self.output)
+        self.records[key] = write_block(key, samples, Counts(), empty, 0, self.output)
 
     # --- processes ---
 
     def _start_workers(self) -> None:
-        # Forked before there are threads here, and after the imports, which they then share.
+        # Fork before there are threads, and after the imports, which the workers then share.
         context = multiprocessing.get_context("fork")
         ours: list[Connection] = []
         for _ in range(self.num_workers):
@@ -454,48 +455,48 @@ class Conversion:
         worker.process.join(5)
         code = worker.process.exitcode
         raise ConversionError(
-            f"a worker process ended unexpectedly (exit code {code}; -9 is mostly a lack of "
-            "memory: try fewer --num_workers). Run the same command again to go on"
+            f"a worker process ended unexpectedly (exit code {code}; -9 usually means too little "
+            "memory: try fewer --num_workers). Run the same command again to continue"
         )
 
     def _stop(self) -> None:
-        for lane in self.active.values():
-            lane.reader.stop()
-        # Nothing of a worker's is lost: a part counts once its record is written. SIGTERM would not
-        # always end it, since hosts (Composer is one) install Python handlers that a fork inherits.
+        for stream in self.active.values():
+            stream.reader.stop()
+        # Nothing is lost: a block counts once its record is written. SIGTERM does not always end a
+        # worker, since a fork inherits Python handlers that programs such as Composer install.
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
             worker.connection.close()
-        for lane in self.active.values():  # the next split forks again: better without threads
-            lane.reader.thread.join(timeout=1)
+        for stream in self.active.values():  # the next split's fork is safer without
+            stream.reader.thread.join(timeout=1)
 
 
 # --- the whole -----------------------------------------------------------------------------------
 
 
 def _finished_already(job: Job) -> bool:
-    """Whether the split is there with these settings; raise if something else is."""
+    """Whether the split is finished with these settings; raise if the folder has other content."""
     if not job.out.exists() or (job.out.is_dir() and not any(job.out.iterdir())):
         return False
     manifest = read_manifest(job.out)
     if manifest is None:
         raise ConversionError(
-            f"{job.out} exists and is not empty, and is not the work of this program. Choose "
-            "another --out_root, or remove it (--overwrite does)"
+            f"{job.out} exists, is not empty, and was not written by this program. Choose another "
+            "--out_root, or remove it (--overwrite does)"
         )
     if manifest["settings"] != job.settings():
         changed = differences(manifest["settings"], job.settings())
         raise ConversionError(
             f"{job.out} is finished, with other settings ({changed}). Choose another --out_root, "
-            "or pass --overwrite to make it anew"
+            "or pass --overwrite to convert again"
         )
     return True
 
 
 def _partial_settings(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the settings with what may not change between two runs over one partial folder."""
+    """Return the settings that must not change while a conversion is unfinished."""
     settings = job.settings()
     settings["inputs"] = [[file.path, file.mtime_ns] for file in job.files]
     settings["tokenizer_hash"] = tokenizer.fingerprint() if tokenizer else None
@@ -510,21 +511,21 @@ def _out_of_space(job: Job, partial: Path) -> ConversionError:
     return ConversionError(
         f"no space left on the disk of {partial} ({free / 1e6:,.1f} MB free, "
         f"{written / 1e6:,.1f} MB written). Nothing is lost: free {need if text else 'some'}, then "
-        "run the same command again and it goes on"
+        "run the same command again to continue"
     )
 
 
 def convert(
     job: Job, num_workers: int | None = None, overwrite: bool = False, alone: bool = False
 ) -> int:
-    """Convert one split to MDS, or go on with a conversion that was cut short.
+    """Convert one split to MDS, or continue a conversion that was interrupted.
 
     Args:
-        job: What to convert.
-        num_workers: Worker processes; None takes one for each core. The output does not depend
-            on it.
-        overwrite: Drop what is there, finished or not.
-        alone: Import no more of `streaming` than this needs, for a process that does nothing else.
+        job: The conversion.
+        num_workers: The worker processes; None means one per core. The output does not depend on
+            it.
+        overwrite: Whether to remove an existing split, finished or not.
+        alone: Whether to import only the needed modules of `streaming`; for a process of its own.
 
     Returns:
         The number of samples in the split.
@@ -575,13 +576,13 @@ def _convert_in(
         assert manifest is not None
         return int(manifest["samples"])
     if records:
-        log.info("%s: going on after %d finished parts", job.out, len(records))
+        log.info("%s: continuing after %d finished blocks", job.out, len(records))
     done = Conversion(job, folder, tokenizer, num_workers).run(records)
     manifest = _manifest(job, done)
     _report_bad(manifest, done)
     if not manifest["samples"]:
         raise ConversionError(
-            f"{job.out}: the input gives no samples ({manifest['documents']} documents)"
+            f"{job.out}: the input has no samples ({manifest['documents']} documents)"
         )
     folder.finish(done, manifest)
     return int(manifest["samples"])

@@ -1,10 +1,10 @@
-"""Errors that a user can act on; the scripts print them without a traceback."""
+"""Errors that a user can solve; the scripts print them without a traceback."""
 
 import errno
 
 
 class ConversionError(ValueError):
-    """A conversion or a verification that cannot go on, with what to do about it."""
+    """A conversion or verification that cannot continue; the message says what to do."""
 
 
 class BadDocumentError(ConversionError):
@@ -12,5 +12,5 @@ class BadDocumentError(ConversionError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that no more can be written to the disk."""
+    """Whether the error means that the disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,13 +1,13 @@
-"""The folder of a split while it is made: nothing has its final name before everything is there.
+"""The folder of a split during its conversion; it gets its final name when it is complete.
 
     out_root/.train.partial/        renamed to out_root/train at the end
-        settings.json               what it is made of; another conversion may not go on with it
-        records/00000-00012.json    block 12 of lane 0 is finished; holds what the index needs
-        lanes/00000.json            how many blocks lane 0 has
-        part-00000-00012.00000.mds  its first shard
+        settings.json               the settings; a conversion with others may not continue it
+        records/00000-00012.json    block 12 of stream 0 is finished; has the index entries
+        streams/00000.json          the number of blocks in stream 0
+        part-00000-00012.00000.mds  the first shard of that block
         tmp/                        shards being written
 
-A record is renamed into place after its shards. A process can be killed between any two steps.
+A record is renamed to its final name after its shards: the process may be killed at any point.
 """
 
 import fcntl
@@ -22,16 +22,16 @@ from typing import Any
 
 from m2_plugin.files import write_json
 from m2_plugin.foundry.conversion.errors import ConversionError
+from m2_plugin.foundry.mds_index import INDEX, is_whole, shard_file
 
 log = logging.getLogger(__name__)
 
-# Not *.json: streaming's merge_index takes every .json below a folder for an index.
+# Not *.json: Streaming's merge_index takes every .json below a folder for an index.
 MANIFEST = "conversion.manifest"
-INDEX = "index.json"
-# Orphans of a killed run hold the lock until they notice, at the latest when their block is done.
+# Workers of a killed run hold the lock until they notice, at the latest after their block.
 LOCK_WAIT_S = 120
 
-Key = tuple[int, int]  # (lane, block)
+Key = tuple[int, int]  # (stream, block)
 
 
 def content_digest(shards: list[dict[str, Any]]) -> str:
@@ -41,7 +41,7 @@ def content_digest(shards: list[dict[str, Any]]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what a finished folder says of itself; None if it is not one of ours."""
+    """Return the manifest of a finished folder; None if this program did not write the folder."""
     path = folder / MANIFEST
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -50,8 +50,8 @@ class PartialFolder:
     """The partial folder of one split.
 
     Args:
-        final: The split's folder as it will be.
-        settings: Everything that decides the output, as JSON.
+        final: The final folder of the split.
+        settings: The settings that determine the output, as JSON.
     """
 
     def __init__(self, final: Path, settings: dict[str, Any]):
@@ -59,7 +59,7 @@ class PartialFolder:
         self.settings = settings
         self.path = final.with_name(f".{final.name}.partial")
         self.records_path = self.path / "records"
-        self.lanes_path = self.path / "lanes"
+        self.streams_path = self.path / "streams"
         self.tmp_path = self.path / "tmp"
         self.used_records_path = final.with_name(f".{final.name}.records")
         self._lock: int | None = None
@@ -67,19 +67,19 @@ class PartialFolder:
     # --- opening ---
 
     def open(self) -> dict[Key, dict[str, Any]]:
-        """Create the folder or go on with it; return the records of finished blocks."""
+        """Create the folder or continue it; return the records of finished blocks."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._check_settings()
-        if self.is_indexed():  # killed while it was renaming: nothing is left to write
+        if self.is_indexed():  # killed while renaming: nothing is left to write
             return {}
         shutil.rmtree(self.tmp_path, ignore_errors=True)
-        for path in (self.records_path, self.lanes_path, self.tmp_path):
+        for path in (self.records_path, self.streams_path, self.tmp_path):
             path.mkdir(exist_ok=True)
         return self.records()
 
     def close(self) -> None:
-        """Let another process go on with the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -109,45 +109,43 @@ class PartialFolder:
         if found != self.settings:
             changed = differences(found, self.settings)
             raise ConversionError(
-                f"{self.path} holds an unfinished conversion with other settings ({changed}). "
-                "Run that command again to finish it, or pass --overwrite to drop it"
+                f"{self.path} has an unfinished conversion with other settings ({changed}). Run "
+                "its command again to finish it, or pass --overwrite to remove it"
             )
 
     def records(self) -> dict[Key, dict[str, Any]]:
-        """Read the records of the blocks whose shards are all there."""
+        """Read the records of the blocks whose shards are complete."""
         records = {}
         for path in sorted(self.records_path.glob("*.json")):
             record = json.loads(path.read_text())
             if self._shards_are_there(record):
-                lane, block = path.stem.split("-")
-                records[int(lane), int(block)] = record
+                stream, block = path.stem.split("-")
+                records[int(stream), int(block)] = record
         return records
 
     def _shards_are_there(self, record: dict[str, Any]) -> bool:
         if self.is_indexed():
             return True
         for shard in record["shards"]:
-            info = shard["entry"]["zip_data"] or shard["entry"]["raw_data"]
-            path = self.path / shard["file"]
-            if not path.exists() or path.stat().st_size != info["bytes"]:
+            if not is_whole(self.path / shard["file"], shard_file(shard["entry"])):
                 return False
         return True
 
-    # --- lanes ---
+    # --- streams ---
 
-    def lane_blocks(self, lane: int) -> int | None:
-        """Return how many blocks a lane has, if that is known."""
-        path = self.lanes_path / f"{lane:05}.json"
+    def stream_blocks(self, stream: int) -> int | None:
+        """Return the number of blocks in a stream, or None if it is not known yet."""
+        path = self.streams_path / f"{stream:05}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def set_lane_blocks(self, lane: int, blocks: int) -> None:
-        """Note that a lane has been read to its end."""
-        write_json(self.lanes_path / f"{lane:05}.json", blocks, indent=None)
+    def set_stream_blocks(self, stream: int, blocks: int) -> None:
+        """Write the number of blocks in a stream, once it was read to its end."""
+        write_json(self.streams_path / f"{stream:05}.json", blocks, indent=None)
 
     # --- finishing ---
 
     def is_indexed(self) -> bool:
-        """Whether all shards are written and only names are left to give."""
+        """Whether all shards are written, so that only renaming is left."""
         return (self.path / INDEX).exists()
 
     def finish(self, records: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -164,7 +162,7 @@ class PartialFolder:
         self.publish()
 
     def publish(self) -> None:
-        """Number the shards and give the folder its name; can be repeated after a kill."""
+        """Number the shards and rename the folder; may be repeated after a kill."""
         shards = [
             shard for _, record in sorted(self.records().items()) for shard in record["shards"]
         ]
@@ -172,32 +170,32 @@ class PartialFolder:
             source = self.path / shard["file"]
             if source.exists():
                 os.replace(source, self.path / _rename_entry(shard["entry"], number))
-        for path in (self.tmp_path, self.lanes_path):
+        for path in (self.tmp_path, self.streams_path):
             shutil.rmtree(path, ignore_errors=True)
-        # In one step: with half of the records, repeating the above would number wrongly.
+        # In one step: with some of the records only, a repetition would number wrongly.
         self.clean()
         if self.records_path.exists():
             os.replace(self.records_path, self.used_records_path)
         (self.path / "settings.json").unlink(missing_ok=True)
         for name in (MANIFEST, INDEX, "settings.json"):
-            for unfinished in self.path.glob(f".{name}.*"):  # writes that a kill has cut off
+            for unfinished in self.path.glob(f".{name}.*"):  # temporary files of a killed write
                 unfinished.unlink()
         os.replace(self.path, self.final)
         self.clean()
 
     def clean(self) -> None:
-        """Remove what a kill between the last two steps of `publish` leaves beside the folder."""
+        """Remove what a kill between the last two steps of `publish` leaves behind."""
         shutil.rmtree(self.used_records_path, ignore_errors=True)
 
     def remove(self) -> None:
-        """Drop what is finished and what is not."""
+        """Remove the split, finished or not."""
         for path in (self.final, self.path):
             if path.exists():
                 shutil.rmtree(path)
 
 
 def _rename_entry(entry: dict[str, Any], number: int) -> str:
-    """Give a shard its place in the whole; return the name of its file."""
+    """Give an index entry its final number; return the name of the shard's file."""
     name = f"shard.{number:05}.mds"
     entry["raw_data"]["basename"] = name
     if not entry["zip_data"]:
@@ -208,7 +206,7 @@ def _rename_entry(entry: dict[str, Any], number: int) -> str:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Name the settings that differ."""
+    """Describe the settings that differ."""
     changed = []
     for key in sorted(found.keys() | wanted.keys()):
         old, new = found.get(key), wanted.get(key)

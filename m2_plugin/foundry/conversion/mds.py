@@ -1,4 +1,8 @@
-"""The parts of `streaming` that write and read shards, imported without the rest of it."""
+"""The modules of Streaming that write and read shards, imported without the rest of Streaming.
+
+This relies on the layout of the package `streaming`, which is private; see also
+`m2_plugin/foundry/private.py`. If the layout changes, the whole package is imported instead.
+"""
 
 import importlib
 import importlib.util
@@ -28,11 +32,11 @@ def _bare_package(name: str, path: str) -> types.ModuleType:
 
 
 def _import_parts_alone() -> types.SimpleNamespace:
-    """Import the parts under empty `streaming` packages, then forget the two packages.
+    """Import the modules below empty packages named `streaming`, then remove these packages.
 
-    The `__init__` of `streaming` imports torchvision, scikit-learn and transformers for data sets
-    that are not ours: 15 s and 0.8 GB, against 3 s and 0.4 GB for the parts. A later
-    `import streaming` runs its `__init__` and finds the parts loaded.
+    The `__init__` of `streaming` imports torchvision, scikit-learn and transformers for other data
+    sets: 15 s and 0.8 GB, against 3 s and 0.4 GB for these modules. A later `import streaming` runs
+    its `__init__` and finds the modules loaded.
     """
     spec = importlib.util.find_spec("streaming")
     if spec is None or not spec.submodule_search_locations:
@@ -54,8 +58,8 @@ def mds(alone: bool = False) -> Any:
     """Return `MDSWriter`, `MDSReader`, `get_hash` and `decompress` of `streaming`.
 
     Args:
-        alone: Do not import the rest of `streaming`: for a process that is ours. The first call
-            decides.
+        alone: Whether not to import the rest of `streaming`; for a process of its own. The first
+            call decides.
     """
     if not _parts:
         _parts.append(_import_quickly() if alone else _import_parts())
@@ -67,6 +71,6 @@ def _import_quickly() -> types.SimpleNamespace:
         return _import_parts()
     try:
         return _import_parts_alone()
-    except Exception as error:  # another layout of the host: slow, but right
+    except Exception as error:  # another layout of the package: slow, but right
         log.debug("importing the whole of streaming: %r", error)
         return _import_parts()

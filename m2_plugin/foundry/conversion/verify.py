@@ -1,6 +1,5 @@
-"""Re-reading of a finished folder: sizes, hashes, samples, counts."""
+"""Check a finished folder: sizes, hashes, samples and counts."""
 
-import json
 import logging
 import multiprocessing
 import os
@@ -12,24 +11,19 @@ import numpy as np
 from tqdm import tqdm
 
 from m2_plugin.foundry.conversion.errors import ConversionError
-from m2_plugin.foundry.conversion.folder import INDEX, content_digest, read_manifest
+from m2_plugin.foundry.conversion.folder import content_digest, read_manifest
 from m2_plugin.foundry.conversion.mds import mds
 from m2_plugin.foundry.conversion.worker import samples_digest
+from m2_plugin.foundry.mds_index import (
+    INDEX,
+    ShardError,
+    check_hashes,
+    check_size,
+    read_index,
+    shard_file,
+)
 
 log = logging.getLogger(__name__)
-
-
-def shard_file(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return name, size and hashes of the file that holds a shard."""
-    return entry["zip_data"] or entry["raw_data"]
-
-
-def _check_file(data: bytes, info: dict[str, Any]) -> None:
-    if len(data) != info["bytes"]:
-        raise ValueError(f"{len(data)} bytes, the index says {info['bytes']}")
-    for algorithm, wanted in info["hashes"].items():
-        if mds().get_hash(algorithm, data) != wanted:
-            raise ValueError(f"its {algorithm} is not the one in the index: the content changed")
 
 
 def _read_samples(data: bytes, entry: dict[str, Any], folder: Path) -> list[Any]:
@@ -49,38 +43,28 @@ def _check_shard(folder: Path, entry: dict[str, Any], digest: str | None) -> str
     """Return what is wrong with a shard, or None."""
     info = shard_file(entry)
     path = folder / info["basename"]
-    if not path.exists():
-        return f"{path}: missing"
     try:
+        check_size(path, info)
         data = path.read_bytes()
-        _check_file(data, info)
+        check_hashes(path, data, info, info["hashes"], mds().get_hash)
         if entry["zip_data"]:
             data = mds().decompress(entry["compression"], data)
-            _check_file(data, entry["raw_data"])
+            raw = entry["raw_data"]
+            check_hashes(path, data, raw, raw["hashes"], mds().get_hash)
         samples = _read_samples(data, entry, folder)
         if digest is not None and samples_digest(samples) != digest:
             raise ValueError("its samples are not those of the conversion")
-    except Exception as error:  # whatever decoding made of a broken file
+    except ShardError as error:
+        return str(error)
+    except Exception as error:  # decoding a broken file can raise anything
         return f"{path}: {error}"
     return None
-
-
-def _read_index(folder: Path) -> list[dict[str, Any]]:
-    path = folder / INDEX
-    if not path.exists():
-        partial = folder.with_name(f".{folder.name}.partial")
-        hint = ": its conversion is not finished" if partial.exists() else ""
-        raise ConversionError(f"{path}: missing{hint}")
-    try:
-        return json.loads(path.read_text())["shards"]
-    except (ValueError, KeyError) as error:
-        raise ConversionError(f"{path}: not an index of shards ({error!r})") from error
 
 
 def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
-        log.warning("%s has no manifest: checked against its index alone", folder)
+        log.warning("%s has no manifest: only its index is compared", folder)
         return []
     problems = []
     samples = sum(entry["samples"] for entry in entries)
@@ -96,25 +80,29 @@ def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
 
 
 def verify(folder: Path, num_workers: int | None = None) -> int:
-    """Read all shards of a folder again and compare them with its index and manifest.
+    """Read all shards of a folder and compare them with its index and manifest.
 
     Args:
-        folder: A split's folder, ours or any other MDS folder of one column.
-        num_workers: Processes that read; None takes one for each core.
+        folder: The folder of a split, of this program or any MDS folder with one column.
+        num_workers: The processes that read; None means one per core.
 
     Returns:
         The number of samples.
 
     Raises:
-        ConversionError: If anything is wrong; it names every shard.
+        ConversionError: If anything is wrong; names every damaged shard.
     """
-    entries = _read_index(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        entries = read_index(folder, ": its conversion is not finished" if partial.exists() else "")
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     problems = _check_manifest(folder, entries)
     digests = {
         name: shard["digest"]
         for name, shard in ((read_manifest(folder) or {}).get("shards") or {}).items()
     }
-    mds()  # imported once, before the fork
+    mds()  # import once, before the fork
     with ProcessPoolExecutor(
         num_workers or len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("fork")
     ) as pool:

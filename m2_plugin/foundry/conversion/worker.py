@@ -1,4 +1,4 @@
-"""A worker process: prepares blocks and writes them, as the main process asks it to."""
+"""A worker process: it prepares and writes blocks for the main process."""
 
 import contextlib
 import ctypes
@@ -29,6 +29,7 @@ from m2_plugin.foundry.conversion.samples import (
     prepare_tokens,
 )
 from m2_plugin.foundry.conversion.sources import Block
+from m2_plugin.foundry.mds_index import shard_file
 
 HASHES = ["xxh64"]
 _PR_SET_PDEATHSIG = 1
@@ -40,9 +41,9 @@ class Output:
 
     Args:
         partial: The partial folder.
-        compression: As for `MDSWriter`: "zstd", "zstd:7" ...
-        concat_tokens: Tokens in a sample; None writes the text.
-        no_wrap: As in `cut_tokens`.
+        compression: The `compression` of `MDSWriter`: "zstd", "zstd:7" ...
+        concat_tokens: The tokens in a sample; None writes texts.
+        no_wrap: Whether to drop the rest of a document in which a sample ended.
     """
 
     partial: Path
@@ -52,13 +53,13 @@ class Output:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Return the columns that the host's `text` dataloader reads."""
+        """Return the columns that llm-foundry's `text` dataloader reads."""
         return {"text": "str"} if self.concat_tokens is None else {"tokens": "ndarray:int32"}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the main process has to know of a prepared block to place it in the whole."""
+    """The facts about a prepared block with which the main process places it."""
 
     counts: Counts
     tail: Tokens  # the last tokens, at most one fewer than a sample
@@ -67,24 +68,24 @@ class Summary:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a block stands: what the blocks before left over, and what it leaves over itself."""
+    """The place of a block: tokens left over by the blocks before it, and after it."""
 
-    carry: Tokens
-    carry_out: Tokens
-    samples: int  # how many of its samples are written: fewer than it has where the split ends
-    stored: int  # bytes of input, for the progress bar of a run that goes on
+    rest_before: Tokens
+    rest_after: Tokens
+    samples: int  # how many of its samples are written: fewer than all at the end of the split
+    stored: int  # bytes of input, for the progress bar
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def token_samples(prepared: Prepared, placement: Placement, output: Output) -> list[Tokens]:
-    """Cut a prepared block into samples, together with what was left over before it."""
+    """Cut a prepared block, after the tokens left over before it, into samples."""
     assert output.concat_tokens is not None
     length = output.concat_tokens
-    starts, _ = cut_tokens(prepared.lengths, len(placement.carry), length, output.no_wrap)
-    stream = np.concatenate([placement.carry, prepared.tokens])
-    return [stream[start : start + length] for start in starts]
+    starts, _ = cut_tokens(prepared.lengths, len(placement.rest_before), length, output.no_wrap)
+    tokens = np.concatenate([placement.rest_before, prepared.tokens])
+    return [tokens[start : start + length] for start in starts]
 
 
 def _digests(samples: list[Any], counts: list[int]) -> Iterator[str]:
@@ -95,7 +96,7 @@ def _digests(samples: list[Any], counts: list[int]) -> Iterator[str]:
 
 
 def samples_digest(samples: list[Any]) -> str:
-    """Hash samples: each one's length and content, whatever file they are in."""
+    """Hash length and content of each sample, independent of the files."""
     import xxhash
 
     state = xxhash.xxh3_128()
@@ -106,10 +107,10 @@ def samples_digest(samples: list[Any]) -> str:
     return str(state.hexdigest())
 
 
-def write_part(
-    key: Key, samples: list[Any], counts: Counts, carry_out: Tokens, stored: int, output: Output
+def write_block(
+    key: Key, samples: list[Any], counts: Counts, rest_after: Tokens, stored: int, output: Output
 ) -> dict[str, Any]:
-    """Write the shards of one block and its record, which is what makes it count."""
+    """Write the shards of a block, and then its record, with which the block counts."""
     name = f"{key[0]:05}-{key[1]:05}"
     tmp = output.partial / "tmp" / name
     shutil.rmtree(tmp, ignore_errors=True)
@@ -118,7 +119,7 @@ def write_part(
         record = {
             "samples": len(samples),
             "counts": asdict(counts),
-            "carry_out": carry_out.tolist(),
+            "rest": rest_after.tolist(),
             "stored": stored,
             "shards": shards,
         }
@@ -131,7 +132,7 @@ def write_part(
 def _write_shards(name: str, samples: list[Any], tmp: Path, output: Output) -> list[dict[str, Any]]:
     if not samples:
         return []
-    # Not as a context manager: leaving one writes an index even after an error.
+    # Not as a context manager: its exit writes an index even after an error.
     writer = mds().MDSWriter(
         columns=output.columns, out=str(tmp), compression=output.compression, hashes=HASHES
     )
@@ -142,7 +143,7 @@ def _write_shards(name: str, samples: list[Any], tmp: Path, output: Output) -> l
     shards = []
     digests = _digests(samples, [entry["samples"] for entry in writer.shards])
     for i, (entry, digest) in enumerate(zip(writer.shards, digests, strict=True)):
-        basename = (entry["zip_data"] or entry["raw_data"])["basename"]
+        basename = shard_file(entry)["basename"]
         file = f"part-{name}.{i:05}.{basename.split('.', 2)[2]}"
         os.replace(tmp / basename, output.partial / file)
         shards.append({"file": file, "entry": entry, "samples": entry["samples"], "digest": digest})
@@ -153,14 +154,14 @@ def _write_shards(name: str, samples: list[Any], tmp: Path, output: Output) -> l
 
 
 def _count_written(counts: Counts, samples: list[Any]) -> None:
-    """Count the documents again where the split ends within a block of them."""
+    """Count the documents again if the split ends within a block."""
     if samples and isinstance(samples[0], str):
         counts.documents = len(samples)
         counts.text_bytes = sum(len(text.encode()) for text in samples)
 
 
 class Worker:
-    """Answers the main process: ("prepare", key, block) and ("write", key, placement)."""
+    """Serve the main process's requests: ("prepare", key, block) and ("write", key, placement)."""
 
     def __init__(
         self,
@@ -176,14 +177,14 @@ class Worker:
         self.prepared: dict[Key, Prepared] = {}
 
     def run(self) -> None:
-        """Answer until the other side kills this process or hangs up."""
+        """Serve until the main process kills this process or closes the connection."""
         while True:
             action, key, content = self.connection.recv()
             answer = self.prepare(key, content) if action == "prepare" else self.write(key, content)
             self.connection.send((f"{action} done", key, answer))
 
     def prepare(self, key: Key, block: Block) -> Summary:
-        """Read a block, and keep it until it is known what comes before."""
+        """Read a block, and keep it until its place is known."""
         if self.tokenizer is None:
             prepared = prepare_text(block, self.options, self.progress)
             lengths = []
@@ -205,17 +206,17 @@ class Worker:
         if len(samples) > placement.samples:
             samples = samples[: placement.samples]
             _count_written(prepared.counts, samples)
-        carry_out, stored = placement.carry_out, placement.stored
-        return write_part(key, samples, prepared.counts, carry_out, stored, self.output)
+        rest_after, stored = placement.rest_after, placement.stored
+        return write_block(key, samples, prepared.counts, rest_after, stored, self.output)
 
     def progress(self, counts: Counts) -> None:
-        """Tell how far the block is."""
+        """Report the progress of a block."""
         self.connection.send(("progress", None, (counts.documents, counts.text_bytes)))
 
 
 def _die_with_parent() -> None:
-    # Without it a worker whose parent was killed finishes its block first, holding the lock.
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux
+    # Otherwise a worker whose parent was killed finishes its block first, and holds the lock.
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -229,16 +230,16 @@ def worker_main(
     """Run a worker in a forked process.
 
     Args:
-        connection: To the main process.
-        others: The main process's ends, inherited by the fork. Open here, they would keep this
-            worker and those before it from noticing that the main process is gone.
-        options: What is read.
-        tokenizer: For samples of tokens.
-        output: What is written.
+        connection: The connection to the main process.
+        others: The main process's ends, which the fork inherits. While they are open here, this
+            worker and earlier ones cannot notice that the main process has ended.
+        options: How documents are read.
+        tokenizer: The tokenizer, for samples of tokens.
+        output: How samples are written.
     """
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is that of the processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes run in parallel already
     for other in others:
         other.close()
     try:

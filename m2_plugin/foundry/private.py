@@ -1,0 +1,76 @@
+"""The private interfaces of llm-foundry, Composer and Streaming that this package uses.
+
+No documentation promises these names, so another version may drop or rename them:
+`pyproject.toml` allows one minor version of each. On an upgrade run
+`tests/foundry/test_private.py` first. Each entry says what it is for and what replaces it if it is
+gone. One more is in `conversion/mds.py`, which must not import llm-foundry.
+"""
+
+from typing import Any
+
+# The hidden size from d_model and the expansion ratio. If gone: int(d_model * expansion_ratio).
+from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
+
+# The config of llm-foundry's contrastive model, for its list of keys. If gone: list them here.
+from llmfoundry.models.llm_embed.modeling_llm_embed import ContrastiveConfig
+
+# `stacked_param_init_helper` initialises stacked matrices one by one; `summon_dtensor` lets an
+# initialisation see whole DTensors under FSDP2. If gone: a loop; a decorator on `full_tensor()`.
+from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
+
+# The states of a shard in Streaming's shared memory, see `release_shard`.
+from streaming.base.dataset import _ShardState
+
+# xxh64 and its like by name. If gone: the package xxhash, and hashlib.
+from streaming.base.hashing import get_hash
+from torch import nn
+
+__all__ = [
+    "FSDP_SETTINGS",
+    "OVERRIDDEN",
+    "ContrastiveConfig",
+    "get_hash",
+    "is_residual",
+    "mark_residual",
+    "release_shard",
+    "resolve_ffn_hidden_size",
+    "stacked_param_init_helper",
+    "stop_reading",
+    "summon_dtensor",
+]
+
+# The attribute of a module that llm-foundry's MPT takes for the settings of an FSDP unit. If gone:
+# MPT's `fsdp_wrap_fn` has to be replaced.
+FSDP_SETTINGS = "_fsdp_kwargs_dict"
+
+# Methods of llm-foundry's FinetuneEmbeddingModel that `contrastive.py` overrides. If gone: its
+# `loss` and `eval_forward` have to be overridden whole.
+OVERRIDDEN = ("_compute_scores", "_update_step_size_if_needed")
+
+
+def mark_residual(module: nn.Module) -> None:
+    """Mark a layer that writes to the residual stream, for `init_config.init_div_is_residual`."""
+    module._is_residual = True  # type: ignore[assignment]
+
+
+def is_residual(module: nn.Module) -> bool:
+    """Whether a layer writes to the residual stream."""
+    return bool(getattr(module, "_is_residual", False))
+
+
+def release_shard(dataset: Any, shard_id: int) -> None:
+    """Mark a shard of a `StreamingDataset` as not being prepared.
+
+    Streaming leaves a shard whose download failed marked, and other workers wait for it for ever.
+    If the state is gone, see whether Streaming does this itself by now.
+    """
+    dataset._shard_states[shard_id] = _ShardState.REMOTE
+
+
+def stop_reading(dataset: Any) -> None:
+    """End the threads of a `StreamingDataset` that read ahead, if there are any.
+
+    If the event is gone, see how `StreamingDataset` ends its threads after an error.
+    """
+    if hasattr(dataset, "_event"):
+        dataset._event.set()
