@@ -68,16 +68,27 @@ TINY = {
 }
 SMALL = " ".join(f"model.config_overrides.{key}={value}" for key, value in TINY.items())
 LOCAL = f"precision=fp32 variables.tokenizer={TOKENIZER}"
-BATCHES = "max_duration=2ba eval_interval=2ba save_interval=2ba progress_bar=false"
-BATCHES += " global_train_batch_size=8 device_train_microbatch_size=8"
+BATCHES = "max_duration=2ba eval_interval=2ba eval_subset_num_batches=1 save_interval=2ba"
+BATCHES += " global_train_batch_size=8 device_train_microbatch_size=8 progress_bar=false"
 
 INSTALLS = NotRun("It installs from a package index.", "tests/package_check.py")
 BY_CI = NotRun("It is how these tests are run.", ".ci/run")
+ONE_TASK = NotRun(
+    "Another test runs one task in the same way.",
+    "tests/glue/test_end_to_end.py::test_one_task_by_composer_from_a_pretraining_checkpoint",
+)
+SWEEP = NotRun(
+    "Another test runs the sweep, and one task of it runs for README.md.",
+    "tests/glue/test_end_to_end.py::test_a_killed_sweep_goes_on_and_a_broken_task_is_in_the_table",
+)
 COMMANDS: dict[str, Run | NotRun] = {
     # README.md
     "python3.11 -m venv .venv && source .venv/bin/activate && pip install .": INSTALLS,
     "uv venv --python 3.11 && uv pip install .": INSTALLS,
-    "pip install torch transformers && pip install --no-deps .": INSTALLS,
+    "pip install torch transformers && pip install --no-deps .": NotRun(
+        "It installs from a package index; what m2_plugin.models imports is tested.",
+        "tests/test_layering.py",
+    ),
     "pip wheel --wheel-dir wheels .": INSTALLS,
     "pip install --no-index --find-links wheels m2-plugin": INSTALLS,
     "m2-plugin doctor": Run(),
@@ -98,15 +109,12 @@ COMMANDS: dict[str, Run | NotRun] = {
     ),
     "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start "
     "runs/m2-bert-base/huggingface/final variables.training_additions=false": Run(
-        f"--tasks rte --seeds 19 --jobs 1 variables.glue_path={ROOT}/tests/foundry/data/glue "
-        f"variables.tokenizer={TOKENIZER} {SMALL} tasks.rte.max_duration=1ep",
-        "runs/glue-m2-bert-base/rte-seed19/result.json",
+        f"--tasks cola --seeds 19 --jobs 1 variables.glue_path={ROOT}/tests/foundry/data/glue "
+        f"variables.tokenizer={TOKENIZER} {SMALL} tasks.cola.max_duration=1ep",
+        "runs/glue-m2-bert-base/cola-seed19/result.json",
     ),
     "composer train.py yamls/finetune/glue/m2-bert-base-sst2.yaml variables.start="
-    "runs/m2-bert-base/huggingface/final variables.training_additions=false": NotRun(
-        "Another test runs one task in the same way.",
-        "tests/glue/test_end_to_end.py::test_one_task_by_composer_from_a_pretraining_checkpoint",
-    ),
+    "runs/m2-bert-base/huggingface/final variables.training_additions=false": ONE_TASK,
     "python data_prep/quickstart/pairs.py --out quickstart/pairs": Run(
         makes="quickstart/pairs/test.jsonl"
     ),
@@ -123,6 +131,33 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin export quickstart/run/huggingface/final --onnx model.onnx": Run(makes="model.onnx"),
     "m2-plugin export quickstart/run/huggingface/final --hub to-share": Run(
         makes="to-share/config.json"
+    ),
+    # yamls/README.md
+    "composer train.py yamls/pretrain/m2-bert-quickstart.yaml": NotRun(
+        "`make quickstart` runs it.",
+        "tests/test_end_to_end.py::test_unbroken_run_leaves_everything",
+    ),
+    "composer train.py yamls/pretrain/m2-bert-base.yaml variables.data_remote=s3://bucket/c4 "
+    "variables.data=/local/cache save_folder=s3://bucket/runs/m2-bert-base": Run(
+        f"{SMALL} {LOCAL} {BATCHES}",
+        "from-remote/run/latest-rank0.pt",
+        instead={
+            "s3://bucket/c4": "./my-copy-c4",
+            "/local/cache": "from-remote/cache",
+            "s3://bucket/runs/m2-bert-base": "from-remote/run",
+        },
+    ),
+    "m2-plugin train-report runs/m2-bert-base runs/bert-base --x tokens --out compared": Run(
+        makes="compared/report.html", instead={"runs/bert-base": "quickstart/run"}
+    ),
+    "composer train.py yamls/finetune/glue/m2-bert-base-mnli.yaml "
+    "variables.start=CHECKPOINT": ONE_TASK,
+    "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start CHECKPOINT": SWEEP,
+    "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start "
+    "runs/m2-bert-base/huggingface/final --tasks cola sst2 --seeds 19 "
+    "model.config_overrides=null tasks.cola.lr=3.0e-5": SWEEP,
+    "m2-plugin glue --report-only --out runs/glue-m2-bert-base": Run(
+        makes="runs/glue-m2-bert-base/report.png"
     ),
     # CONTRIBUTING.md
     "make install": BY_CI,
