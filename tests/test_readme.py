@@ -137,6 +137,22 @@ COMMANDS: dict[str, Run | NotRun] = {
         "`make quickstart` runs it.",
         "tests/test_end_to_end.py::test_unbroken_run_leaves_everything",
     ),
+    "composer train.py yamls/finetune/text-classification.yaml variables.train=train.csv "
+    "variables.eval=dev.csv variables.start=quickstart/run/huggingface/final "
+    "variables.num_labels=3": NotRun(
+        "The same YAML runs for README.md.",
+        "tests/foundry/test_starting_points.py::test_fine_tune_and_reload",
+    ),
+    "python data_prep/convert_pairs.py --out_root ./my-pairs --local_files train=train.jsonl "
+    "val=val.jsonl": Run(
+        makes="my-pairs/val/index.json",
+        instead={"=train": "=quickstart/pairs/train", "=val": "=quickstart/pairs/val"},
+    ),
+    "composer train.py yamls/finetune/retrieval/m2-bert-base-2k-retrieval.yaml "
+    "variables.start=FOLDER": NotRun(
+        "The small recipe of the same kind runs for README.md.",
+        "tests/test_yamls.py::test_retrieval_trains_the_embedding_that_is_saved",
+    ),
     "composer train.py yamls/pretrain/m2-bert-base.yaml variables.data_remote=s3://bucket/c4 "
     "variables.data=/local/cache save_folder=s3://bucket/runs/m2-bert-base": Run(
         f"{SMALL} {LOCAL} {BATCHES}",
@@ -159,6 +175,19 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin glue --report-only --out runs/glue-m2-bert-base": Run(
         makes="runs/glue-m2-bert-base/report.png"
     ),
+    # m2_plugin/checkpoints/README.md
+    "m2-plugin import SOURCE --out FOLDER": Run(
+        makes="imported/model.safetensors",
+        instead={"SOURCE": "m2-bert-128.pt", "FOLDER": "imported"},
+    ),
+    "m2-plugin export FOLDER --out latest-rank0.pt": Run(
+        makes="latest-rank0.pt", instead={"FOLDER": "imported"}
+    ),
+    "m2-plugin export FOLDER --hub HUB_FOLDER": Run(makes="HUB_FOLDER/config.json"),
+    "m2-plugin export FOLDER --onnx model.onnx": Run(
+        makes="other.onnx", instead={"model.onnx": "other.onnx"}
+    ),
+    "m2-plugin extend FOLDER --max-seq-len 2048 --out LONGER": Run(makes="LONGER/config.json"),
     # CONTRIBUTING.md
     "make install": BY_CI,
     "make test": BY_CI,
