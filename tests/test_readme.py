@@ -175,6 +175,23 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin glue --report-only --out runs/glue-m2-bert-base": Run(
         makes="runs/glue-m2-bert-base/report.png"
     ),
+    # data_prep/README.md
+    "python data_prep/convert_c4.py --local_files data_prep/quickstart/c4-sample.json.gz "
+    "--val_fraction 0.05 --splits train val --out_root ./my-copy-c4": Run(
+        makes="c4-documents/val/index.json", instead={"my-copy-c4": "c4-documents"}
+    ),
+    "python data_prep/convert_text.py --local_files train=corpus.jsonl.xz --splits train "
+    "--concat_tokens 2048 --tokenizer google-bert/bert-base-uncased --out_root ./my-corpus": Run(
+        makes="my-corpus/train/index.json",
+        instead={
+            "corpus.jsonl.xz": "data_prep/quickstart/novels.jsonl.gz",
+            "google-bert/bert-base-uncased": str(TOKENIZER),
+        },
+    ),
+    "python data_prep/convert_pairs.py --local_files train=pairs.jsonl --out_root ./my-pairs": Run(
+        makes="other-pairs/train/index.json",
+        instead={"pairs.jsonl": "quickstart/pairs/train.jsonl", "my-pairs": "other-pairs"},
+    ),
     # m2_plugin/checkpoints/README.md
     "m2-plugin import SOURCE --out FOLDER": Run(
         makes="imported/model.safetensors",
