@@ -199,7 +199,8 @@ def test_readme_states_the_parameter_count(path):
             built = AutoModelForMaskedLM.from_config(config)
         built.tie_weights()
     count = sum(p.numel() for p in built.parameters())
-    row = next(r for r in (ROOT / "README.md").read_text().splitlines() if f"`{path.name}` |" in r)
+    rows = (ROOT / "yamls" / "README.md").read_text().splitlines()
+    row = next(r for r in rows if f"`{path.name}` |" in r)
     assert row.endswith(f"| {count:,} |")
 
 

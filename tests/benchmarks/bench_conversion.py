@@ -1,11 +1,11 @@
 # ruff: noqa: T201
-"""Conversion to MDS: ours with one and two workers beside the host's converter.
+"""Conversion to MDS: ours with one and two workers, and llm-foundry's converter.
 
     python tests/benchmarks/bench_conversion.py CORPUS.jsonl [--repetitions 3]
 
-Every run is a process of its own, as a user's is. `start` is what passes before the first document
-(interpreter and imports), `convert` the rest. Contenders take turns, so that a busy machine is busy
-for all; `others` is the share of the machine's cores that other processes took during the run.
+Every run is a process of its own, as a user's is. `start` is the time before the first document
+(interpreter and imports), `convert` is the rest. Contenders take turns, so that a busy machine
+slows all of them; `others` is the share of the cores that other processes used during the run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "data_prep" / "quickstart" / "tokenizer"
 LENGTH = 128
-CONTENDERS = ("ours, 1 worker", "ours, 2 workers", "host")
+CONTENDERS = ("ours, 1 worker", "ours, 2 workers", "llm-foundry")
 
 
 # --- one run, in a process of its own ---
@@ -56,7 +56,7 @@ def run_ours(corpus: Path, out: Path, mode: str, workers: int) -> dict[str, floa
     return {"began": began, "samples": samples}
 
 
-def run_host(corpus: Path, out: Path, mode: str) -> dict[str, float]:
+def run_llm_foundry(corpus: Path, out: Path, mode: str) -> dict[str, float]:
     import llmfoundry.command_utils  # noqa: F401
 
     module = sys.modules["llmfoundry.command_utils.data_prep.convert_dataset_json"]
@@ -68,8 +68,8 @@ def run_host(corpus: Path, out: Path, mode: str) -> dict[str, float]:
 
 
 def child(contender: str, corpus: Path, out: Path, mode: str) -> None:
-    if contender == "host":
-        result = run_host(corpus, out, mode)
+    if contender == "llm-foundry":
+        result = run_llm_foundry(corpus, out, mode)
     else:
         result = run_ours(corpus, out, mode, int(contender.split()[1]))
     result["ended"] = time.time()
@@ -101,7 +101,7 @@ def measure(contender: str, corpus: Path, mode: str, memory: bool = False) -> di
     with tempfile.TemporaryDirectory(dir=corpus.parent) as scratch:
         out = Path(scratch) / "out"
         out.mkdir()
-        # The host first copies its input into the cache of `datasets`: as for a first conversion.
+        # llm-foundry copies its input into the cache of `datasets` first: start without a cache.
         environment = dict(os.environ, HF_DATASETS_CACHE=f"{scratch}/cache")
         command = [sys.executable, __file__, str(corpus), "--child", contender, mode, str(out)]
         machine, began, peak = psutil.cpu_times(), time.time(), 0.0
@@ -170,8 +170,8 @@ def show(mode: str, results: dict[str, Any], corpus: Path) -> None:
             f"{name:18}{r['convert_s']:10.2f}{low:9.2f}-{high:6.2f}{rate:8.1f}"
             f"{r['start_s']:9.2f}{r['cpu_s']:8.1f}{r['others']:8.0%}"
         )
-    one, two, host = (results[name]["convert_s"] for name in CONTENDERS)
-    print(f"two workers over one: {one / two:.2f}x; over the host: {host / one:.2f}x with one")
+    one, two, theirs = (results[name]["convert_s"] for name in CONTENDERS)
+    print(f"two workers over one: {one / two:.2f}x; over llm-foundry: {theirs / one:.2f}x with one")
 
 
 def memory_use(corpus: Path, modes: list[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Trains M2-GPT and the host's unmodified MPT of as many parameters on the quickstart's corpus.
+"""Train M2-GPT and llm-foundry's MPT, with equally many parameters, on the quickstart's corpus.
 
     python tests/benchmarks/bench_gpt.py [--batches 600]
 
-Both run yamls/pretrain/m2-gpt-small.yaml through the composer launcher on one core: same data in
-the same order, same seed, same optimizer. Writes results/gpt.json and gpt.png.
+Both run yamls/pretrain/m2-gpt-small.yaml through the composer launcher on one core, with the same
+data, order, seed and optimizer. Writes results/gpt.json and gpt.png.
 """
 
 import argparse

@@ -8,11 +8,11 @@ run which is cut short leaves what it has. The encoder's forward pass is timed w
 training step is forward with the masked-language-model loss (15% masked), backward and AdamW.
 
 Models take turns within a row, each with the dropout that is its default. On a GPU the weights are
-fp32 under bf16 autocast, as Composer's ``amp_bf16`` has it, for all alike; a batch has the same
+fp32 under bf16 autocast, as Composer's `amp_bf16` has it, for all alike; a batch has the same
 number of tokens at every length, so that what does not mix positions costs the same and a curve
 shows the mixing; times are CUDA events round enough calls to fill the queue. All have one
-vocabulary. ``m2_bert`` decodes the masked positions only, as it is trained; the others, and
-``m2_bert_all_logits``, every position, as transformers does.
+vocabulary. `m2_bert` decodes the masked positions only, as it is trained; the others, and
+`m2_bert_all_logits`, every position, as transformers does.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def build(provider: str, scale: str, length: int, device: str) -> torch.nn.Modul
 def setup(
     provider: str, scale: str, length: int, batch: int, device: str, compiled: bool
 ) -> dict[str, Callable[[], None]]:
-    """Returns what is timed: ``forward`` and ``step`` of one model on one batch."""
+    """Returns what is timed: `forward` and `step` of one model on one batch."""
     torch.manual_seed(0)
     model = build(provider, scale, length, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -143,7 +143,7 @@ def setup(
 
 
 def seconds(fn: Callable[[], Any], device: str, calls: int = 1) -> float:
-    """Seconds that a call takes, from ``calls`` in a row."""
+    """Seconds that a call takes, from `calls` in a row."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_ops.py --lengths 128   # one
 
 Prints a table and writes tests/benchmarks/results/ops_<device>.json after every row. Providers
-alternate within a run; a figure is the median. ``floor`` is in ``floors.py``; the rates that it
+alternate within a run; a figure is the median. `floor` is in `floors.py`; the rates that it
 needs are measured first, by a copy and by a large matrix product. The error is that of the forward
 pass against fp64, relative, on a slice of the batch and channels.
 
@@ -12,9 +12,9 @@ Times are CUDA events round as many calls in a row as fill the queue: some of th
 shorter than the time to launch them, and waiting for each would measure the launch. Inputs are
 larger than the L2 cache, so nothing has to clear it between calls.
 
-``rfft`` and ``fft`` are what one writes by hand: the gates, and both filters in the frequency
-domain, zero-padded to 2·L, in fp32. ``hyena_filters`` is the generation of both filters of a
-layer, once for a batch, to be seen beside ``gated_long_conv``.
+`rfft` and `fft` are what one writes by hand: the gates, and both filters in the frequency
+domain, zero-padded to 2·L, in fp32. `hyena_filters` is the generation of both filters of a
+layer, once for a batch, to be seen beside `gated_long_conv`.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def by_hand(p: Tensor, u: Tensor, short: Sequence[Tensor], taps: Sequence[Tensor
 def providers(
     op: str, length: int, batch: int, hidden: int, normal: Inputs
 ) -> tuple[dict[str, Run], floors.Work]:
-    """What is timed on inputs drawn from ``normal``, and the work of a forward pass."""
+    """What is timed on inputs drawn from `normal`, and the work of a forward pass."""
     size, tokens, width = 4 * hidden, batch * length, normal.dtype.itemsize
     runs: dict[str, Run] = {}
 

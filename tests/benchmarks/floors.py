@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Work:
     """Bytes in and out, and operations of the products (two to a multiply-add).
 
-    ``operations`` is None where it depends on the algorithm, and memory bounds the good ones.
+    `operations` is None where it depends on the algorithm, and memory bounds the good ones.
     """
 
     bytes: int

@@ -1,13 +1,13 @@
-"""Everything that wants a GPU, in one command: tests, doctor, and the benchmarks of ops and model.
+"""Run all that needs a GPU: tests, doctor, and the benchmarks of the ops and the model.
 
     python tests/benchmarks/gpu.py                       # all, within ten minutes
     python tests/benchmarks/gpu.py --only ops model      # parts
     python tests/benchmarks/gpu.py --only ops --scale 3  # in three times the time
 
-Needs torch, Triton and transformers, and nothing installed of this repository or the host; pytest
-and ncu are used if they are there. Each part is a process with a time limit; a part that fails
-does not stop the rest, and the exit code is then 1. Logs and JSON go to $OUT (default
-tests/benchmarks/results), and what the logs end with is shown.
+Needs torch, Triton and transformers; neither this package nor llm-foundry has to be installed.
+pytest and ncu are used if they are there. Each part is a process with a time limit. If a part
+fails, the rest still runs, and the exit code is 1. Logs and JSON go to $OUT (default
+tests/benchmarks/results); the end of each log is shown.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""Kills small quickstart runs by SIGKILL, at random times, until they end: are the weights equal?
+"""Kill small quickstart runs by SIGKILL until they end, and compare their weights.
 
     python tests/benchmarks/kill.py --kills 20 --out tests/benchmarks/results/kills.json
 
-The host is imported once; each attempt is a fork that runs the host's `train`. A quarter of the
-kills come at any time; the others soon after training has begun, and while a checkpoint or the
-transformers folder is being written.
-Each run gets up to four kills, less if it ends before, and is then started once more. Its weights,
-its optimizer's state, its loss curve and its transformers folder are compared, bit for bit, with an
-unbroken run's.
+llm-foundry is imported once; each attempt is a fork that runs its `train`. A quarter of the kills
+come at any time; the others come soon after training has begun, or while a checkpoint or the
+transformers folder is being written. Each run gets up to four kills, fewer if it ends before, and
+is then started once more. Its weights, the state of its optimizer, its loss curve and its
+transformers folder are compared, bit for bit, with those of an uninterrupted run.
 """
 
 import argparse
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 TOKENIZER = ROOT / "data_prep" / "quickstart" / "tokenizer"
 BATCHES, SAVED_EVERY = 24, 6
-# What the host logs then.
+# What llm-foundry and Composer log then.
 TRAINING, RESUMING = "Starting training", "Loading checkpoint from"
 # Aimed kills come up to so many seconds after what they wait for: within the training, and within
 # the writing of a small file.
@@ -69,7 +68,7 @@ def config(out: Path, mds: Path, keys: dict[str, Any] | None = None) -> dict[str
 
 
 def train(cfg: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
-    """Run the host's `train`, in a process of its own; its output goes to a file."""
+    """Run llm-foundry's `train`, in a process of its own; its output goes to a file."""
     import torch
     from llmfoundry.command_utils import train
     from omegaconf import OmegaConf
@@ -85,7 +84,7 @@ def train(cfg: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
 def start(
     cfg: dict[str, Any], log: Path, rank: int = 0, size: int = 1, port: int = 0
 ) -> BaseProcess:
-    """Start a run, or one rank of it, in a fork of a server that has imported the host once."""
+    """Start a run, or one rank of it, in a fork of a server that has imported it once."""
     environment = rank_environment(rank, size, port or free_port())
     process = forkserver().Process(target=train, args=(cfg, log, environment))
     process.start()
@@ -96,7 +95,7 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What Composer's launcher sets for one rank of a run on this machine."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_PORT": port}
     numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    # Of FSDP's versions the host takes the first unless told so; the second runs on a CPU.
+    # Composer takes FSDP1 by default; FSDP2 also runs on a CPU.
     return {"MASTER_ADDR": "127.0.0.1", "FSDP_VERSION": "2"} | {
         name: str(number) for name, number in numbers.items()
     }
@@ -319,7 +318,7 @@ def main() -> int:
     (work / "unbroken").mkdir()
     warm = forkserver().Process(target=int)
     warm.start()
-    wait(warm)  # imports the host: no part of a run's time
+    wait(warm)  # imports llm-foundry: no part of a run's time
     began = time.monotonic()
     code = wait(start(config(work / "unbroken", work / "mds"), work / "unbroken" / "log.txt"))
     if code:

@@ -1,13 +1,15 @@
-"""Writes the README's tables from tests/benchmarks/results/*.json, and draws the model's curves.
+"""Write the tables of measurements into the READMEs, from tests/benchmarks/results/*.json.
 
     python tests/benchmarks/report.py
 
-Tables whose figures need a GPU have dashes until there is a file of them.
+Each table stands between two comments, `<!-- NAME -->` and `<!-- /NAME -->`. A table whose file of
+results is missing is not printed: a sentence says which command measures it.
 """
 
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +21,93 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
+NONE = "–"
+NO_GPU = "Not measured yet: run `make gpu-bench` on a machine with a GPU."
+
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(header: list[str], rows: list[list[str]], text_columns: int = 2) -> str:
+    """Write a table in Markdown; columns after the first `text_columns` are aligned right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
+
+
+def spread(timing: dict[str, Any], unit: str, form: str) -> str:
+    """Write a median and its range, e.g. `0.015 (0.011–0.016)`."""
+    values = [timing[f"{key}_{unit}"] for key in ("median", "min", "max")]
+    return "{} ({}–{})".format(*(form.format(value) for value in values))
+
+
+def measured() -> str:
+    """Write the README's three rows."""
+    report, tokens = load("model_cpu"), load("conversion_tokens_59mb")["times"]["tokens"]
+    steps = {r["length"]: r for r in report["rows"] if (r["scale"], r["what"]) == ("base", "step")}
+    rows = []
+    for length in (128, 2048):
+        row = steps[length]
+        ours, theirs = row["m2_bert"]["median_s"], row["bert_sdpa"]["median_s"]
+        what = f"Training step, base size, {row['batch']} × {length:,} tokens, 1 CPU thread"
+        rows.append([what, f"{ours:.1f} s", f"BERT-base {theirs:.1f} s", f"{row['speedup']:.1f}×"])
+    ours, theirs = (tokens[name]["convert_s"] for name in ("ours, 2 workers", "llm-foundry"))
+    what = "Convert 59 MB of text to tokens in MDS, 2 cores"
+    other = f"llm-foundry's converter {theirs:.1f} s"
+    rows.append([what, f"{ours:.1f} s", other, f"{theirs / ours:.1f}×"])
+    return table(["what", "m2_plugin", "compared with", "faster by"], rows, 3)
+
+
+def quickstart_line() -> str:
+    report = load("quickstart")
+    return (
+        f"On {report['cores']} CPU cores this takes {report['total_s'] / 60:.1f} minutes. The loss "
+        f"on held-out text falls to **{report['eval_loss']:.2f}** nats per masked token; a model "
+        f"that knows only how often each word occurs reaches "
+        f"{report['unigram_cross_entropy']:.2f}."
+    )
+
+
+def quickstart() -> str:
+    report = load("quickstart")
+    return (
+        f"`make quickstart` on {report['cores']} CPU cores, {report['date']} "
+        f"(`bench_quickstart.py`): {report['total_s'] / 60:.1f} minutes, {report['install_s']:.0f} "
+        f"s of them for the installation. After {report['batches']} batches the evaluation loss is "
+        f"**{report['eval_loss']:.2f}** nats per masked token. A model that knows only word "
+        f"frequencies reaches {report['unigram_cross_entropy']:.2f}; the unigram entropy of the "
+        f"corpus is {report['unigram_entropy']:.2f}.\n\n"
+        f"![Loss curve of the quickstart](results/quickstart.png)"
+    )
 
 
 def model_cpu() -> str:
     report = load("model_cpu")
     rows = []
     counts = {row["scale"]: row["repeats"] for row in report["rows"]}
-    repeats = ", ".join(f"{count} at {scale} scale" for scale, count in counts.items())
+    repeats = ", ".join(f"{count} at {scale} size" for scale, count in counts.items())
     for row in report["rows"]:
-        ours, theirs = row["m2_bert"], row["bert_sdpa"]
         rows.append(
             [
                 row["scale"],
                 {"forward": "encoder forward", "step": "training step"}[row["what"]],
                 str(row["length"]),
                 str(row["batch"]),
-                f"{ours['median_s']:.3f} ({ours['min_s']:.3f}–{ours['max_s']:.3f})",
-                f"{theirs['median_s']:.3f} ({theirs['min_s']:.3f}–{theirs['max_s']:.3f})",
+                *(spread(row[name], "s", "{:.3f}") for name in ("m2_bert", "bert_sdpa")),
                 f"**{row['speedup']:.2f}×**",
             ]
         )
     intro = (
-        f"M2-BERT beside transformers' BERT with SDPA, alternating in one run: seconds, median "
-        f"(range; repeats: {repeats}), {report['threads']} thread of {report['device']}, fp32, "
+        f"M2-BERT and transformers' BERT with SDPA, alternating in one run. Seconds, median "
+        f"(range); repeats: {repeats}; {report['threads']} thread of {report['device']}, fp32, "
         f"torch {report['torch']}, transformers {report['transformers']}, {report['date']} "
-        f"(`bench_model.py`). A training step is forward with 15% of the tokens masked, backward "
-        f"and AdamW; M2-BERT decodes the masked positions only.\n\n"
+        f"(`bench_model.py`). A training step is the forward pass with 15% of the tokens masked, "
+        f"the backward pass and AdamW. M2-BERT decodes only the masked positions.\n\n"
     )
-    header = ["scale", "what", "L", "batch", "M2-BERT", "BERT", "BERT / M2-BERT"]
+    header = ["size", "what", "L", "batch", "M2-BERT", "BERT", "BERT / M2-BERT"]
     return intro + table(header, rows)
 
 
-def load_if_any(name: str) -> dict:
-    return load(name) if (RESULTS / f"{name}.json").exists() else {}
-
-
-NONE = "–"
-NO_GPU = (
-    "No GPU could be had yet: entries that need one are left out. `make gpu-bench` on a machine "
-    "with one fills them in.\n\n"
-)
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 MODELS = {
     "m2_bert": "M2-BERT",
@@ -79,7 +120,7 @@ MODELS = {
 
 
 def times_faster(row: dict[str, Any], other: str) -> str:
-    """How many times the tokens per second of another model M2-BERT has."""
+    """Write M2-BERT's tokens per second divided by those of another model."""
     ours, theirs = row.get("m2_bert", {}), row.get(other, {})
     if "median_s" in ours and "median_s" in theirs:
         return f"{theirs['median_s'] / ours['median_s']:.2f}×"
@@ -87,8 +128,10 @@ def times_faster(row: dict[str, Any], other: str) -> str:
 
 
 def model_cuda() -> str:
-    report = load_if_any("model_cuda")
-    found = {(r["what"], r["length"]): r for r in report.get("rows", []) if r["scale"] == "base"}
+    if not (RESULTS / "model_cuda.json").exists():
+        return NO_GPU
+    report = load("model_cuda")
+    found = {(r["what"], r["length"]): r for r in report["rows"] if r["scale"] == "base"}
     rows = []
     for length in LENGTHS:
         line = [str(length)]
@@ -102,29 +145,28 @@ def model_cuda() -> str:
             line.append(NONE if peak is None else f"{peak / 2**30:.1f}")
         rows.append(line)
     intro = (
-        "M2-BERT-base on a GPU, tokens per millisecond (`bench_model.py --device cuda`), and how "
-        "many times those of transformers' BERT-base with SDPA, with eager attention, and "
-        "ModernBERT-base with SDPA; peak memory of a training step in GiB. bf16 autocast, 32,768 "
-        "tokens in a batch at every length.\n\n"
+        f"M2-BERT-base on a GPU: tokens per millisecond, and how many times the rate of "
+        f"transformers' BERT-base with SDPA, BERT-base with eager attention, and ModernBERT-base "
+        f"with SDPA (`bench_model.py --device cuda`). The last columns are the peak memory of a "
+        f"training step in GiB. bf16 autocast, 32,768 tokens in a batch at every length, medians; "
+        f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, "
+        f"{report['date']}.\n\n"
     )
-    if report:
-        intro += (
-            f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, "
-            f"{report['date']}; medians.\n\n"
-        )
     names = ["× BERT", "× eager", "× ModernBERT"]
     header = ["L", "forward", *names, "training step", *names, "memory", "BERT's"]
     picture = ""
     if (RESULTS / "model_cuda.png").exists():
-        picture = "\n\n![Throughput by length](tests/benchmarks/results/model_cuda.png)"
-    return intro + ("" if report else NO_GPU) + table(header, rows) + picture
+        picture = "\n\n![Throughput by length](results/model_cuda.png)"
+    return intro + table(header, rows) + picture
 
 
 def ops_cuda() -> str:
+    if not (RESULTS / "ops_cuda.json").exists():
+        return NO_GPU
     from m2_plugin.ops.backend import MAX_TOEPLITZ_LENGTH
 
-    report = load_if_any("ops_cuda")
-    found = {(r["op"], r["length"]): r for r in report.get("rows", []) if r["what"] == "forward"}
+    report = load("ops_cuda")
+    found = {(r["op"], r["length"]): r for r in report["rows"] if r["what"] == "forward"}
     tokens, hidden = 1 << 16, 768
     jobs: list[tuple[str, int | None, floors.Work]] = []
     for length in LENGTHS:
@@ -176,28 +218,23 @@ def ops_cuda() -> str:
             ]
         )
     intro = (
-        "The ops' forward passes in bf16, D = 768, 65,536 tokens (`bench_ops.py`). By arithmetic: "
-        "bytes that a token must move and operations of its matrix products, in millions (the "
-        "mixer's up to the length where it turns to an FFT; beyond, memory alone is its floor); "
-        "measured: the share of the floor, which is the larger of the times that memory and "
-        "products need at the device's own rates, and the speed over plain PyTorch and over what "
-        "the op replaces "
-        "(`torch.fft.rfft` padded to 2·L; dense layers).\n\n"
+        f"Forward passes of the ops in bf16, D = 768, 65,536 tokens (`bench_ops.py`); "
+        f"{report['device']}, torch {report['torch']}, {report['date']}; medians; the faster of "
+        f"two algorithms where both were timed. The columns up to *op / byte* are arithmetic: the "
+        f"bytes that each token must move, and the operations of its matrix products in millions. "
+        f"Where an FFT takes over, memory alone sets the floor. The floor is the larger of the two "
+        f"times that memory and products need at the rates measured on this device "
+        f"({report['bytes_per_second'] / 1e9:,.0f} GB/s and "
+        f"{report['operations_per_second'] / 1e12:,.0f} TFLOP/s). *× replaced* compares with what "
+        f"the op replaces: `torch.fft.rfft` padded to 2·L, or dense layers.\n\n"
     )
-    if report:
-        intro += (
-            f"{report['device']}, {report['bytes_per_second'] / 1e9:,.0f} GB/s and "
-            f"{report['operations_per_second'] / 1e12:,.0f} TFLOP/s measured, torch "
-            f"{report['torch']}, {report['date']}; medians; the faster of the two algorithms where "
-            "both were timed.\n\n"
-        )
     header = ["op", "L", "bytes", "Mop", "op / byte", "ms", "GB/s", "TFLOP/s", "of floor"]
     header += ["× PyTorch", "× replaced", "error: ours / PyTorch"]
-    return intro + ("" if report else NO_GPU) + table(header, rows)
+    return intro + table(header, rows)
 
 
 def draw_model(path: Path) -> None:
-    """Draws tokens per millisecond against length from a file of ``bench_model.py``."""
+    """Draw tokens per millisecond against length from a file of `bench_model.py`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -259,28 +296,15 @@ def conversion() -> str:
                 )
     first = reports[0]
     intro = (
-        f"Conversion of {first['corpus_mb']:.0f} MB of Wikipedia to MDS, beside llm-foundry's own "
-        f"converter, alternating in one run: seconds, median (range), {first['cores']} cores, "
+        f"Conversion of {first['corpus_mb']:.0f} MB of Wikipedia to MDS, ours and llm-foundry's "
+        f"converter, alternating in one run. Seconds, median (range), {first['cores']} cores, "
         f"{first['date'][:10]} (`bench_conversion.py`). *Start* is the interpreter and imports; "
-        f"*others* is the share of the machine that other processes took meanwhile.\n\n"
+        f"*others* is the share of the machine that other processes used.\n\n"
     )
     header = ["output", "converter", "convert", "start", "CPU", "others"]
     memory = first["peak_memory_mb_two_workers"]["text"]
     sizes = "; ".join(f"{mb:.0f} MB at {size.replace('x', '×')}" for size, mb in memory.items())
     return f"{intro}{table(header, rows)}\n\nMemory with two workers: {sizes} the input."
-
-
-def quickstart() -> str:
-    report = load("quickstart")
-    return (
-        f"On {report['cores']} cores it takes {report['total_s'] / 60:.1f} minutes, "
-        f"{report['install_s']:.0f} s of them for the installation. After {report['batches']} "
-        f"batches the evaluation loss is **{report['eval_loss']:.2f}** nats per masked token; a "
-        f"model that knows word frequencies only would reach "
-        f"{report['unigram_cross_entropy']:.2f} (the corpus's unigram entropy is "
-        f"{report['unigram_entropy']:.2f}).\n\n"
-        f"![Loss curve of the quickstart](tests/benchmarks/results/quickstart.png)"
-    )
 
 
 def glue_quickstart() -> str:
@@ -296,7 +320,7 @@ def glue_quickstart() -> str:
             commonest = f"{row['commonest'][metric]:.3f}"
             rows.append([row["task"], metric, count, commonest, *scores])
     sizes = "; ".join(
-        f"{name} {model['parameters']:,} parameters, evaluation loss "
+        f"{name}: {model['parameters']:,} parameters, evaluation loss "
         f"{model['pretraining_eval_loss']:.2f} nats"
         for name, model in report["models"].items()
     )
@@ -306,18 +330,18 @@ def glue_quickstart() -> str:
     accuracy = ", ".join(f"{n} {sst2['models'][n]['metrics']['accuracy']:.1%}" for n in names)
     intro = (
         f"Two models of the quickstart's size, pretrained by its recipe ({sizes}), then fine-tuned "
-        f"through `composer train.py` on a CPU; whole dev sets, last epoch, one seed, "
-        f"{report['date']} (`bench_glue.py`). It shows that the way from text to a score works: on "
-        f"SST-2, trained on 20,000 of its 67,349 sentences, accuracy is {accuracy}, where the "
-        f"commonest answer gives {sst2['commonest']['accuracy']:.1%} and the same training from "
-        f"random weights {scratch}. So minutes of pretraining on nine novels hardly matter to "
-        f"SST-2, and do not carry to CoLA or to pairs of sentences: those scores lie near or below "
-        f"the commonest answer's, STS-B's a little above. One seed says nothing of "
-        f"differences this small. Each saved folder, reloaded in transformers, predicts the "
-        f"trainer's metric.\n\n"
+        f"with `composer train.py` on a CPU. Whole dev sets, last epoch, one seed, "
+        f"{report['date']} (`bench_glue.py`). The table shows that the path from text to a score "
+        f"works. On SST-2, trained on 20,000 of its 67,349 sentences, the accuracy is {accuracy}; "
+        f"the most common answer gives {sst2['commonest']['accuracy']:.1%}; the same training "
+        f"from random weights gives {scratch}. So a few minutes of pretraining on nine novels "
+        f"change little on SST-2, and they do not help on CoLA or on pairs of sentences: these "
+        f"scores are near or below the most common answer, STS-B's a little above it. With one "
+        f"seed, differences this small mean nothing. Each saved folder, loaded again in "
+        f"transformers, gives the trainer's metric.\n\n"
     )
-    header = ["task", "metric", "samples × epochs", "commonest answer", *names]
-    picture = "![GLUE dev sets](tests/benchmarks/results/glue_quickstart.png)"
+    header = ["task", "metric", "samples × epochs", "most common answer", *names]
+    picture = "![GLUE dev sets](results/glue_quickstart.png)"
     return f"{intro}{table(header, rows)}\n\n{picture}"
 
 
@@ -326,8 +350,8 @@ def import_cost() -> str:
     intro = (
         f"`m2-plugin import` of Composer checkpoints with random weights under the reference's "
         f"names, one process each, {report['date']} (`bench_import.py`). Memory is the peak of the "
-        f"process less the {report['libraries_mb']:.0f} MB of interpreter, torch and transformers; "
-        f"seconds include starting them.\n\n"
+        f"process minus the {report['libraries_mb']:.0f} MB that the interpreter, torch and "
+        f"transformers take. Seconds include starting them.\n\n"
     )
     rows = [
         [
@@ -339,16 +363,17 @@ def import_cost() -> str:
         ]
         for row in report["rows"]
     ]
-    lines = table(["layout", "file, MB", "memory, MB", "memory / file", "seconds"], rows)
-    return intro + lines.replace("| --- | --- |", "| --- | ---: |")
+    return intro + table(
+        ["layout", "file, MB", "memory, MB", "memory / file", "seconds"], rows, text_columns=1
+    )
 
 
 EXTENSIONS = {  # by the benchmark's names
     "continue": "`continue`",
     "continue, positions interpolated": "`continue`, positions interpolated instead of repeated",
-    "continue at the first rate": "`continue`, taps decaying on at the first rate",
+    "continue at the first rate": "`continue`, new taps decay at the first rate",
     "tile": "`tile`",
-    "tile, as the reference": "`tile` as in the reference, its first features zero",
+    "tile, as the reference": "`tile` as in the reference, with its first features zero",
     "stretch": "features interpolated",
 }
 
@@ -369,21 +394,20 @@ def extension() -> str:
     intro = (
         f"The quickstart's model, extended from 128 to {report['length']:,} tokens: nats per "
         f"masked token on four novels that it has not seen ({report['held_out_tokens']:,} tokens, "
-        f"cut to 128, 512 or 2,048, each with masks of its own), after no, {steps[1]} and {last} "
-        f"steps on other novels ({report['tokens_per_step']:,} tokens each, one seed, "
-        f"{report['date']}, `bench_extension.py`). At 128 the model itself has "
-        f"{report['before']['128']:.2f}; `continue` has {start['128']:.2f}, and "
-        f"{start['2048']:.2f} at 2,048 without any training, `tile` "
-        f"{found['tile']['0']['2048']:.2f}: hence the default. Its window decays more slowly "
-        f"beyond the old length, for at the first rate nothing of it would be left to train at "
-        f"2,048; that differs by {bend:+.2f} after {last} steps at 2,048, and so short a training "
-        f"cannot show what far lags are worth.\n\n"
+        f"cut to 128, 512 or 2,048, each length with its own masks), after 0, {steps[1]} and "
+        f"{last} steps on other novels ({report['tokens_per_step']:,} tokens each, one seed, "
+        f"{report['date']}, `bench_extension.py`). At 128 the model before the extension has "
+        f"{report['before']['128']:.2f}. Without training, `continue` has {start['128']:.2f} at "
+        f"128 and {start['2048']:.2f} at 2,048, and `tile` has "
+        f"{found['tile']['0']['2048']:.2f} at 2,048: therefore `continue` is the default. Its "
+        f"window decays more slowly beyond the old length, because at the first rate nothing would "
+        f"be left to train at 2,048. This changes the loss by {bend:+.2f} after {last} steps at "
+        f"2,048; so short a training cannot show what the far lags are worth.\n\n"
     )
     header = ["method", "128"] + [
         f"{length}, {n} steps" if n != "0" else length for length in ("512", "2,048") for n in steps
     ]
-    lines = table(header, rows)
-    return intro + lines.replace("| --- | --- |", "| --- | ---: |")
+    return intro + table(header, rows, text_columns=1)
 
 
 def gpt() -> str:
@@ -392,14 +416,14 @@ def gpt() -> str:
     sizes = ", ".join(f"{n} {found['parameters']:,}" for n, found in report["models"].items())
     losses = ", ".join(f"{name} **{loss:.2f}**" for name, loss in last.items())
     return (
-        f"`m2-gpt-small.yaml` beside the unmodified MPT at equal parameters ({sizes}), same data, "
-        f"order, seed and optimizer (its learning rate tuned for neither), "
-        f"{report['batches']} batches of {report['tokens_per_batch']:,} tokens of the "
-        f"quickstart's novels, one run each, {report['date']} (`bench_gpt.py`): at the end "
-        f"held-out text has {losses} nats per token; word frequencies alone give "
-        f"{report['unigram_cross_entropy']:.2f}. So short a training "
-        f"shows that the layers learn in the host's model, not which of the two ends up better.\n\n"
-        f"![Loss of M2-GPT and MPT](tests/benchmarks/results/gpt.png)"
+        f"`m2-gpt-small.yaml` and the unmodified MPT with equally many parameters ({sizes}); same "
+        f"data, order, seed and optimizer, the learning rate tuned for neither; "
+        f"{report['batches']} batches of {report['tokens_per_batch']:,} tokens of the quickstart's "
+        f"novels, one run each, {report['date']} (`bench_gpt.py`). Nats per token on held-out text "
+        f"at the end: {losses}; word frequencies alone give "
+        f"{report['unigram_cross_entropy']:.2f}. So short a training shows that the layers learn "
+        f"in llm-foundry's model. It does not show which of the two becomes better.\n\n"
+        f"![Loss of M2-GPT and MPT](results/gpt.png)"
     )
 
 
@@ -425,36 +449,33 @@ def scaling() -> str:
     fast, slow = a.NETWORKS
     flops = a.token_operations()
     text = (
-        f"M2-BERT-large (341M, L = {a.LENGTH}, {a.BATCH:,} sequences a step) on H100s, by "
-        f"arithmetic (`scaling.py`): **nothing here was measured.** GB on each GPU at a microbatch "
-        f"of {a.MICROBATCH}:\n\n"
+        f"**Predicted, not measured** (`scaling.py`): M2-BERT-large (341M, L = {a.LENGTH}, "
+        f"{a.BATCH:,} sequences a step) on H100s. GB on each GPU at a microbatch of "
+        f"{a.MICROBATCH}:\n\n"
     )
-    text += table(["", "", "", ""], memory).replace(
-        "|  |  |  |  |\n| --- | --- | ---: | ---: |",
-        "| | weights, gradients, moments | activations | together |\n| --- | ---: | ---: | ---: |",
-    )
+    text += table(["", "weights, gradients, moments", "activations", "together"], memory, 1)
     text += (
-        f"\n\nA training step is {flops / 1e9:.2f} GFLOP a token; if each op took the longer of "
-        f"what its bytes and its products need at the data sheet's {a.BANDWIDTH / 1e12:.2f} TB/s "
-        f"and {a.OPERATIONS / 1e12:,.0f} TFLOP/s, a GPU would do "
-        f"{1 / a.token_seconds() / 1e3:,.0f} thousand tokens/s. Below, kernels reach "
-        f"{a.EFFICIENCY:.0%} of that, and links all of their rate. *DDP* sends "
-        f"{a.PARAMETERS * 4 / 1e9:.2f} GB of fp32 gradients with the last microbatch; *sharded*, "
-        f"as in the YAML for 64 GPUs, half as much, in bf16, with each. They cross NVLink at "
-        f"{a.NVLINK / 1e9:.0f} GB/s within a machine of {a.NODE}, the network once, and travel "
-        f"under the backward pass as far as it lasts. *Update* is what Composer's DecoupledAdamW "
-        f"and the clipping read and write, which shards share. Gradients' ms → thousand tokens/s "
-        f"of each GPU, by the network of a machine:\n\n"
+        f"\n\nA training step needs {flops / 1e9:.2f} GFLOP a token. If each op took the longer of "
+        f"the two times that its bytes and its products need at the data sheet's "
+        f"{a.BANDWIDTH / 1e12:.2f} TB/s and {a.OPERATIONS / 1e12:,.0f} TFLOP/s, a GPU would do "
+        f"{1 / a.token_seconds() / 1e3:,.0f} thousand tokens/s. The table below assumes that "
+        f"kernels reach {a.EFFICIENCY:.0%} of that, and links their full rate. *DDP* sends "
+        f"{a.PARAMETERS * 4 / 1e9:.2f} GB of fp32 gradients with the last microbatch. *Sharded*, "
+        f"as in the YAML for 64 GPUs, sends half as much, in bf16, with each microbatch. Gradients "
+        f"cross NVLink at {a.NVLINK / 1e9:.0f} GB/s inside a machine of {a.NODE} and the network "
+        f"once; as long as the backward pass lasts, it hides them. *Update* is what Composer's "
+        f"DecoupledAdamW and the clipping read and write; shards divide it. The last columns are "
+        f"the gradients' ms → thousand tokens/s of each GPU, by the network of a machine:\n\n"
     )
     header = ["GPUs", "sequences each", "compute, ms", "update, ms: DDP / sharded"]
     header += [f"{net}, {how}" for net in (fast, slow) for how in ("DDP", "sharded")]
-    text += table(header, speed).replace("| --- | --- |", "| ---: | ---: |")
+    text += table(header, speed, 0)
     return text + (
-        "\n\nSo sharding within a machine gains a little from 8 GPUs on, since each then updates "
-        "an eighth, and much where the network is slow; from some 256 GPUs the published batch is "
-        "too small, its compute no longer hides the gradients. Kernel launches, and the small "
-        "collectives of the filters' units, which at 8 sequences are a part of a step too, are "
-        "not in this arithmetic."
+        "\n\nSo, from 8 GPUs on, sharding inside a machine gains a little, because each GPU "
+        "updates an eighth; it gains much where the network is slow. From about 256 GPUs on the "
+        "published batch is too small: its compute no longer hides the gradients. The arithmetic "
+        "leaves out kernel launches and the small collectives of the filters' units; at 8 "
+        "sequences they are a part of a step too."
     )
 
 
@@ -466,11 +487,11 @@ def kills() -> str:
     equal = sum(not any(run["exit_codes"]) and not run["unequal"] for run in killed)
     resumed = sum(batch > 0 for run in killed for batch in run["resumed"])
     return (
-        f"{report['kills']} SIGKILLs over {len(killed)} small quickstart runs, a quarter at any "
-        f"time, the others aimed at training and at what is being written ({tally}; `kill.py`, "
-        f"{report['date']}): {equal} of {len(killed)} ended with the weights, optimizer state, "
-        f"curve and folder of the unbroken run, bit for bit; {resumed} starts went on from a "
-        f"checkpoint, each from the newest whole one."
+        f"{report['kills']} SIGKILLs in {len(killed)} small quickstart runs (`kill.py`, "
+        f"{report['date']}). A quarter came at any time; the others were aimed at training and at "
+        f"files being written: {tally}. {equal} of {len(killed)} runs ended with the weights, "
+        f"optimizer state, curve and folder of the uninterrupted run, bit for bit. {resumed} "
+        f"starts resumed from a checkpoint, each from the newest complete one."
     )
 
 
@@ -478,18 +499,14 @@ def serving() -> str:
     report = load("serving_cpu")
     names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
     intro = (
-        f"Masked language models with random weights, logits of all positions: ms, median (range; "
-        f"at least 3 repeats, alternating), {report['threads']} thread of {report['device']}, "
-        f"torch {report['torch']}, ONNX Runtime "
-        f"{report['onnxruntime']}, {report['date']} (`bench_serving.py`). int8 quantises the dense "
-        f"layers dynamically.\n\n"
+        f"Masked language models with random weights, logits of all positions. Milliseconds, "
+        f"median (range; at least 3 repeats, alternating), {report['threads']} thread of "
+        f"{report['device']}, torch {report['torch']}, ONNX Runtime {report['onnxruntime']}, "
+        f"{report['date']} (`bench_serving.py`). int8 quantises the dense layers dynamically.\n\n"
     )
     rows = [
         [f"{row['scale']}, L = {row['length']}", str(row["batch"])]
-        + [
-            f"{found['median_ms']:.0f} ({found['min_ms']:.0f}–{found['max_ms']:.0f})"
-            for found in (row[name] for name in names)
-        ]
+        + [spread(row[name], "ms", "{:.0f}") for name in names]
         for row in report["rows"]
     ]
     header = ["model", "batch", "fp32", "bf16 autocast", "bf16 weights", "int8", "ONNX fp32"]
@@ -502,7 +519,7 @@ RETRIEVERS = {  # by the benchmark's names
     "start, no pooler": "the quickstart's model, mean of its last hidden states",
     "start, random pooler": "the same through a pooler with random weights",
     "infonce": "fine-tuned, `infonce`",
-    "orthogonal_projection": "fine-tuned, `orthogonal_projection`",
+    ORTHOGONAL: f"fine-tuned, `{ORTHOGONAL}`",
     "bm25": "BM25",
 }
 
@@ -510,26 +527,26 @@ RETRIEVERS = {  # by the benchmark's names
 def retrieval() -> str:
     report = load("retrieval")
     sets = report["sets"]
-    counts = ", ".join(
-        f"{name} {found['train_pairs']:,} pairs to train on and {found['test_pairs']:,} to test on"
+    counts = "; ".join(
+        f"{name}: {found['train_pairs']:,} pairs to train on, {found['test_pairs']:,} to test on"
         for name, found in sets.items()
     )
 
     def gain(name: str, loss: str = "infonce") -> str:
         found = sets[name]["ndcg"]
-        return f"{found['start, random pooler']:.3f} to {found[loss]:.3f}"
+        return f"from {found['start, random pooler']:.3f} to {found[loss]:.3f}"
 
     minutes = [value for found in sets.values() for value in found["minutes"].values()]
     intro = (
-        f"The quickstart's model fine-tuned by the small recipe ({min(minutes):.0f} to "
-        f"{max(minutes):.0f} minutes on one core), nDCG@10 on held-out pairs, "
-        f"{report['date']} (`bench_retrieval.py`): a passage of some 80 tokens of a web page of "
-        f"C4, or the beginning of a Wikipedia article, is to find the passage after it among all "
-        f"of the test split ({counts}; no page and no article is in both; one seed). In minutes it "
-        f"goes from {gain('c4')} on C4 and from {gain('wikipedia')} on Wikipedia by `infonce`, "
-        f"from {gain('c4', ORTHOGONAL)} and from {gain('wikipedia', ORTHOGONAL)} by "
-        f"`{ORTHOGONAL}`, which is for texts so long that no batch of pairs fits. BM25, to which "
-        f"every rare word is known, is far ahead.\n\n"
+        f"The quickstart's model, fine-tuned by the small recipe ({min(minutes):.0f} to "
+        f"{max(minutes):.0f} minutes on one core): nDCG@10 on held-out pairs, {report['date']} "
+        f"(`bench_retrieval.py`). A query is a passage of about 80 tokens of a web page of C4, or "
+        f"the beginning of a Wikipedia article; it is to find the passage that follows it among "
+        f"all of the test split ({counts}; no page or article is in both; one seed). With "
+        f"`infonce` the score goes {gain('c4')} on C4 and {gain('wikipedia')} on Wikipedia; with "
+        f"`{ORTHOGONAL}` {gain('c4', ORTHOGONAL)} and {gain('wikipedia', ORTHOGONAL)}. The second "
+        f"loss is for texts so long that no batch of pairs fits. BM25, which knows every rare "
+        f"word, is far ahead.\n\n"
     )
     rows = [
         [
@@ -538,22 +555,36 @@ def retrieval() -> str:
         ]
         for n, title in RETRIEVERS.items()
     ]
-    return intro + table(["", *sets], rows)
+    return intro + table(["", *sets], rows, text_columns=1)
+
+
+SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they stand in
+    "README.md": (quickstart_line, measured),
+    "tests/benchmarks/README.md": (
+        *(model_cpu, model_cuda, ops_cuda, conversion, quickstart, kills, glue_quickstart),
+        *(retrieval, extension, import_cost, serving, gpt, scaling),
+    ),
+}
+
+
+def fill(text: str, sections: tuple[Callable[[], str], ...]) -> str:
+    """Replace what stands between the marks of each section."""
+    for section in sections:
+        name = section.__name__
+        between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        body = section()
+        text, found = between.subn(lambda m, body=body: m[1] + body + "\n" + m[2], text)
+        if found != 1:
+            raise ValueError(f"The mark <!-- {name} --> must occur once, not {found} times.")
+    return text
 
 
 def main() -> None:
     if (RESULTS / "model_cuda.json").exists():
         draw_model(RESULTS / "model_cuda.json")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    sections = (quickstart, glue_quickstart, gpt, scaling, kills, import_cost, extension, serving)
-    for section in (*sections, retrieval, model_cpu, model_cuda, ops_cuda, conversion):
-        name = section.__name__
-        between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        body = section()
-        text, found = between.subn(lambda m, body=body: m[1] + body + "\n" + m[2], text)
-        assert found == 1, f"README.md has no markers for {name}"
-    readme.write_text(text)
+    for path, sections in SECTIONS.items():
+        readme = ROOT / path
+        readme.write_text(fill(readme.read_text(), sections))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/benchmarks/scaling.py
 
 Nothing here was measured: figures follow from the sizes of the tensors and from the device's data
-sheet. `report.py` writes them into the README.
+sheet. `report.py` writes them into README.md.
 
 Dimension key: P parameters, D hidden size, L length, V vocabulary, B sequences in a step.
 """
