@@ -11,7 +11,7 @@ PACKAGE = Path(m2_plugin.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ["ops", "layers", "models", "foundry"]  # each may import those before it
 LIGHT = [
-    *(PACKAGE / name for name in ("cli.py", "curves.py", "files.py")),
+    *(PACKAGE / name for name in ("cli.py", "curves.py", "files.py", "recipes.py")),
     *sorted((PACKAGE / "glue").glob("*.py")),
     *sorted((PACKAGE / "train_report").glob("*.py")),
 ]
