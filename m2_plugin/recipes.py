@@ -145,5 +145,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write("".join(f"{path}\n" for path in written))
-    sys.stdout.write(f"{len(written)} files written to {args.out}.\n")
+    sys.stdout.write(f"{len(written)} files written\n")
     return 0
