@@ -1,12 +1,12 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# `make quickstart` and `make test` are all that a fresh machine needs.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
 OUT ?= quickstart
 BIN := $(VENV)/bin
 
-# glibc gives memory back to the system at every large tensor that is freed; fetching it again costs
-# more than an elementwise operation on it.
+# Without these, glibc returns the memory of each freed large tensor to the system. To get it back
+# takes longer than an elementwise operation on the tensor.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
@@ -14,7 +14,11 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 install: $(VENV)/.installed
 
+PYTHON_CHECK := import sys; v = sys.version.split()[0]; v.startswith(("3.11.", "3.12.")) or sys.exit( \
+    f"{sys.executable} is Python {v}. m2_plugin needs 3.11 or 3.12: make PYTHON=python3.12 ...")
+
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev]"
@@ -36,7 +40,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# No installation: for a machine with a GPU, torch, Triton and transformers.
+# This installs nothing. It needs a GPU, torch, Triton and transformers.
 gpu-bench: PYTHON = python3
 gpu-bench:
 	OUT=tests/benchmarks/results $(PYTHON) tests/benchmarks/gpu.py; ended=$$?; \

@@ -1,3 +1,3 @@
-"""Monarch Mixer encoders for MosaicML llm-foundry."""
+"""Monarch Mixer encoders for MosaicML llm-foundry, Composer and Streaming."""
 
 __version__ = "0.1.0"

@@ -1,26 +1,38 @@
-"""The command `m2-plugin`: finds the subcommand and hands over; only that one is imported."""
+"""The command `m2-plugin`: it finds a subcommand, imports only the code of that, and runs it."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-# Name: what runs it, as an entry point names it, and what it does.
+from m2_plugin import __version__
+
+# Name: the function that runs it, written like an entry point, and what it does.
 COMMANDS = {
+    "recipes": ("m2_plugin.recipes:main", "list the recipes (YAML files), or copy some of them"),
+    "convert-c4": ("m2_plugin.foundry.conversion.cli:main_c4", "convert C4 to MDS shards"),
+    "convert-text": (
+        "m2_plugin.foundry.conversion.cli:main_text",
+        "convert Wikipedia, BookCorpus or your own text to MDS shards",
+    ),
+    "convert-pairs": (
+        "m2_plugin.foundry.conversion.pairs:main_pairs",
+        "convert pairs of query and passage to MDS shards",
+    ),
     "import": (
         "m2_plugin.checkpoints.command:main_import",
-        "make a transformers folder of a checkpoint",
+        "convert a checkpoint to a transformers folder",
     ),
     "export": (
         "m2_plugin.checkpoints.command:main_export",
-        "write a folder as the reference's checkpoint",
+        "convert a folder to the reference's checkpoint",
     ),
     "extend": ("m2_plugin.checkpoints.command:main_extend", "make a model take longer sequences"),
     "embed": ("m2_plugin.embed:main", "write a vector for each text of a file"),
     "doctor": (
         "m2_plugin.doctor:main",
-        "say what runs here: versions, kernels, their errors and times",
+        "test this installation: versions, kernels, their errors and times",
     ),
-    "glue": ("m2_plugin.glue.command:main", "fine-tune on GLUE by the published recipe; the table"),
+    "glue": ("m2_plugin.glue.command:main", "fine-tune on GLUE by the published recipe"),
     "train-report": (
         "m2_plugin.train_report.command:main",
         "draw the curves of training runs from their logs",
@@ -32,19 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: Arguments, without the program's name; by default those of the process.
+        argv: Arguments without the program's name. By default those of the process.
 
     Returns:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        module, _, function = COMMANDS[arguments[0]][0].partition(":")
-        code: int = getattr(importlib.import_module(module), function)(arguments[1:])
-        return code
+        name, *rest = arguments
+        module, _, function = COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(module), function)
+        if argv is not None:
+            return int(command(rest))
+        sys.argv = [f"m2-plugin {name}", *rest]  # so that usage and errors name the subcommand
+        return int(command())
+    if arguments == ["--version"]:
+        sys.stdout.write(f"m2-plugin {__version__}\n")
+        return 0
     width = max(map(len, COMMANDS))
     rows = "".join(f"  {name:{width}}  {about}\n" for name, (_, about) in COMMANDS.items())
-    usage = f"usage: m2-plugin COMMAND ...\n\n{rows}\n`m2-plugin COMMAND --help` says more.\n"
+    usage = (
+        f"usage: m2-plugin COMMAND ...\n       m2-plugin --version\n\n{rows}\n"
+        "`m2-plugin COMMAND --help` describes a command.\n"
+    )
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(usage)
         return 0

@@ -2,9 +2,9 @@
 
     python data_prep/quickstart/pairs.py --out quickstart/pairs
 
-writes train.jsonl, val.jsonl and test.jsonl, one object per line with `query`, `passage` and
-`source`. A query is a piece of text of 300 characters and more, cut where a sentence ends; its
-passage is the piece after it on the same web page, `source`. A page is in one of the three files.
+writes train.jsonl, val.jsonl and test.jsonl, with one object per line: `query`, `passage` and
+`source`. A query is a piece of text of at least 300 characters that ends where a sentence ends. Its
+passage is the next piece on the same web page, `source`. Each page is in one of the three files.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from m2_plugin.files import write_atomically
 log = logging.getLogger("pairs")
 
 SAMPLE = Path(__file__).parent / "c4-sample.json.gz"
-SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # tenths of the pages, by their address
-CHARACTERS = 300  # some 80 tokens, so that most are whole within the quickstart's 128
+SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # tenths of the pages, by a hash of the URL
+CHARACTERS = 300  # about 80 tokens, so most pieces fit into the quickstart's 128
 SENTENCE_END = re.compile(r"""(?<=[.!?"'])\s+(?=\W?[A-Z])""")
 
 
@@ -41,8 +41,8 @@ def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
 def pairs() -> dict[str, list[dict[str, str]]]:
     """Return the pairs of each split.
 
-    A page gives all its pairs to the training, and its first one to an evaluation: there, no other
-    passage is of the query's page.
+    The training split has all pairs of a page, the evaluation splits only the first one: so there
+    is no other passage from the query's page.
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
     with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:

@@ -1,0 +1,82 @@
+"""Install the package into a new environment, and use it from an empty folder.
+
+    python tests/package_check.py dist/m2_plugin-0.1.0-py3-none-any.whl --python python3.12 --by pip
+
+Only the wheel is used, not the clone: copy recipes, convert, pretrain for 2 batches, fine-tune for
+retrieval for 2 batches, embed. It uses no model hub and no GPU, and ends at the first error.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SMALL = (
+    "max_duration=2ba eval_interval=2ba eval_subset_num_batches=1 save_interval=2ba"
+    " progress_bar=false"
+)
+COMMANDS = f"""
+m2-plugin --version
+m2-plugin recipes
+m2-plugin recipes --copy m2-bert-quickstart
+m2-plugin convert-text --out_root quickstart/mds --splits train val
+    --local_files data_prep/quickstart/novels.jsonl.gz --val_fraction 0.05
+    --concat_tokens 128 --tokenizer data_prep/quickstart/tokenizer
+composer -n 1 train.py yamls/pretrain/m2-bert-quickstart.yaml {SMALL}
+python data_prep/quickstart/pairs.py --out quickstart/pairs
+m2-plugin convert-pairs --out_root quickstart/retrieval
+    --local_files train=quickstart/pairs/train.jsonl val=quickstart/pairs/val.jsonl
+composer -n 1 train.py yamls/finetune/retrieval/m2-bert-quickstart.yaml {SMALL}
+m2-plugin embed quickstart/pairs/test.jsonl --text-column query
+    --model quickstart/retrieval/run/huggingface/final --out queries.npy
+"""
+
+
+def install(wheel: Path, folder: Path, python: str, by: str) -> Path:
+    """Make an environment and install into it; return the folder of its programs."""
+    environment = folder / "env"
+    if by == "uv":
+        uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+        run([uv, "venv", "--quiet", "--python", python, environment], folder)
+        run([uv, "pip", "install", "--quiet", "--python", environment, wheel], folder)
+    else:
+        run([python, "-m", "venv", environment], folder)
+        run([environment / "bin" / "pip", "install", "--quiet", wheel], folder)
+    return environment / "bin"
+
+
+def run(command: list, folder: Path, programs: Path | None = None) -> None:
+    """Run a command in a folder, with an environment's programs found first."""
+    print("$", shlex.join(map(str, command)), flush=True)
+    outside = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
+    environment = {key: value for key, value in os.environ.items() if key not in outside}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if programs is not None:
+        environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--python", default=sys.executable, help="3.11 or 3.12 (this one)")
+    parser.add_argument("--by", choices=("uv", "pip"), default="uv", help="what installs (uv)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        programs = install(args.wheel.resolve(), folder, args.python, args.by)
+        for command in COMMANDS.replace("\n    ", " ").strip().splitlines():
+            run(shlex.split(command), folder, programs)
+        vectors = folder / "queries.npy"
+        count = (folder / "quickstart" / "pairs" / "test.jsonl").read_bytes().count(b"\n")
+        assert vectors.stat().st_size == 128 + count * 128 * 4  # a header, and (count, 128) fp32
+    print("everything works from an empty folder")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
