@@ -171,6 +171,21 @@ class M2BertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["M2BertLayer"]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, with the filters' weights at aligned addresses.
+
+        Weights mapped from a file may be unaligned. Matrix products then round differently, and the
+        filters' sines amplify the difference a hundredfold.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, HyenaFilter):
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.clone()
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the reference does, but draw every layer's values anew."""
