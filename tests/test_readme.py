@@ -113,8 +113,6 @@ COMMANDS: dict[str, Run | NotRun] = {
         f"variables.tokenizer={TOKENIZER} {SMALL} tasks.cola.max_duration=1ep",
         "runs/glue-m2-bert-base/cola-seed19/result.json",
     ),
-    "composer train.py yamls/finetune/glue/m2-bert-base-sst2.yaml variables.start="
-    "runs/m2-bert-base/huggingface/final variables.training_additions=false": ONE_TASK,
     "python data_prep/quickstart/pairs.py --out quickstart/pairs": Run(
         makes="quickstart/pairs/test.jsonl"
     ),
