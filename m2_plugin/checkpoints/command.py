@@ -17,23 +17,31 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin import",
-        description="Make a transformers folder of a checkpoint, without running code in it.",
+        description="Convert a checkpoint to a transformers folder. No code in it is run.",
     )
     parser.add_argument(
         "source",
         help="a Composer checkpoint or bare weights (.pt, .bin, .safetensors) of the M2 reference "
         "or of this package, or a folder with config.json and weights",
     )
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--config", help="JSON with fields that weights do not tell")
-    parser.add_argument("--tokenizer", help="folder or hub name of a tokenizer to save beside")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--config", help="a JSON file with the fields that the weights do not show")
+    parser.add_argument("--tokenizer", help="folder or hub name of a tokenizer to save too")
     parser.add_argument(
-        "--allow-missing", nargs="+", default=[], metavar="NAME", help="tensors it may lack (cls.*)"
+        "--allow-missing",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names or patterns (cls.*) of tensors that the source may lack",
     )
     parser.add_argument(
-        "--allow-unused", nargs="+", default=[], metavar="NAME", help="tensors to leave out"
+        "--allow-unused",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names or patterns of tensors to leave out",
     )
-    parser.add_argument("--verbose", action="store_true", help="name every tensor")
+    parser.add_argument("--verbose", action="store_true", help="list every tensor")
     args = parser.parse_args(argv)
 
     def run() -> list[str]:
@@ -64,12 +72,12 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="m2-plugin export",
         description="Write a transformers folder as a Composer checkpoint of the M2 reference, or "
-        "as a folder that works where m2_plugin is not installed, or as an ONNX file.",
+        "as a folder that works without m2_plugin, or as an ONNX file.",
     )
     parser.add_argument("folder", help="a transformers folder with an M2-BERT")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", help="the .pt file to write")
-    target.add_argument("--hub", help="the folder to make, for trust_remote_code=True")
+    target.add_argument("--hub", help="the folder to write, for trust_remote_code=True")
     target.add_argument("--onnx", help="the .onnx file to write, for ONNX Runtime")
     args = parser.parse_args(argv)
 
@@ -100,17 +108,22 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin extend",
-        description="Make a model take longer sequences, ready for continued pretraining.",
+        description="Extend a model to longer sequences, for continued pretraining.",
     )
     parser.add_argument("folder", help="a transformers folder with an M2-BERT")
-    parser.add_argument("--max-seq-len", type=int, required=True, help="e.g. 2048, 8192 or 32768")
-    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        required=True,
+        help="the new maximum in tokens, for example 2048, 8192 or 32768",
+    )
+    parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument(
         "--method",
         default="continue",
         choices=("continue", "tile"),
-        help="how the filters are extended: their taps stay as they are, and small ones follow "
-        "(continue, the default); or as in the reference, which changes all taps (tile)",
+        help="how to extend the filters: continue (the default) keeps all taps and appends small "
+        "ones; tile does as the M2 reference does, which changes all taps",
     )
     args = parser.parse_args(argv)
 
@@ -124,7 +137,7 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(run: Callable[[], Any]) -> int:
-    """Write the lines of a result, or of a refusal."""
+    """Write the lines that `run` returns, or its error; return the exit status."""
     try:
         lines = run()
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Decide which model a checkpoint holds: the one place that every way to read one goes through."""
+"""Decide which model a checkpoint holds. Every command that reads a checkpoint calls `resolve`."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ __all__ = [
 TOKEN_TYPE_IDS = "bert.embeddings.token_type_ids"
 WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
-# The beginning of names that only models with this head have; the first that occurs counts.
+# Prefix of a tensor's name → the model that has such tensors. The first prefix that occurs counts.
 HEADS: list[tuple[str, type[PreTrainedModel]]] = [
     ("head.", M2BertForMaskedLM),
     ("decoder.", M2BertForMaskedLM),
@@ -54,15 +54,15 @@ REFERENCE_FLAGS: dict[str, tuple[str, Any, Any]] = {
     "pool_all": ("classifier_pooling", "mean", "cls"),
     "use_normalized_embeddings": ("normalize_embeddings", True, False),
 }
-# Fields of the reference of which one value only is implemented here.
+# Fields of the reference for which this package implements one value only.
 REQUIRED_VALUES = {
     "hidden_act": "gelu",
     "attention_pooling": False,
     "sequence_token_planting": False,
 }
-# Its other fields: how it was trained, run and evaluated, and what else a BERT's config holds.
-# use_cls_token and gather_sentence_embeddings ask for what we compute anyway: the pooler's output,
-# of the first token unless pool_all.
+# Fields of the reference that do not change what a trained model computes. use_cls_token and
+# gather_sentence_embeddings ask for the pooler's output (of the first token unless pool_all), which
+# our models always compute.
 IGNORED_FIELDS = {
     "alibi_starting_size",
     "expand_positional_embeddings",
@@ -81,8 +81,8 @@ IGNORED_FIELDS = {
 }
 # Our fields that the reference does not have.
 NOT_EXPORTED = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
-# Fields that change what the model computes and that no tensor shows. A default is assumed if no
-# config gives them.
+# Fields that change the model's outputs and that no tensor shows. If no config gives them, their
+# defaults are assumed.
 ASSUMED_FIELDS = (
     "hyena_w_mod",
     "mask_padding",
@@ -97,14 +97,14 @@ class Resolved:
     """The model that a checkpoint holds.
 
     Args:
-        config: Its configuration.
-        weights: Its weights under our names; views of the tensors in the checkpoint.
+        config: The model's configuration.
+        weights: The model's weights under our names; views of the tensors in the checkpoint.
         mapped: Name in the checkpoint → our name.
-        derived: Names in the checkpoint of tensors that our model computes; they are equal.
-        rounded: Those of `derived` that differ in their last bits.
+        derived: Names in the checkpoint of tensors that our model computes, with equal values.
+        rounded: Names in `derived` whose values differ from ours in the last bits.
         unknown: Names in the checkpoint that no M2-BERT has.
         unread: Keys of the saved config that no M2-BERT has, such as misspelt ones.
-        assumed: Fields that neither weights nor config tell, and the default values taken.
+        assumed: Field → default value, for fields that neither weights nor config show.
     """
 
     config: M2BertConfig
@@ -118,21 +118,21 @@ class Resolved:
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """The class of the model, by the names of its weights."""
+        """The class of the model, found by the names of its weights."""
         return model_class_of(self.weights)
 
 
 def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
-    """Find the model that weights of these names, ours, are for."""
+    """Find the model class whose tensors have these names (ours)."""
     names = list(names)
     return next(c for part, c in HEADS if any(name.startswith(part) for name in names))
 
 
 def holds_m2_bert(names: Iterable[str]) -> bool:
-    """Tell whether tensors of these names, the reference's or ours, are an M2-BERT.
+    """Tell whether these names of tensors, the reference's or ours, belong to an M2-BERT.
 
-    Its layers have both a mixer and an MLP: a BERT of transformers shares the reference's names of
-    embeddings and heads, and other models have an MLP of our name.
+    Layers of an M2-BERT have both a mixer and an MLP. Other names prove nothing: transformers' BERT
+    and the reference use the same names for embeddings and heads, and other models have an `mlp`.
     """
     layer = re.compile(r"(?:model\.)?layers\.\d+\.(mixer|mlp)\.")
     matches = [layer.match(our_name(name) or name) for name in names]
@@ -147,28 +147,29 @@ def resolve(
 ) -> Resolved:
     """Decide which model a checkpoint holds.
 
-    The tensors decide what their names and shapes show. The saved config tells the rest and must
-    not contradict them. Fields that neither shows take their defaults. At last the overrides
-    replace fields; whether the weights fit those is for the caller to check.
+    The tensors decide all fields that their names and shapes show. The saved config gives the other
+    fields and must not contradict the tensors. Fields that neither shows take their defaults.
+    Finally the overrides replace fields. The caller must check that the weights fit them.
 
     Args:
         weights: Tensors under the names of the M2 reference or of this package.
         saved_config: The config that belongs to them, in the reference's fields or ours.
-        overrides: Our fields to replace. They also tell what neither weights nor config show.
-        where: What error messages call the saved config.
+        overrides: Fields to replace, in our names. They also give fields that neither weights nor
+            config show.
+        where: The name of the saved config in error messages.
 
     Returns:
         The config, and the weights under our names.
 
     Raises:
-        ValueError: If the tensors are no M2-BERT, have another shape or value than the model that
-            the other tensors make, contradict the saved config, or do not show the whole model (as
-            when the position embeddings are lost); the message names the tensor or the field.
+        ValueError: If the tensors are not an M2-BERT, do not fit each other, contradict the saved
+            config, or do not show the whole model (for example if the position embeddings are
+            lost). The message names the tensor or the field.
     """
     if not holds_m2_bert(weights):
         other = [name for name in weights if our_name(name) is None] or list(weights)
         raise ValueError(
-            f"it is no M2-BERT: it has weights of other names, {', '.join(other[:3])} ..."
+            f"it is no M2-BERT: it has weights with other names, {', '.join(other[:3])} ..."
         )
     result = _translated(weights)
     result.unread = _unread(saved_config or {})
@@ -176,7 +177,7 @@ def resolve(
         result.weights, saved_config or {}, overrides or {}, where
     )
     computed = derived_tensors(result.weights)
-    # The buffer of a module that is not there has no place in the model either.
+    # Buffers of a module that the model lacks have no place in the model.
     for name in [n for n in result.derived if n not in computed and n != TOKEN_TYPE_IDS]:
         result.derived.remove(name)
         result.unknown.append(name)
@@ -189,7 +190,7 @@ def resolve(
 
 
 def reference_config(config: M2BertConfig) -> dict[str, Any]:
-    """Write a config in the reference's fields."""
+    """Translate a config to the reference's fields."""
     fields = {key: getattr(config, key) for key in OWN_FIELDS if key not in NOT_EXPORTED}
     fields["monarch_mixer_sequence_mixing"] = fields.pop("sequence_mixer") == "monarch_mixer"
     fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
@@ -198,7 +199,7 @@ def reference_config(config: M2BertConfig) -> dict[str, Any]:
 
 
 def expected_tensors(model_class: type[PreTrainedModel], config: M2BertConfig) -> dict[str, Tensor]:
-    """List the tensors that a folder of such a model holds, without values."""
+    """List the tensors that a folder with this model holds, without values (on the meta device)."""
     with torch.device("meta"):
         expected = with_prefix(model_class(config).state_dict())
     if config.tie_word_embeddings:
@@ -207,13 +208,13 @@ def expected_tensors(model_class: type[PreTrainedModel], config: M2BertConfig) -
 
 
 def with_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a bare encoder as they are named in the models with a head."""
+    """Add the prefix `model.` to names of a bare encoder, as in the models with a head."""
     parts = ("embeddings.", "layers.")
     return {f"model.{n}" if n.startswith(parts) else n: t for n, t in weights.items()}
 
 
 def listed(names: Sequence[str]) -> str:
-    """Name the first five, and count the others."""
+    """Join the first five names, and count the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
@@ -234,7 +235,7 @@ def _config(
     overrides: Mapping[str, Any],
     where: str,
 ) -> tuple[M2BertConfig, dict[str, Any]]:
-    """The config of the weights as they are, and the values in it that were assumed."""
+    """Return the config that fits the weights, and the fields in it that were assumed."""
     try:
         saved = _our_fields(saved)
         check_values(saved)
@@ -242,7 +243,7 @@ def _config(
         raise ValueError(f"{where}: {error}") from error
     shown = config_fields(weights)
     stated = {**saved, **overrides}
-    # Lost or never there: the other weights look the same.
+    # The other weights do not show whether the model never had positions or whether they are lost.
     if (
         not shown["use_positional_encodings"]
         and stated.get("use_positional_encodings") is not False
@@ -252,7 +253,7 @@ def _config(
             f"(use_positional_encodings: false)"
         )
     nblocks = int(shown.get("monarch_mlp_nblocks", 1))
-    # What a size is padded to a multiple of: a config may hold it as it was before.
+    # Sizes that are rounded up to a multiple; a config may hold the value before rounding.
     multiples = {
         "vocab_size": saved.get("pad_vocab_size_multiple", VOCAB_MULTIPLE),
         "intermediate_size": nblocks,
@@ -265,7 +266,7 @@ def _config(
 
     for key, value in shown.items():
         if key in saved and not fits(key, saved[key]):
-            raise ValueError(f"{key} is {saved[key]!r} in {where}, and {value!r} by the weights")
+            raise ValueError(f"{key} is {saved[key]!r} in {where}, but the weights show {value!r}")
     told = {k: v for k, v in overrides.items() if k not in shown and k != "num_labels"}
     fields: dict[str, Any] = {**saved, **told, **shown}
     size, up = fields["intermediate_size"], weights.get("model.layers.0.mlp.up_proj.weight")
@@ -273,8 +274,8 @@ def _config(
         fields["intermediate_size"] = stated["intermediate_size"]
     elif up is not None and nblocks * up.shape[-2] not in (size, 2 * size):
         raise ValueError(
-            "the blocks of the MLP are padded, so the weights do not tell intermediate_size: a "
-            "config must (--config of m2-plugin import, config_overrides in a YAML)"
+            "the blocks of the MLP are padded, so the weights do not show intermediate_size: give "
+            "it in a config (--config of m2-plugin import, config_overrides in a YAML)"
         )
     for name in ("classifier.bias", "classifier.weight"):
         if name in weights:
@@ -287,9 +288,9 @@ def _config(
 
 
 def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a saved config, the reference's or ours, under the names of ours."""
+    """Translate a saved config, with the reference's fields or ours, to our fields."""
     if saved.get("model_type") == M2BertConfig.model_type and not REFERENCE_FLAGS.keys() & saved:
-        # What begins with _ is the state of the process that saved it, e.g. how it attended.
+        # Keys that begin with _ are state of the process that saved the config.
         left_out = ("model_type", "transformers_version")
         return {k: v for k, v in saved.items() if k not in left_out and not k.startswith("_")}
     fields = {k: v for k, v in saved.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
@@ -300,12 +301,12 @@ def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
             fields[ours] = true if saved[theirs] else false
     for key, value in REQUIRED_VALUES.items():
         if saved.get(key, value) != value:
-            raise ValueError(f"{key} is {saved[key]!r}, and only {value!r} is supported here")
+            raise ValueError(f"{key} is {saved[key]!r}, but only {value!r} is supported")
     return fields
 
 
 def _unread(saved: Mapping[str, Any]) -> list[str]:
-    """The keys of a config that neither the reference nor transformers has: slips, perhaps."""
+    """Find the keys of a config that neither we, the reference nor transformers have."""
     known = {*REFERENCE_FLAGS, *REQUIRED_VALUES, *IGNORED_FIELDS}
     return [key for key in unknown_keys(saved) if key not in known]
 
@@ -329,29 +330,30 @@ def _check_shapes(result: Resolved) -> None:
         if ours in expected and result.weights[ours].shape != expected[ours].shape:
             found, right = tuple(result.weights[ours].shape), tuple(expected[ours].shape)
             raise ValueError(
-                f"{name} is {found} there, and {right} in the model that the other tensors make"
+                f"{name} has the shape {found}, but the other tensors make a model where it has "
+                f"{right}"
             )
 
 
 def _check_derived(
     result: Resolved, raw: Mapping[str, Tensor], computed: Mapping[str, Tensor]
 ) -> None:
-    """Compare what the reference stores with what the model computes in its place."""
+    """Check that derived tensors in the file equal those that our model computes."""
     for name in result.derived:
-        if name.endswith(DECODER):  # `_untie` has compared it
+        if name.endswith(DECODER):  # `_untie` has compared it already
             continue
         found = raw[name]
         right = torch.zeros_like(found) if name == TOKEN_TYPE_IDS else computed[name]
         if found.shape != right.shape:
             raise ValueError(
-                f"{name} is {tuple(found.shape)} there, and {tuple(right.shape)} in the model that "
-                f"the other tensors make"
+                f"{name} has the shape {tuple(found.shape)}, but the other tensors make a model "
+                f"where it has {tuple(right.shape)}"
             )
         if _equal(found, right):
             continue
         bound = 4 * torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
         if not torch.allclose(found.float(), right.float(), rtol=bound, atol=1e-6):
-            raise ValueError(f"{name} is not what M2-BERT computes in its place")
+            raise ValueError(f"{name} has other values than those that M2-BERT computes for it")
         result.rounded.append(name)
 
 

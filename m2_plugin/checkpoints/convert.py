@@ -1,4 +1,4 @@
-"""Import checkpoints of the reference and of Composer as transformers folders, and export them."""
+"""Import checkpoints of the M2 reference and of Composer as transformers folders; export them."""
 
 import json
 import os
@@ -37,13 +37,14 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 @dataclass
 class ImportReport:
-    """What an import did.
+    """The result of an import.
 
     Args:
-        source: What was read.
-        found: What it holds: config, names, and what was assumed.
-        missing: Names that the source would have and lacks, as allowed: they start at random.
-        tokenizer: Where the tokenizer is from, or None if there is none.
+        source: The path that was read.
+        found: The model in it.
+        missing: Tensors that the source lacks and was allowed to lack, in its naming. They get
+            random values.
+        tokenizer: The source of the tokenizer, or None if there is no tokenizer.
     """
 
     source: str
@@ -52,7 +53,7 @@ class ImportReport:
     tokenizer: str | None = None
 
     def lines(self, verbose: bool = False) -> Iterator[str]:
-        """Write the report; `verbose` names every tensor."""
+        """Yield the lines of the report; `verbose` lists every tensor."""
         found, config = self.found, self.found.config
         yield (
             f"{self.source}: {found.model_class.__name__}, {config.num_hidden_layers} layers, "
@@ -69,18 +70,18 @@ class ImportReport:
             yield from (f"  {name:{width}}  derived" for name in found.derived)
         if found.rounded:
             yield (
-                f"{len(found.rounded)} derived differ in their last bits from what M2-BERT "
-                f"computes, which an export will write: {listed(found.rounded)}"
+                f"{len(found.rounded)} derived differ in their last bits from the values that "
+                f"M2-BERT computes and that an export will write: {listed(found.rounded)}"
             )
         yield from (f"  {name}: unused" for name in found.unknown)
-        yield from (f"  {name}: missing, starts at random" for name in self.missing)
+        yield from (f"  {name}: missing, starts with random values" for name in self.missing)
         if self.tokenizer is None:
-            yield "no tokenizer came with it: --tokenizer saves one beside"
+            yield "the source has no tokenizer: give one with --tokenizer"
         if found.unread:
-            yield f"keys of the config that no M2-BERT has, not read: {', '.join(found.unread)}"
+            yield f"ignored keys of the config, which no M2-BERT has: {', '.join(found.unread)}"
         if found.assumed:
             values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
-            yield f"not told by weights or config, so by default: {values}"
+            yield f"defaults, since neither weights nor config give these: {values}"
 
 
 def import_checkpoint(
@@ -91,26 +92,26 @@ def import_checkpoint(
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
 ) -> ImportReport:
-    """Make a transformers folder of a checkpoint, without running code in it.
+    """Convert a checkpoint to a transformers folder, without running code in it.
 
     Args:
         source: A Composer checkpoint or bare weights, of the M2 reference or of this package; or a
-            folder with `config.json` and weights under either's names.
-        out: The folder to make. It appears when it is whole.
-        config: A JSON file of the reference's or our fields, in place of the folder's
-            `config.json` or what Composer saved. See `resolve`: the weights decide, and it tells
-            what they do not.
-        tokenizer: A folder or hub name, to be saved beside; by default the one in the source, if
-            there is any.
-        allow_missing: Patterns (`cls.*`) of the names, as the source has them, that it may lack.
-        allow_unused: Patterns of names that may be left out.
+            folder with `config.json` and weights. Tensors have the reference's names or ours.
+        out: The folder to write. It appears when it is complete.
+        config: A JSON file with the reference's fields or ours. It replaces the folder's
+            `config.json` or the config that Composer saved. It gives fields that the weights do not
+            show; see `resolve`.
+        tokenizer: The folder or hub name of a tokenizer to save too. The default is the tokenizer
+            in the source, if it has one.
+        allow_missing: Patterns (`cls.*`) of names, as in the source, of tensors that it may lack.
+        allow_unused: Patterns of names of tensors that may be left out.
 
     Returns:
-        The config, and what became of each tensor.
+        The config, and what happened to each tensor.
 
     Raises:
-        ValueError: If something cannot be read, contradicts something else, is missing or is not
-            used; the message names it. Nothing is left behind.
+        ValueError: If a file cannot be read, or if a tensor or field is missing, unused or
+            contradicts another; the message names it. Nothing is written then.
     """
     source, out = str(source), Path(out)
     file, given, where = _find(source, config)
@@ -138,19 +139,20 @@ def import_checkpoint(
 
 
 def export_checkpoint(folder: str | Path, out: str | Path) -> int:
-    """Write a folder of ours as a Composer checkpoint of the reference.
+    """Write the model in a transformers folder as a Composer checkpoint of the M2 reference.
 
     It undoes `import_checkpoint`: the file has every tensor again, buffers included.
 
     Args:
         folder: A transformers folder with an M2-BERT.
-        out: The `.pt` file to write. It appears when it is whole.
+        out: The `.pt` file to write. It appears when it is complete.
 
     Returns:
-        The number of tensors.
+        The number of tensors written.
 
     Raises:
-        ValueError: If the folder is not one of ours, or the reference has no such model.
+        ValueError: If the folder has no complete M2-BERT, the reference cannot compute this model,
+            or `out` exists.
     """
     config, weights = load_folder(folder)
     if config.mask_padding:
@@ -159,8 +161,9 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
         )
     if config.hyena_extended_from:
         raise ValueError(
-            f"{str(folder)!r} was extended by the method 'continue': the reference's filters decay "
-            f"otherwise (hyena_extended_from: {config.hyena_extended_from})"
+            f"{str(folder)!r} was extended with --method continue, which the reference cannot "
+            f"compute: its filters decay differently (hyena_extended_from: "
+            f"{config.hyena_extended_from})"
         )
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)
@@ -173,7 +176,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
 
 
 def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] | None, str]:
-    """The file of weights, the config given with it, and where that stands."""
+    """Return the file of weights, the config given with it, and the path of that config."""
     if not os.path.isdir(source):
         given = None if config is None else read_json_object(Path(config))
         return source, given, str(config)
@@ -184,10 +187,10 @@ def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] |
 def _check_names(
     report: ImportReport, allow_missing: Sequence[str], allow_unused: Sequence[str]
 ) -> None:
-    """Refuse what is missing or has no place, unless allowed; drop what has no place."""
+    """Refuse missing and unknown tensors unless they are allowed; drop unknown ones."""
     found = report.found
     expected = expected_tensors(found.model_class, found.config)
-    # Names are given as the source has, or would have them.
+    # Report names in the naming of the source, also for tensors that it lacks.
     reference = any(name.startswith("bert.") for name in found.mapped)
     names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
     report.missing = [names[ours] for ours in expected if ours not in found.weights]
@@ -196,12 +199,12 @@ def _check_names(
         found.unknown.append(theirs)
     for tensors, allowed, what, option in (
         (report.missing, allow_missing, "lacks", "allow-missing"),
-        (found.unknown, allow_unused, "has, and an M2-BERT has no place for,", "allow-unused"),
+        (found.unknown, allow_unused, "has tensors that this model lacks:", "allow-unused"),
     ):
         refused = [n for n in tensors if not any(fnmatch(n, pattern) for pattern in allowed)]
         if refused:
             raise ValueError(
-                f"{report.source!r} {what} {listed(refused)}. To import it all the same: "
+                f"{report.source!r} {what} {listed(refused)}. To import it anyway, add "
                 f"--{option} {refused[0]!r}"
             )
 
@@ -214,7 +217,7 @@ def _own_tokenizer(source: str) -> str | None:
 def _save_tokenizer(
     name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
 ) -> None:
-    """Save a tokenizer by name, or if there are any the one that these files make."""
+    """Save the tokenizer that `files` make, or if there are none the one called `name`."""
     try:
         with TemporaryDirectory() as scratch:
             for file, content in files.items():
@@ -223,13 +226,13 @@ def _save_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 scratch if files else name, trust_remote_code=False
             )
-    except Exception as error:  # its files may be anything
+    except Exception as error:  # the files may hold anything, so any error can occur
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer {name!r} has {len(tokenizer)} entries, the model's vocab_size is "
-            f"{config.vocab_size}"
+            f"the tokenizer {name!r} has {len(tokenizer)} entries, but the model's vocab_size is "
+            f"only {config.vocab_size}"
         )
     if config.max_sequence_length is not None:
         tokenizer.model_max_length = config.max_sequence_length

@@ -1,6 +1,6 @@
-"""Longer contexts for a trained model: more positions, and filters that reach further.
+"""Extend a trained model to longer sequences: more position embeddings, and longer filters.
 
-Dimension key: L old length, H new length, D hidden, E positional features of the filters.
+Dimension key: L old length, H new length, E positional features of the filters.
 """
 
 import json
@@ -24,15 +24,16 @@ POSITIONS = "model.embeddings.position_embeddings.weight"
 
 
 def continued_features(z: Tensor, period: int, length: int) -> Tensor:
-    """Append the features of further positions, on the scale of the length they began with.
+    """Append the features of more positions, on the time scale of the original length.
 
     Args:
-        z: (L, E), the first positions, as trained.
-        period: The length that the model was made with: t is 1 at its last position.
+        z: (L, E), the trained features of the first positions.
+        period: The model's original `long_conv_l_max`: t is 1 at its last position.
         length: H.
 
     Returns:
-        (H, E): z, then `[t, Re e^{-ifw}, Im e^{-ifw}]` as in `positional_features`.
+        (H, E) in the dtype of z: z, then `[t, Re e^{-ifw}, Im e^{-ifw}]` as in
+        `positional_features`.
     """
     t = torch.arange(len(z), length)[:, None]
     bands = (z.shape[1] - 1) // 2
@@ -42,7 +43,7 @@ def continued_features(z: Tensor, period: int, length: int) -> Tensor:
 
 
 def tiled(rows: Tensor, length: int) -> Tensor:
-    """Repeat (L, ·) from its start, to (H, ·)."""
+    """Repeat rows (L, ·) from the first on, to (H, ·)."""
     return rows.repeat(-(-length // len(rows)), 1)[:length]
 
 
@@ -68,18 +69,18 @@ METHODS = {"continue": _by_continuing, "tile": _by_tiling}
 def extend(
     config: M2BertConfig, weights: dict[str, Tensor], length: int, method: str = "continue"
 ) -> tuple[M2BertConfig, dict[str, Tensor]]:
-    """Make a model take longer sequences. Position embeddings repeat from the start.
+    """Extend a model to longer sequences. Position embeddings repeat from the first one on.
 
-    `continue` leaves every tap of the filters as it is and appends taps for the lags beyond, small
-    ones that training can use: sequences of the old length have the same outputs as before.
-    `tile` repeats the filters' positional features, as the reference does; the decay of the filters
-    is stretched with it, so that all taps change. (The reference also leaves the first L features
-    zero; here they are kept.)
+    `continue` keeps all taps of the filters and appends taps for the new lags. The new taps are
+    small, but large enough for training. Sequences of the old length have the same outputs as
+    before. `tile` repeats the filters' positional features, as the reference does. That also
+    stretches the decay of the filters, so that all taps change. (The reference also leaves the
+    first L features zero; here they are kept.)
 
     Args:
-        config: Of the model; not changed.
-        weights: Under our names, those of the encoder beginning with `model.`.
-        length: H, the new maximum.
+        config: The model's config; it is not changed.
+        weights: The weights under our names; those of the encoder begin with `model.`.
+        length: H, the new maximum in tokens.
         method: One of `METHODS`.
 
     Returns:
@@ -93,7 +94,7 @@ def extend(
     limit = config.max_sequence_length
     if limit is None or length <= limit:
         raise ValueError(
-            f"max_seq_len must be more than what the model takes now, {limit or 'any number'}, "
+            f"max_seq_len must be more than the model's present maximum, {limit or 'no limit'}, "
             f"not {length}"
         )
     new, config = dict(weights), deepcopy(config)
@@ -111,20 +112,19 @@ def extend(
 def extend_folder(
     folder: str | Path, out: str | Path, length: int, method: str = "continue"
 ) -> M2BertConfig:
-    """Make a transformers folder with a longer context of another.
+    """Copy a transformers folder, with the model extended to longer sequences.
 
     Args:
         folder: A transformers folder with an M2-BERT.
-        out: The folder to make. It appears when it is whole.
-        length: The new maximum.
+        out: The folder to write. It appears when it is complete.
+        length: The new maximum in tokens.
         method: One of `METHODS`.
 
     Returns:
         The new config.
 
     Raises:
-        ValueError: As `extend`, and if the folder is none of ours or not whole, or `out` is there
-            already.
+        ValueError: As in `extend`, or if the folder has no complete M2-BERT, or if `out` exists.
     """
     config, weights = extend(*load_folder(folder), length, method)
     with whole(Path(out)) as temporary:

@@ -19,7 +19,7 @@ from m2_plugin.models.sentence_folder import write_modules
 
 __all__ = ["load_folder", "build_model", "read_json_object", "save_folder", "weights_file"]
 
-WEIGHTS = (  # in the order they are looked for
+WEIGHTS = (  # the first that exists is read
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -31,15 +31,15 @@ MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
 
 
 def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
-    """Read a transformers folder of ours without building the model.
+    """Read a transformers folder with an M2-BERT, without building the model.
 
     Returns:
-        Its config; and its weights, mapped from the file, with names as in the models with a head:
+        The config; and the weights, mapped from the file, with names as in the models with a head:
         those of the encoder begin with `model.`.
 
     Raises:
-        ValueError: If it is no such folder, its config and weights contradict each other, or a
-            tensor is missing, which transformers would draw at random.
+        ValueError: If the folder holds no M2-BERT, its config and weights contradict each other, or
+            a tensor is missing (transformers would give it random values).
     """
     path = Path(folder) / "config.json"
     saved = read_json_object(path)
@@ -58,23 +58,23 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         found.weights.update(embedder.weights)
     expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
     if missing := listed([name for name in expected if name not in found.weights]):
-        raise ValueError(f"{str(folder)!r} is not whole: its weights lack {missing}")
+        raise ValueError(f"{str(folder)!r} is not complete: its weights lack {missing}")
     return found.config, found.weights
 
 
 def build_model(
     model_class: type[PreTrainedModel], config: M2BertConfig, weights: Mapping[str, Tensor]
 ) -> Any:
-    """Build a model with the weights that `load_folder` returned; others are left out.
+    """Build a model from what `load_folder` returned; weights that the class lacks are left out.
 
     Returns:
-        The model, in fp32, in evaluation mode.
+        The model, in fp32 and in evaluation mode.
 
     Raises:
-        ValueError: If the model has a tensor that the weights lack; the message names it.
+        ValueError: If the weights lack a tensor of the model; the message names it.
     """
     if missing := [n for n in expected_tensors(model_class, config) if n not in weights]:
-        raise ValueError(f"there is no {missing[0]}")
+        raise ValueError(f"the weights lack {missing[0]}, which {model_class.__name__} needs")
     model = model_class(config)
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
@@ -82,7 +82,7 @@ def build_model(
 
 
 def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write config and weights, and what sentence-transformers reads if it is an embedder."""
+    """Write config and weights, and for an embedding model the files of sentence-transformers."""
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -91,22 +91,22 @@ def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor
 
 
 def weights_file(folder: str) -> str:
-    """Find the file of weights, or of their index, in a folder.
+    """Find the file of weights in a folder, or their index if they are in several files.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the folder has no weights.
     """
-    there = [path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))]
-    if not there:
+    found = [path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))]
+    if not found:
         raise ValueError(f"{folder!r} has none of {', '.join(WEIGHTS)}")
-    return there[0]
+    return found[0]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
-        ValueError: If the file cannot be read or holds something else.
+        ValueError: If the file cannot be read or holds another value.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class _Embedder(NamedTuple):
-    """What sentence-transformers saves of an M2BertForTextEmbedding beside its encoder."""
+    """The part of an M2BertForTextEmbedding that sentence-transformers saves beside the encoder."""
 
     fields: dict[str, Any]
     weights: dict[str, Tensor]
@@ -128,7 +128,8 @@ def _read_modules(folder: Path) -> _Embedder | None:
     """Read the pooler from the folders of sentence-transformers' modules.
 
     Returns:
-        None if there are none, or if they compute something else than M2BertForTextEmbedding.
+        The pooler, or None if the folder has no modules or if they do not compute what
+        M2BertForTextEmbedding does.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -152,6 +153,6 @@ def _read_modules(folder: Path) -> _Embedder | None:
 
 
 def _class_of(config: M2BertConfig) -> type[PreTrainedModel] | None:
-    """The model that the config names."""
+    """Return the model class that the config names, or None."""
     by_name = {model_class.__name__: model_class for _, model_class in HEADS}
     return by_name.get((config.architectures or [""])[0])

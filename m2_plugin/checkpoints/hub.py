@@ -1,8 +1,8 @@
-"""Write a transformers folder that brings its code and works without this package.
+"""Write a transformers folder that contains the model's code and works without this package.
 
-transformers runs code of a folder (`trust_remote_code=True`) whose modules lie side by side. They
-are generated from the sources here: each becomes a file of its own, and imports between them become
-relative. The kernels stay behind: in such a folder plain PyTorch computes everything.
+With `trust_remote_code=True` transformers runs code in a folder if all its modules lie side by
+side. They are generated from our sources: each module becomes one file, and imports between modules
+become relative. Kernels are left out: in such a folder plain PyTorch computes everything.
 """
 
 import ast
@@ -28,31 +28,32 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_m2_bert.M2BertForSequenceClassification",
     "AutoModelForTextEncoding": "modeling_m2_bert.M2BertForTextEmbedding",
 }
-# The one function that every kernel asks, and its answer there.
+# The function that decides whether kernels run, and what it returns in such a folder.
 GATE = "why_no_kernel"
 ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load without remote code"
 
 
 def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Copy a transformers folder of ours, with the code that it needs.
+    """Copy a transformers folder with an M2-BERT, and add the code that it needs.
 
     Args:
         folder: A transformers folder with an M2-BERT.
-        out: The folder to make. It appears when it is whole.
+        out: The folder to write. It appears when it is complete.
 
     Returns:
-        The names of its files.
+        The names of the files in `out`.
 
     Raises:
-        ValueError: If the folder is none of ours or not whole, or `out` is there already.
+        ValueError: If the folder has no complete M2-BERT, or if `out` exists.
     """
-    load_folder(folder)  # what is not whole is not passed on
+    load_folder(folder)  # raises an error if the folder is not complete
     with whole(Path(out)) as temporary:
         shutil.copytree(folder, temporary)
         path, tokenizer = temporary / "config.json", temporary / "tokenizer_config.json"
         content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
         if tokenizer.is_file():
-            # Pipelines load a tokenizer for a model type that they do not know only if it says so.
+            # For a model type that transformers does not know, pipelines load a tokenizer only if
+            # config.json names its class.
             saved = json.loads(tokenizer.read_text(encoding="utf-8"))
             content["tokenizer_class"] = saved.get("tokenizer_class")
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -62,7 +63,7 @@ def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
 
 
 def flat_sources() -> dict[str, str]:
-    """The modules that configuration and models import, as files that lie side by side.
+    """Collect the configuration, the models and all modules that they import, as flat files.
 
     Returns:
         File name → source.
@@ -74,24 +75,24 @@ def flat_sources() -> dict[str, str]:
         if _flat(module) not in sources:
             sources[_flat(module)], imported = _rewritten(module)
             waiting += imported
-    # transformers 4 copies the modules that a file names, and not those that they import.
+    # transformers 4 copies the modules that this file imports, but not those that they import.
     others = sorted(name for name in sources if name not in (_flat(CONFIGURATION), _flat(MODELING)))
     sources[_flat(MODELING)] += (
-        "\n# Named here for transformers, which copies no others.\n"
+        "\n# Imported so that transformers copies these files too.\n"
         + "".join(f"from .{name} import __name__ as _  # noqa: E402, F401\n" for name in others)
     )
     return {f"{name}.py": source for name, source in sources.items()}
 
 
 def _flat(module: str) -> str:
-    """`m2_plugin.ops.backend` → `ops_backend`; transformers' own names stay."""
+    """Name the file of a module: `m2_plugin.ops.backend` → `ops_backend`; `models.` is dropped."""
     room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
     parts = (name,) if room == "models" else filter(None, (room, name))  # none: in no room
     return "_".join(parts).replace(".", "_")
 
 
 def _rewritten(module: str) -> tuple[str, list[str]]:
-    """A module's source with relative imports, and the names of the modules that it imports."""
+    """Return a module's source with relative imports, and the names of the modules it imports."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")

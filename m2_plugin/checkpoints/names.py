@@ -1,4 +1,4 @@
-"""Names of the released checkpoints (HazyResearch/m2, `bert/`) and ours, in one table."""
+"""Names of tensors: those of the M2 reference (HazyResearch/m2, `bert/`) and ours, in one table."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from m2_plugin.layers.long_conv import DECAY_TARGET, FASTEST_DECAY, SLOWEST_DECA
 
 _LAYER = r"bert\.encoder\.layer\.(\d+)\."
 
-# Reference name → ours. The first pattern that matches a whole name counts; \1 is its first group.
+# Pattern of the reference's names → our name. The first pattern that matches a whole name counts.
 RENAMES: dict[str, str] = {
     r"bert\.embeddings\.LayerNorm\.(\w+)": r"model.embeddings.norm.\1",
     r"bert\.embeddings\.(\w+)\.weight": r"model.embeddings.\1.weight",
@@ -38,7 +38,8 @@ for _ours, _theirs in CONVOLUTIONS.items():
     _from, _to = _LAYER + rf"attention\.{_theirs}\.", rf"model.layers.\1.mixer.{_ours}."
     RENAMES[_from + "bias"] = _to + "skip"
     RENAMES[_from + r"pos_emb\.z"] = _to + "filter.pos_emb"
-    # One sine module stands at the odd places of both directions' MLPs; this is the first of them.
+    # The reference has one sine module at all odd places of both directions' MLPs. Place 1 of the
+    # forward MLP is our parameter; the others are derived.
     RENAMES[_from + r"implicit_filter\.1\.freq"] = _to + "filter.freq"
     for _theirs, _ours in (("implicit_filter", "fwd"), ("implicit_filter_rev", "rev")):
         for _i in range(3):
@@ -46,10 +47,10 @@ for _ours, _theirs in CONVOLUTIONS.items():
             RENAMES[_from + _layer] = _to + rf"filter.{_ours}.layers.{_i}.\2"
         RENAMES[_from + rf"{_theirs}\.6\.weight"] = _to + f"filter.{_ours}.out.weight"
 
-# The dimension of size 1 that only the reference's tensor has, by the end of our name.
+# End of our name → the dimension of size 1 that only the reference's tensor has.
 EXTRA_DIM = {"filter.pos_emb": 0, "filter.freq": 0, "short_conv.weight": 1}
 
-# The number of dimensions of our tensors that show a model's sizes, by the end of their name.
+# End of our name → allowed numbers of dimensions, for tensors that show a model's sizes.
 RANKS: dict[str, tuple[int, ...]] = {
     "word_embeddings.weight": (2,),
     "position_embeddings.weight": (2,),
@@ -64,7 +65,7 @@ RANKS: dict[str, tuple[int, ...]] = {
     "classifier.bias": (1,),
 }
 
-# Reference tensors that ours computes: buffers, and the other places of the shared sine module.
+# Tensors of the reference that our model computes: buffers, and copies of the shared sine module.
 DERIVED = re.compile(
     r"bert\.embeddings\.(position_ids|token_type_ids)|"
     + _LAYER
@@ -74,13 +75,13 @@ DERIVED = re.compile(
 
 @dataclass
 class Translation:
-    """The tensors of a reference state dict, sorted by what they are to us.
+    """The tensors of a reference state dict, sorted by their role in our model.
 
     Args:
-        weights: Under our names; views of the tensors given.
-        mapped: Reference name → ours.
+        weights: Tensors under our names; views of those in the state dict.
+        mapped: Reference name → our name.
         derived: Reference names of tensors that our model computes.
-        unknown: Names that are not the reference's.
+        unknown: Names that the reference does not have.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -90,15 +91,14 @@ class Translation:
 
 
 def translate(state_dict: Mapping[str, Tensor]) -> Translation:
-    """Rename the reference's state dict to ours, and list what became of each tensor.
+    """Rename the tensors of a reference state dict, and list what happened to each.
 
     Args:
-        state_dict: Of a reference `BertForMaskedLM` or `BertForSequenceClassification`, names
-            beginning with `bert.`, `cls.` or `classifier.`.
+        state_dict: The state dict of a reference `BertForMaskedLM` or
+            `BertForSequenceClassification`. Its names begin with `bert.`, `cls.` or `classifier.`.
 
     Raises:
-        ValueError: If a tensor has another number of dimensions than the reference's; the message
-            names it.
+        ValueError: If a tensor has a wrong number of dimensions; the message names it.
     """
     result = Translation()
     for name, tensor in state_dict.items():
@@ -115,23 +115,22 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
 
 
 def our_name(name: str) -> str | None:
-    """Give our name of a tensor of the reference, or None if it has none."""
+    """Return our name of a reference tensor, or None if we have no such tensor."""
     return _renamed(name, RENAMES)
 
 
 def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the reference's state dict to ours.
+    """Rename the tensors of a reference state dict.
 
     Args:
         state_dict: See `translate`.
 
     Returns:
-        Names and tensors for `M2BertForMaskedLM` or `M2BertForSequenceClassification`; the
-        tensors are views of those given.
+        A state dict for `M2BertForMaskedLM` or `M2BertForSequenceClassification`. Its tensors are
+        views of those in `state_dict`.
 
     Raises:
-        ValueError: As `translate`, and if a name is not one of the reference's; the message names
-            it.
+        ValueError: As in `translate`, or if the reference has no such name; the message names it.
     """
     result = translate(state_dict)
     if result.unknown:
@@ -140,15 +139,15 @@ def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our state dict to the reference's, and add what it stores and we compute.
+    """Rename our tensors to the reference's names, and add the tensors that only it stores.
 
-    The inverse of `from_reference`: buffers are rebuilt, in the dtype of the filter's features.
+    This is the inverse of `from_reference`. Buffers are computed, in the dtype of `pos_emb`.
 
     Args:
-        state_dict: Weights of one of our models; names of a bare encoder begin with `model.` too.
+        state_dict: Weights of one of our models; names of the encoder begin with `model.`.
 
     Returns:
-        The reference's names and tensors; shared tensors share their memory.
+        A state dict of the reference; tensors that it shares between modules share their memory.
 
     Raises:
         ValueError: If a name has no counterpart in the reference; the message names it.
@@ -165,13 +164,13 @@ def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def derived_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute what the reference stores beside the weights: buffers, and its shared tensors again.
+    """Compute the tensors that only the reference stores: buffers, and copies of shared tensors.
 
     Args:
         state_dict: Weights under our names.
 
     Returns:
-        Under the reference's names, as its constructors make them.
+        The tensors under the reference's names, with the values that its constructors give them.
     """
     result = {}
     words = "model.embeddings.word_embeddings.weight"
@@ -190,7 +189,7 @@ def derived_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = f"bert.encoder.layer.{match[1]}.attention.{CONVOLUTIONS[match[2]]}."
         directions = ["", "_rev"] if ours + "rev.out.weight" in state_dict else [""]
         places = [(direction, i) for direction in directions for i in (1, 3, 5)]
-        for direction, i in places[1:]:  # the first of them is the parameter
+        for direction, i in places[1:]:  # the first place is our parameter
             result[f"{theirs}implicit_filter{direction}.{i}.freq"] = freq[None]
         like = state_dict.get(ours + "pos_emb")
         skip = state_dict.get(ours.removesuffix("filter.") + "skip")
@@ -211,7 +210,10 @@ def _renamed(name: str, renames: Mapping[str, str]) -> str | None:
 
 
 def _inverse_renames(attends: bool) -> dict[str, str]:
-    """RENAMES from ours to theirs: of names that mixer and attention share, those of one kind."""
+    """Invert RENAMES, for models with attention or for those with a Monarch mixer.
+
+    Both kinds of layer have an `out_proj` and a `norm`, with different names in the reference.
+    """
     inverse: dict[str, str] = {}
     for theirs, ours in RENAMES.items():
         of_attention = r"\.self\." in theirs or r"\.output\." in theirs
@@ -246,35 +248,36 @@ def _check_rank(name: str, ours: str, tensor: Tensor, extra: bool = False) -> No
     if ranks and tensor.ndim - extra not in ranks:
         right = " or ".join(str(rank + extra) for rank in ranks)
         raise ValueError(
-            f"{name} is {tuple(tensor.shape)} there, and in an M2-BERT it has {right} dimensions"
+            f"{name} has the shape {tuple(tensor.shape)}, but in an M2-BERT it has {right} "
+            f"dimensions"
         )
 
 
 def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | str]:
-    """Read the fields of `M2BertConfig` that names and shapes of the weights show.
+    """Read the fields of `M2BertConfig` that the names and shapes of weights show.
 
-    Not among them are dropout, pooling, `mask_padding` and `hyena_w_mod`. Where a Monarch MLP's
-    blocks are padded, its sizes come out as multiples of `monarch_mlp_nblocks`.
+    Weights do not show dropout, pooling, `mask_padding` and `hyena_w_mod`. If the blocks of a
+    Monarch MLP are padded, the sizes returned are multiples of `monarch_mlp_nblocks`.
 
     Args:
-        state_dict: Weights under our names, as `from_reference` gives them.
+        state_dict: Weights under our names, as `from_reference` returns them.
 
     Raises:
-        ValueError: If there is no tensor that tells one of the sizes, or it has another number of
-            dimensions; the message names it.
+        ValueError: If a tensor that shows a size is missing or has a wrong number of dimensions;
+            the message names it.
     """
     for name, tensor in state_dict.items():
         _check_rank(name, name, tensor)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
     def shape(name: str) -> tuple[int, ...]:
-        """Of a tensor of the embeddings, or what most layers have under this name."""
+        """Return the shape that most tensors with this name have."""
         found = Counter(s for n, s in shapes.items() if n.endswith(f".{name}"))
         if not found:
-            raise ValueError(f"there is no {name}, which tells the model's sizes")
+            raise ValueError(f"there is no {name}, which shows the model's sizes")
         return found.most_common(1)[0][0]
 
-    def there(part: str) -> bool:
+    def has(part: str) -> bool:
         return any(part in name for name in shapes)
 
     vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
@@ -284,13 +287,13 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
         "hidden_size": hidden_size,
         "num_hidden_layers": max(layers, default=-1) + 1,
         "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
-        "use_positional_encodings": there("embeddings.position_embeddings.weight"),
+        "use_positional_encodings": has("embeddings.position_embeddings.weight"),
     }
     if fields["use_positional_encodings"]:
         fields["max_position_embeddings"] = shape("embeddings.position_embeddings.weight")[0]
 
     up, down = shape("mlp.up_proj.weight"), shape("mlp.down_proj.weight")
-    # By most of both, so that one that is wrong is not taken for right.
+    # The majority decides, so that one tensor with a wrong shape is found to be wrong later.
     maps = [
         s for name, s in shapes.items() if name.endswith(("up_proj.weight", "down_proj.weight"))
     ]
@@ -301,14 +304,15 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
     if monarch:
         fields["monarch_mlp_nblocks"] = nblocks
     fields["intermediate_size"] = intermediate_size
-    fields["use_glu_mlp"] = nblocks * up[-2] > 1.5 * intermediate_size  # 2, if not padded
+    # The ratio is 1 or 2, or near that if the blocks are padded.
+    fields["use_glu_mlp"] = nblocks * up[-2] > 1.5 * intermediate_size
 
-    if there(".mixer.qkv_proj."):
+    if has(".mixer.qkv_proj."):
         fields["sequence_mixer"] = "alibi_attention"
         return fields
     fields["long_conv_l_max"], fields["hyena_emb_dim"] = shape("filter.pos_emb")
     fields["hyena_filter_order"] = shape("filter.freq")[0]
-    fields["bidirectional"] = there(".filter.rev.")
-    fields["residual_long_conv"] = there(".mixer.residual_conv.")
-    fields["hyena_training_additions"] = there(".mixer.norm.")
+    fields["bidirectional"] = has(".filter.rev.")
+    fields["residual_long_conv"] = has(".mixer.residual_conv.")
+    fields["hyena_training_additions"] = has(".mixer.norm.")
     return fields

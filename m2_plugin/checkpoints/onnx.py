@@ -1,4 +1,4 @@
-"""ONNX files with any batch size and length, for runtimes without PyTorch.
+"""Export ONNX files that take any batch size and length, for runtimes without PyTorch.
 
 Dimension key: B batch, L sequence, D channels, H maximum length.
 """
@@ -22,11 +22,11 @@ __all__ = ["INPUTS", "OPSET", "export_onnx"]
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OPSET = 17
-MAX_BYTES = 2**31 - 2**20  # a protobuf ends at 2 GiB; the graph needs some of it
+MAX_BYTES = 2**31 - 2**20  # protobuf's limit is 2 GiB; 1 MiB is left for the graph
 
 
 class ToeplitzProduct(torch.autograd.Function):
-    """A convolution whose kernel has no fixed size, which torch's exporter refuses to write."""
+    """A convolution with a kernel of variable size, which torch's exporter does not support."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, kernels: Tensor, groups: int) -> Tensor:
@@ -35,17 +35,17 @@ class ToeplitzProduct(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, image: Any, kernels: Any, groups: int) -> Any:
-        """Write ONNX's Conv, which takes kernels that are computed."""
+        """Write ONNX's Conv, which accepts a computed kernel."""
         y = g.op("Conv", image, kernels, group_i=groups)
         return y.setType(image.type().with_sizes([1, None, None]))
 
 
 class ToeplitzConv(nn.Module):
-    """`LongConv` for export: taps in place of their MLP, products in place of the FFT.
+    """`LongConv` for export: stored taps replace their MLP, and matrix products replace the FFT.
 
-    Exact at any length, at a cost that grows with its square. The taps are the image and the batch
-    holds the kernels, not the other way round: the runtime then unfolds the taps once for all of a
-    batch, into the L × L Toeplitz matrix, without padding.
+    The result is exact at any length; the cost grows with the square of the length. The taps are
+    the image and the inputs are the kernels. So the runtime unfolds the taps into the L × L
+    Toeplitz matrix once per batch, without padding.
 
     Args:
         conv: The layer to replace.
@@ -76,61 +76,62 @@ class Positional(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Take (B, L) inputs; returns what the model does."""
+        """Run the model on (B, L) inputs; return its outputs as a tuple."""
         return self.outputs(*inputs).to_tuple()
 
     def outputs(self, *inputs: Tensor) -> Any:
-        """Return the model's output, with names."""
+        """Run the model; return its outputs by name."""
         named = dict(zip(INPUTS, inputs, strict=True))
         return self.model(**named, output_hidden_states=False, return_dict=True)
 
 
 def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
-    """Write the model of a transformers folder as one ONNX file, fp32.
+    """Write the model in a transformers folder as one ONNX file, in fp32.
 
-    Its inputs are `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64 and
-    required, with any B and any L up to the model's longest. Its outputs have the names and shapes
-    that the model's have in transformers.
+    The inputs are `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64. All three
+    are required. B is any number, L any up to the model's maximum. The outputs have the names and
+    shapes of the model's outputs in transformers.
 
     Args:
         folder: A transformers folder with an M2-BERT.
-        out: The file to write. It appears when it is whole.
+        out: The file to write. It appears when it is complete.
 
     Returns:
         The names of the outputs.
 
     Raises:
-        ValueError: If the folder is none of ours or not whole, has another mixer than Monarch's, or
-            is too large for a file; if `out` is there already; or if `onnx` is not installed.
+        ValueError: If the folder has no complete M2-BERT with a head; its mixer is not
+            `monarch_mixer`; the model is too large for one file; `out` exists; or `onnx` is not
+            installed.
     """
     if importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx is not installed: pip install onnx onnxruntime")
     config, weights = load_folder(folder)
     if config.sequence_mixer != "monarch_mixer":
         raise ValueError(
-            f"only models with sequence_mixer 'monarch_mixer' are exported to ONNX, and that of "
-            f"{str(folder)!r} is {config.sequence_mixer!r}"
+            f"sequence_mixer in {str(folder)!r} is {config.sequence_mixer!r}: only models with "
+            f"'monarch_mixer' can be exported to ONNX"
         )
     name = (config.architectures or [""])[0]
     if name not in m2_plugin.models.__all__ or not name.startswith("M2BertFor"):
         raise ValueError(
-            f"architectures in the config.json of {str(folder)!r} is {config.architectures}, where "
-            f"one of the models with a head is needed, as M2BertForMaskedLM"
+            f"architectures in the config.json of {str(folder)!r} is {config.architectures}: only "
+            f"models with a head can be exported to ONNX, for example M2BertForMaskedLM"
         )
     with whole(Path(out)) as temporary, torch.no_grad():
         config.backend = "torch"
         model = build_model(getattr(m2_plugin.models, name), config, weights)
         positional = Positional(_without_fft(model))
-        # The file holds the decoder's tied weight again, transposed.
+        # The file holds the decoder's tied weight a second time, transposed.
         parameters = positional.named_parameters(remove_duplicate=False)
         tensors = [*(tensor for _, tensor in parameters), *positional.buffers()]
         size = sum(tensor.nbytes for tensor in tensors)
         if size > MAX_BYTES:
             raise ValueError(
-                f"{str(folder)!r} would need {size / 2**30:.1f} GiB, and an ONNX file holds 2: "
-                f"the filters' taps grow with long_conv_l_max = {config.long_conv_l_max}"
+                f"{str(folder)!r} would need {size / 2**30:.1f} GiB, but an ONNX file holds at "
+                f"most 2: the filters' taps grow with long_conv_l_max = {config.long_conv_l_max}"
             )
-        # Neither 1 nor alike, so that the tracer takes no size for a constant.
+        # B and L differ and are not 1, so that the tracer does not treat them as constants.
         ids = torch.zeros(3, min(7, config.long_conv_l_max), dtype=torch.int64)
         inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
         outputs = positional.outputs(*inputs)
@@ -140,7 +141,7 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
             for key, value in outputs.items()
         }
         with warnings.catch_warnings():
-            # Sizes compared in Python are said to become constants: ours are checks only.
+            # The tracer warns that comparisons of sizes become constants. Ours are only checks.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             torch.onnx.export(
                 positional,
@@ -150,32 +151,33 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
                 output_names=list(outputs),
                 dynamic_axes=dynamic,
                 opset_version=OPSET,
-                dynamo=False,  # that way needs onnxscript, which the host does not bring
+                dynamo=False,  # True needs onnxscript, which llm-foundry does not install
             )
         _declare_inputs(str(temporary))
     return list(outputs)
 
 
 def _declare_inputs(path: str) -> None:
-    """Add the inputs that a model does not read: the exporter leaves them out."""
+    """Add inputs that the model does not read, because the exporter leaves them out."""
     import onnx
 
     model = onnx.load(path)
-    there = {entry.name for entry in model.graph.input}
+    declared = {entry.name for entry in model.graph.input}
     for name in INPUTS:
-        if name not in there:
+        if name not in declared:
             kind = onnx.helper.make_tensor_value_info(
                 name, onnx.TensorProto.INT64, ["batch", "sequence"]
             )
             model.graph.input.append(kind)
-    if len(model.graph.input) != len(there):
+    if len(model.graph.input) != len(declared):
         onnx.save(model, path)
 
 
 def _without_fft(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, MonarchMixer):
-            # Not a plain Linear any more, so not computed transposed, in sizes the tracer freezes.
+            # MonarchMixer.project computes a plain Linear transposed, with sizes that the tracer
+            # would store as constants. It calls any other module.
             module.in_proj = nn.Sequential(module.in_proj)  # type: ignore[assignment]
         for name, child in module.named_children():
             if isinstance(child, LongConv):

@@ -22,12 +22,12 @@ from m2_plugin.constants import CHECKPOINT_SUFFIXES
 
 __all__ = ["Saved", "is_checkpoint_file", "read_file"]
 
-SHARD_INDEX = ".index.json"  # what transformers writes beside weights in several files
-# Where training loops of other people keep the weights.
+SHARD_INDEX = ".index.json"  # transformers writes it if weights are in several files
+# Keys under which common training loops save the weights.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
-# Of torch.compile, activation checkpointing and FSDP, at any place in a name.
+# Parts that torch.compile, activation checkpointing and FSDP add, at any place in a name.
 INNER_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# Of data parallelism, inside or outside of the model that Composer or Lightning wrap.
+# Prefixes of data parallelism, inside or outside of a model that Composer or Lightning wraps.
 OUTER_WRAPPERS = ("module.", "model.", "module.")
 # Packages whose objects a Composer checkpoint pickles beside its weights.
 PICKLED = (
@@ -46,7 +46,7 @@ PICKLED = (
 
 
 class _Inert(dict):
-    """Stand for every object of a checkpoint that is not a tensor or plain data."""
+    """An empty object in place of every pickled object that is not a tensor or plain data."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -59,17 +59,17 @@ class _Inert(dict):
 
 
 def is_checkpoint_file(path: str | None) -> bool:
-    """Tell whether a path means a file of weights, not a folder or a hub name."""
+    """Tell whether a path is a file of weights by its suffix, not a folder or a hub name."""
     return path is not None and path.endswith(CHECKPOINT_SUFFIXES) and not os.path.isdir(path)
 
 
 class Saved(NamedTuple):
-    """What Composer saves of a transformers model beside its weights.
+    """The data that Composer saves for a transformers model beside its weights.
 
     Args:
-        config: The content of its `config.json`, or None.
-        tokenizer: Those of the tokenizer's files that are data: name → what a JSON file holds, or
-            the lines of a text.
+        config: The content of `config.json`, or None.
+        tokenizer: The tokenizer's JSON and text files: name → the content of a JSON file, or the
+            lines of a text file.
     """
 
     config: dict[str, Any] | None = None
@@ -79,18 +79,19 @@ class Saved(NamedTuple):
 def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
     """Read the weights of a Composer checkpoint or a state dict, without running code in it.
 
-    Other objects that a Composer checkpoint pickles (times, random states) become empty ones.
+    Other objects that a Composer checkpoint pickles (times, random states) become empty objects.
 
     Args:
-        path: A file of Composer's, ours or of the M2 reference, or of torch or safetensors; or the
-            index of weights in several files.
+        path: A Composer checkpoint, of this package or of the M2 reference; a file of torch or
+            safetensors; or the index (`.index.json`) of weights in several files.
 
     Returns:
-        The state dict, mapped from the file if its format allows that, under the names of the
-        transformers model; and what Composer saved beside it.
+        The state dict under the names of the transformers model, mapped from the file if its
+        format allows that; and the data that Composer saved beside it.
 
     Raises:
-        ValueError: If there is no such file, it holds no weights, or it would run unexpected code.
+        ValueError: If the file does not exist, is damaged, holds no weights, or would run
+            unexpected code.
     """
     content: Any = _read_shards(path) if path.endswith(SHARD_INDEX) else _load(path)
     state, saved = content, Saved()
@@ -99,7 +100,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
         kept = (content["state"].get("integrations") or {}).get("huggingface") or {}
         files = {}
         for name, file in (kept.get("tokenizer") or {}).items():
-            ending = file.get("file_extension")  # which older versions leave out of the name
+            ending = file.get("file_extension")  # older versions leave it out of the name
             if ending in (".json", ".txt"):
                 files[name.removesuffix(ending) + ending] = file.get("content")
         config = ((kept.get("model") or {}).get("config") or {}).get("content")
@@ -108,7 +109,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
         state = next((content[key] for key in STATE_KEYS if _are_weights(content.get(key))), state)
     if not _are_weights(state):
         found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{path!r} holds no state dict of a model, but {found}.")
+        raise ValueError(f"{path!r} must hold the state dict of a model, but holds {found}")
     return _unwrapped(state), saved
 
 
@@ -118,7 +119,7 @@ def _are_weights(value: Any) -> bool:
 
 
 def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the names off that wrappers put before or into those of the model."""
+    """Remove the parts that wrappers add to the names of a model's tensors."""
     names = {name: INNER_WRAPPERS.sub("", name) for name in weights}
     for wrapper in OUTER_WRAPPERS:
         if all(name.startswith(wrapper) for name in names.values()):
@@ -132,7 +133,7 @@ def _load(path: str) -> Any:
     try:
         return load_file(path) if path.endswith(".safetensors") else _unpickle(path)
     except Exception as error:
-        # torch surrounds the reason with advice to load the file unsafely.
+        # torch puts the reason in its second line, among advice to load the file unsafely.
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if len(lines) > 1 else str(error) or type(error).__name__
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
@@ -142,12 +143,12 @@ def _read_shards(index: str) -> dict[str, Tensor]:
     try:
         files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{index!r} is no index of weights: it needs a weight_map") from error
+        raise ValueError(f"{index!r} must be a JSON object with a weight_map") from error
     weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         weights |= _load(os.path.join(os.path.dirname(index), name))
     if lost := sorted(files.keys() - weights.keys()):
-        raise ValueError(f"{index!r} names {lost[0]!r}, which is not in {files[lost[0]]!r}")
+        raise ValueError(f"{index!r} lists {lost[0]!r}, but {files[lost[0]]!r} does not have it")
     return weights
 
 
@@ -157,14 +158,14 @@ def _unpickle(path: str) -> Any:
         with open(path, "rb") as file:
             start = file.read(len(older))
         if start.startswith(b"PK\x03\x04"):
-            raise ValueError("it is cut short: the end of the archive is missing")
+            raise ValueError("it is truncated: the end of the archive is missing")
         if start != older:
-            raise ValueError("it is no file of torch.save")
+            raise ValueError("torch.save did not write it")
         return torch.load(path, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # torch.load does not look at the checksums
     if damaged:
-        raise ValueError(f"{damaged} in it is damaged: its checksum is another")
+        raise ValueError(f"{damaged} in it is damaged: its checksum does not match")
     names = get_unsafe_globals_in_checkpoint(path)
     for name in names:
         if name.split(".")[0] not in PICKLED:

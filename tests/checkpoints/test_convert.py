@@ -203,11 +203,11 @@ def test_a_damaged_file_is_refused(tmp_path, capsys):
 def test_what_is_no_checkpoint_is_refused(content, tmp_path, capsys):
     (tmp_path / "text.pt").write_bytes(content)
     message = refused(tmp_path / "text.pt", tmp_path, capsys)
-    assert message.endswith("cannot be read as a checkpoint: it is no file of torch.save\n")
+    assert message.endswith("cannot be read as a checkpoint: torch.save did not write it\n")
     for saved, found in (({}, "[]"), ({"epoch": 1}, "['epoch']"), (torch.ones(2), "Tensor")):
         torch.save(saved, tmp_path / "text.pt")
         message = refused(tmp_path / "text.pt", tmp_path, capsys)
-        assert f"text.pt' holds no state dict of a model, but {found}" in message
+        assert f"text.pt' must hold the state dict of a model, but holds {found}" in message
 
 
 def test_a_tokenizer_in_a_checkpoint_comes_along_as_data(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_a_wrong_shape_is_named(name, tmp_path, capsys):
     weights[name] = weights[name][:-1].clone()
     path = composer_file(tmp_path / "wrong.pt", weights)
     message = refused(path, tmp_path, capsys)
-    assert f"{name} is {tuple(weights[name].shape)} there" in message
+    assert f"{name} has the shape {tuple(weights[name].shape)}, but" in message
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,8 @@ def test_a_wrong_number_of_dimensions_is_named(name, tmp_path, capsys):
         ):
             path = composer_file(tmp_path / "wrong.pt", names | {wrong: tensor})
             message = refused(path, tmp_path, capsys)
-            assert f"{wrong} is {tuple(tensor.shape)} there, and in an M2-BERT it has" in message
+            shape = tuple(tensor.shape)
+            assert f"{wrong} has the shape {shape}, but in an M2-BERT it has" in message
 
 
 def test_a_lone_number_of_blocks_is_not_taken_for_right(tmp_path, capsys):
@@ -319,7 +320,8 @@ def test_a_lone_number_of_blocks_is_not_taken_for_right(tmp_path, capsys):
     name = "bert.encoder.layer.0.mlp.wo.weight"
     weights[name] = weights[name][:-1].clone()
     message = refused(composer_file(tmp_path / "wrong.pt", weights), tmp_path, capsys)
-    assert f"{name} is (3, 8, 32) there, and (4, 8, 32) in the model" in message
+    assert f"{name} has the shape (3, 8, 32), but the other tensors make a model" in message
+    assert "where it has (4, 8, 32)" in message
 
 
 def test_a_buffer_that_differs_is_named(tmp_path, capsys):
@@ -327,12 +329,13 @@ def test_a_buffer_that_differs_is_named(tmp_path, capsys):
     name = "bert.encoder.layer.1.attention.filter_fn.modulation.deltas"
     weights[name] = weights[name] * 1.01
     path = composer_file(tmp_path / "other.pt", weights)
-    assert f"{name} is not what M2-BERT computes" in refused(path, tmp_path, capsys)
+    assert f"{name} has other values than those that" in refused(path, tmp_path, capsys)
     _, _, weights, _ = golden_file(tmp_path)
     weights["bert.embeddings.position_ids"] = weights["bert.embeddings.position_ids"][:, :-1]
     path = composer_file(tmp_path / "other.pt", weights)
     message = refused(path, tmp_path, capsys)
-    assert "position_ids is (1, 31) there, and (1, 32) in the model" in message
+    assert "position_ids has the shape (1, 31), but the other tensors make a model" in message
+    assert "where it has (1, 32)" in message
     _, _, weights, _ = golden_file(tmp_path)
     for buffer, value in (
         ("bert.embeddings.token_type_ids", torch.ones(1, 32, dtype=torch.long)),
@@ -348,7 +351,7 @@ def test_a_buffer_that_an_export_will_not_give_back_is_reported(tmp_path, capsys
     other = torch.nextafter(weights[name], torch.tensor(0.0))
     path = composer_file(tmp_path / "other.pt", weights | {name: other})
     assert main(["import", path, "--out", str(tmp_path / "m2"), "--config", str(config)]) == 0
-    assert "1 derived differ in their last bits from what M2-BERT computes, which an export " in (
+    assert "1 derived differ in their last bits from the values that M2-BERT computes and " in (
         capsys.readouterr().out
     )
 
@@ -392,7 +395,7 @@ def test_another_architecture_or_config_is_refused(tmp_path, capsys):
     for model, name in ((gpt2, "transformer.wte.weight"), (modern, "tok_embeddings.weight")):
         path = composer_file(tmp_path / "other.pt", model.state_dict())
         message = refused(path, tmp_path, capsys)
-        assert "is no M2-BERT: it has weights of other names, " in message and name in message
+        assert "is no M2-BERT: it has weights with other names, " in message and name in message
     bert = BertForMaskedLM(BertConfig(intermediate_size=32, **fields))
     message = refused(composer_file(tmp_path / "bert.pt", bert.state_dict()), tmp_path, capsys)
     assert "is no M2-BERT" in message and "attention.self.query.weight" in message
@@ -402,7 +405,7 @@ def test_another_architecture_or_config_is_refused(tmp_path, capsys):
     source, config, weights, _ = golden_file(tmp_path)
     config.write_text(json.dumps({"hidden_size": 48}))
     message = refused(source, tmp_path, capsys, "--config", str(config))
-    assert f"hidden_size is 48 in {config}, and 32 by the weights" in message
+    assert f"hidden_size is 48 in {config}, but the weights show 32" in message
     assert "there is no file" in refused(tmp_path / "no.pt", tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     assert "has none of model.safetensors" in refused(tmp_path / "empty", tmp_path, capsys)
@@ -431,10 +434,10 @@ def test_a_folder_that_is_not_whole_goes_no_further(command, damage, tmp_path, c
         message = f"'{path}' cannot be read as a checkpoint"
     elif damage == "shape":
         weights[name] = weights[name][:-1].clone()
-        message = f"'{folder}': {name} is (3, 16, 4) there, and (4, 16, 4) in the model that"
+        message = f"'{folder}': {name} has the shape (3, 16, 4), but the other tensors make"
     else:
         del weights[name], weights["head.dense.weight"]
-        message = f"'{folder}' is not whole: its weights lack {name}, head.dense.weight"
+        message = f"'{folder}' is not complete: its weights lack {name}, head.dense.weight"
     if damage != "truncated":
         save_file(weights, path, metadata={"format": "pt"})
     arguments = ["export", str(folder), f"--{command}", str(out)]
@@ -451,8 +454,8 @@ def test_a_folder_that_is_not_whole_goes_no_further(command, damage, tmp_path, c
         ("pad_vocab_size_multiple", 0, "pad_vocab_size_multiple must be a positive integer, not 0"),
         ("hyena_w_mod", "a", "hyena_w_mod must be a number, not 'a'"),
         ("pool_all", "yes", "pool_all must be true or false, not 'yes'"),
-        ("attention_pooling", True, "attention_pooling is True, and only False is supported here"),
-        ("sequence_token_planting", True, "sequence_token_planting is True, and only False is"),
+        ("attention_pooling", True, "attention_pooling is True, but only False is supported"),
+        ("sequence_token_planting", True, "sequence_token_planting is True, but only False is"),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(field, value, message, tmp_path, capsys):
@@ -468,8 +471,8 @@ def test_keys_that_are_no_fields_are_named(tmp_path, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
     assert main(["import", source, "--out", str(tmp_path / "m2"), "--config", str(config)]) == 0
     said = capsys.readouterr().out
-    assert "that no M2-BERT has, not read: hyena_wmod\n" in said
-    assert "no tokenizer came with it: --tokenizer saves one beside\n" in said
+    assert "ignored keys of the config, which no M2-BERT has: hyena_wmod\n" in said
+    assert "the source has no tokenizer: give one with --tokenizer\n" in said
 
 
 MEASURE = """

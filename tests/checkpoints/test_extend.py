@@ -108,7 +108,7 @@ def test_errors(tmp_path, capsys):
     for length in ("24", "8"):
         arguments = ["--max-seq-len", length, "--out", str(tmp_path / "long")]
         assert main(["extend", str(tmp_path / "short"), *arguments]) == 1
-        assert f"must be more than what the model takes now, 24, not {length}" in (
+        assert f"must be more than the model's present maximum, 24, not {length}" in (
             capsys.readouterr().err
         )
     assert not (tmp_path / "long").exists()
