@@ -20,7 +20,6 @@ PACKAGE = "m2_plugin"
 KERNELS = "m2_plugin.ops.kernels"
 CONFIGURATION = "m2_plugin.models.configuration_m2_bert"
 MODELING = "m2_plugin.models.modeling_m2_bert"
-OWN_NAMES = {"configuration_m2_bert", "modeling_m2_bert"}  # of files; transformers asks for them
 AUTO_MAP = {
     "AutoConfig": "configuration_m2_bert.M2BertConfig",
     "AutoModel": "modeling_m2_bert.M2BertModel",
@@ -86,9 +85,7 @@ def flat_sources() -> dict[str, str]:
 
 def _flat(module: str) -> str:
     """Name the file of a module: `m2_plugin.ops.backend` → `ops_backend`; `models.` is dropped."""
-    room, _, name = module.removeprefix(f"{PACKAGE}.").partition(".")
-    parts = (name,) if room == "models" else filter(None, (room, name))  # none: in no room
-    return "_".join(parts).replace(".", "_")
+    return module.removeprefix(f"{PACKAGE}.").removeprefix("models.").replace(".", "_")
 
 
 def _rewritten(module: str) -> tuple[str, list[str]]:
