@@ -81,7 +81,7 @@ class ImportReport:
             yield f"ignored keys of the config, which no M2-BERT has: {', '.join(found.unread)}"
         if found.assumed:
             values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
-            yield f"defaults, since neither weights nor config give these: {values}"
+            yield f"weights and config do not give these, so by default: {values}"
 
 
 def import_checkpoint(

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
 from m2_plugin.foundry.private import ContrastiveConfig
-from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_host
+from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_composer
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
 from m2_plugin.suggest import check_keys
 
@@ -70,8 +70,8 @@ class M2BertContrastive(FinetuneEmbeddingModel):
 
     Args:
         tokenizer: The run's tokenizer.
-        pretrained_model_name_or_path: A folder, name or file to start from. A pretraining has no
-            pooler; a new one is then made, and logged.
+        pretrained_model_name_or_path: A folder, name or file to start from. A pretrained model has
+            no pooler; then a new one is made, and logged.
         pretrained: Whether to load the weights too.
         config_overrides: Fields of the config; `classifier_pooling` and `normalize_embeddings`
             define the embedding.
@@ -115,7 +115,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
         )
         self.objective = loss
         self.negative_weight = negative_weight
-        prepare_for_host(self.model)
+        prepare_for_composer(self.model)
 
     def construct_model(self) -> M2BertForTextEmbedding:
         """Build the model inside llm-foundry's."""

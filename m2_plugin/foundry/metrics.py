@@ -1,4 +1,4 @@
-"""GLUE's metrics, with a value even if torchmetrics and Composer give none.
+"""GLUE's metrics, with a value also for inputs where torchmetrics and Composer give NaN.
 
 If all predictions are one class, or constant, correlations and F1 are 0 / 0. Here they are 0, as in
 scikit-learn for Matthews and F1: such predictions show no skill, and one NaN would spoil an average

@@ -36,7 +36,7 @@ from m2_plugin.foundry.metrics import (
 )
 
 # Importing the package registers model_type m2_bert with transformers' Auto classes.
-from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_host
+from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_composer
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
 
 __all__ = ["HFBertClassification", "HFBertMLM", "M2BertClassification", "M2BertMLM"]
@@ -61,25 +61,25 @@ class BertComposerModel(HuggingFaceModel):
     """A transformers encoder with a head, built from YAML keys.
 
     Args:
-        tokenizer: The run's tokenizer; the host passes it.
-        pretrained_model_name_or_path: A transformers folder; a hub name; a checkpoint file of
-            Composer's (.pt) or bare weights (.bin, .safetensors), of this package or of the M2
-            reference. None builds from `model_type`.
-        pretrained: Load the weights, not only the config, of that folder or name. Defaults to
-            True where one is given.
-        model_type: Transformers' model type to build where no folder or name is given.
+        tokenizer: The run's tokenizer; llm-foundry passes it.
+        pretrained_model_name_or_path: A transformers folder, a hub name, or a file: a Composer
+            checkpoint (.pt) or bare weights (.bin, .safetensors), of this package or of the M2
+            reference. None builds a new model of `model_type`.
+        pretrained: Whether to load the weights too, not only the config. The default is True if
+            `pretrained_model_name_or_path` is given.
+        model_type: The transformers model type of a new model.
         config_overrides: Config fields to replace.
-        init_device: "cpu", "meta" or "mixed", as the host's models take it.
+        init_device: "cpu", "meta" or "mixed", as for llm-foundry's models.
         metrics: Names of the evaluation metrics, in place of the default ones.
-        additional_eval_metrics: Names of evaluation metrics on top.
-        additional_train_metrics: Names of training metrics on top; need `use_train_metrics`.
-        use_train_metrics: Compute the metrics on training batches too, which costs time; the
-            training loss is logged in any case.
-        allow_embedding_resizing: Enlarge a vocabulary smaller than the tokenizer's instead of
-            raising.
+        additional_eval_metrics: Names of more evaluation metrics.
+        additional_train_metrics: Names of more training metrics; needs `use_train_metrics`.
+        use_train_metrics: Whether to compute the metrics on training batches too, which costs
+            time. The training loss is always logged.
+        allow_embedding_resizing: Whether to enlarge a vocabulary that is smaller than the
+            tokenizer's. If not, such a vocabulary is an error.
 
     Raises:
-        ValueError: For unknown config fields, a missing folder, a vocabulary smaller than the
+        ValueError: For an unknown config field, a missing folder, a vocabulary smaller than the
             tokenizer's, weights that do not fit, or an unknown metric.
     """
 
@@ -123,16 +123,16 @@ class BertComposerModel(HuggingFaceModel):
             shift_labels=False,
             allow_embedding_resizing=allow_embedding_resizing,
         )
-        prepare_for_host(self.model)  # after a possible resizing, which replaces modules
+        prepare_for_composer(self.model)  # after resizing, which replaces modules
 
     @staticmethod
     def default_metrics(config: PretrainedConfig) -> Sequence[str]:
-        """Names of the metrics for this config."""
+        """Return the names of the default metrics for a config."""
         raise NotImplementedError
 
     @staticmethod
     def build_metric(name: str, config: PretrainedConfig) -> Metric:
-        """A metric from the host's registry by name."""
+        """Build a metric by its name in llm-foundry's registry."""
         return build_metric(name, {})
 
 
@@ -148,8 +148,8 @@ class _MaskedLM(BertComposerModel):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model.
 
-        With labels, M2-BERT's decoder runs at the M masked positions alone and returns logits
-        (M, V); a model whose forward does not know the flag never sees it.
+        With labels, M2-BERT's decoder runs only at the M masked positions and returns logits
+        (M, V). Composer passes `masked_logits_only` only to models whose forward accepts it.
 
         Args:
             batch: `input_ids`, `attention_mask`, ... each (B, L), with or without `labels`.
@@ -157,11 +157,11 @@ class _MaskedLM(BertComposerModel):
         return super().forward({**batch, "masked_logits_only": "labels" in batch})
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> torch.Tensor:
-        """Logits (M, V) at the M masked positions; their labels (M,) are kept for the metrics.
+        """Return fp32 logits (M, V) at the M masked positions; keep their labels for the metrics.
 
         Args:
-            batch: A batch with `labels` (B, L), -100 where nothing is predicted.
-            outputs: What `forward` returned on it, if it ran already.
+            batch: A batch with `labels` (B, L), -100 at positions that are not masked.
+            outputs: The outputs of `forward` on this batch, if it ran already.
         """
         outputs = self.forward(batch) if outputs is None else outputs
         chosen = batch["labels"] != IGNORE_INDEX  # (B, L)
@@ -170,7 +170,7 @@ class _MaskedLM(BertComposerModel):
         return (logits[chosen] if logits.ndim == 3 else logits).float()
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> dict[str, Any]:
-        """Update a metric; a batch in which nothing is masked has nothing to add."""
+        """Update a metric; skip a batch without masked positions."""
         if self.labels is not None and self.labels.numel() == 0:
             return {}
         return super().update_metric(batch, outputs, metric)
@@ -183,8 +183,8 @@ class _Classification(BertComposerModel):
         num_labels: Number of classes; 1 is regression.
         problem_type: "regression" or "single_label_classification"; by default from `num_labels`.
         config_overrides: Config fields to replace.
-        **kwargs: As `BertComposerModel`. `metrics` may also name accuracy, f1, matthews,
-            cross_entropy, pearson, spearman and mse.
+        **kwargs: More arguments of `BertComposerModel`. `metrics` may also name accuracy, f1,
+            matthews, cross_entropy, pearson, spearman and mse.
 
     Raises:
         ValueError: If the problem type does not fit the number of labels.
@@ -205,7 +205,10 @@ class _Classification(BertComposerModel):
                 f"problem_type must be {REGRESSION} or {SINGLE_LABEL}, got {problem_type!r}."
             )
         if (problem_type == REGRESSION) != (num_labels == 1):
-            raise ValueError(f"problem_type {problem_type} does not fit num_labels {num_labels}.")
+            raise ValueError(
+                f"problem_type {problem_type} does not fit num_labels {num_labels}: regression has "
+                f"1 label, classification 2 or more."
+            )
         task = {"num_labels": num_labels, "problem_type": problem_type}
         super().__init__(config_overrides={**(config_overrides or {}), **task}, **kwargs)
 
@@ -222,13 +225,13 @@ class _Classification(BertComposerModel):
         return build_metric(name, {})
 
     def eval_forward(self, batch: dict[str, Any], outputs: Any | None = None) -> torch.Tensor:
-        """Logits (B, num_labels), or (B,) for regression, in fp32: bf16 makes ranks tie.
+        """Return fp32 logits (B, num_labels), or (B,) for regression: in bf16 ranks would tie.
 
         Args:
-            batch: A batch, with `labels` (B,) unless it is to be predicted only.
-            outputs: What `forward` returned on it, if it ran already.
+            batch: A batch, with `labels` (B,) or, for prediction only, without.
+            outputs: The outputs of `forward` on this batch, if it ran already.
         """
-        if "labels" not in batch:  # data to predict
+        if "labels" not in batch:  # only prediction
             outputs = self.forward(batch) if outputs is None else outputs
             logits = outputs["logits"].float()
             return logits.squeeze(1) if logits.shape[1] == 1 else logits
@@ -241,7 +244,7 @@ class _Classification(BertComposerModel):
             batch: `input_ids`, `attention_mask`, ... each (B, L), with or without `labels` (B,).
 
         Raises:
-            ValueError: If the data say that they have another number of classes.
+            ValueError: If the data have another number of classes than the model.
         """
         own, data = self.config.num_labels, batch.get("num_labels")
         least = batch.get("min_num_labels", 0)

@@ -1,4 +1,4 @@
-"""What a model starts from, and how it gets there: key → source → config → weights → fit."""
+"""Build a model from the keys of a YAML: read its source, config and weights, and check the fit."""
 
 import logging
 import os
@@ -23,11 +23,12 @@ from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
 from m2_plugin.suggest import did_you_mean
 
-__all__ = ["build_from_keys", "prepare_for_host"]
+__all__ = ["build_from_keys", "prepare_for_composer"]
 
 log = logging.getLogger(__name__)
 
-# The config field that each dimension of a tensor stands for; the first that differs is named.
+# Tensors and the config field that each of their dimensions shows. An error names the first field
+# that differs.
 FIELDS: list[tuple[str, tuple[str | None, ...]]] = [
     (r"word_embeddings\.weight", ("vocab_size", "hidden_size")),
     (r"position_embeddings\.weight", ("max_position_embeddings", "hidden_size")),
@@ -43,7 +44,7 @@ Shape = tuple[int, ...]
 
 
 class Weights(NamedTuple):
-    """What a checkpoint file holds, and the config that belongs to it."""
+    """The tensors in a checkpoint file, and their config."""
 
     path: str
     tensors: Mapping[str, torch.Tensor]
@@ -55,11 +56,11 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
 
     Args:
         path: The file.
-        model_type: The type that the YAML's model is made for.
+        model_type: The default model type of the model that the YAML names.
         overrides: Config fields to replace.
 
     Raises:
-        ValueError: If it cannot be read, is of another model type, or `resolve` refuses it.
+        ValueError: If the file cannot be read, holds another model type, or `resolve` refuses it.
     """
     tensors, saved = read_file(path)
     if holds_m2_bert(tensors):
@@ -70,17 +71,17 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
             raise ValueError(f"{path!r}: {error}") from error
         if found.unknown:
             raise ValueError(
-                f"{path!r} has, and an M2-BERT has no place for, {listed(found.unknown)}. To leave "
-                f"them out: m2-plugin import --allow-unused"
+                f"{path!r} has tensors that an M2-BERT lacks: {listed(found.unknown)}. To leave "
+                f"them out, convert it with m2-plugin import --allow-unused."
             )
         if found.assumed:
             values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
-            log.warning("%s: neither weights nor config tell %s: the defaults", path, values)
+            log.warning("%s: weights and config do not give these, so by default: %s", path, values)
         return Weights(path, found.weights, found.config)
     saved_type = (saved.config or {}).get("model_type")
     if saved.config is None or saved_type is None:
         raise ValueError(
-            f"{path!r} holds no config, and its weights are not named as M2-BERT's: "
+            f"{path!r} holds no config, and its weights are not those of an M2-BERT: "
             f"{', '.join(list(tensors)[:3])}, ... Give a transformers folder instead."
         )
     if model_type == M2BertConfig.model_type and saved_type in ("bert", model_type):
@@ -89,7 +90,7 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
             f"{path!r} is no M2-BERT checkpoint (it has {listed(other[:3])}). For a BERT, use the "
             f"models hf_bert_mlm and hf_bert_classification."
         )
-    # What begins with _ is the state of the process that saved it, e.g. how it attended.
+    # Keys that begin with _ are state of the process that saved the config.
     content = {key: value for key, value in saved.config.items() if not key.startswith("_")}
     config = type(AutoConfig.for_model(saved_type)).from_dict(content)
     return Weights(path, tensors, _replaced(config, overrides))
@@ -98,10 +99,10 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
 def build_config(
     source: str | None, model_type: str, overrides: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """Build the config of a folder or a hub name, or a model type's default.
+    """Build the config of a folder or a hub name, or the default config of a model type.
 
     Raises:
-        ValueError: If a field to replace is unknown to the config, or the folder is not there.
+        ValueError: If the config has no field of an override, or the folder does not exist.
     """
     if source is None:
         _check_fields(AutoConfig.for_model(model_type), overrides)
@@ -111,7 +112,7 @@ def build_config(
 
 
 def _replaced(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """The config with fields replaced, checked against each other by its constructor."""
+    """Return the config with fields replaced; its constructor checks them against each other."""
     _check_fields(config, overrides)
     if isinstance(config, M2BertConfig):
         return config.with_overrides(overrides)
@@ -127,7 +128,7 @@ def _check_folder(path: str) -> None:
         there = [repr(name) for name in inside if os.path.exists(name)]
         hint = f" Did you mean {' or '.join(there)}?" if there else ""
         raise ValueError(
-            f"pretrained_model_name_or_path: {path!r} is no transformers folder, it has no "
+            f"pretrained_model_name_or_path: {path!r} is not a transformers folder: it has no "
             f"config.json.{hint}"
         )
 
@@ -151,37 +152,37 @@ def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> PreTrainedModel:
-    """Load weights, letting only the task head be new.
+    """Load the weights of a folder or hub name; only the task head may be new.
 
     Raises:
-        ValueError: If backbone weights are missing or of another shape: transformers would start
-            them at random with a warning.
+        ValueError: If weights of the encoder are missing or of another shape. transformers would
+            give them random values, with a warning.
     """
     model, info = auto_class.from_pretrained(
         path,
         config=config,
         torch_dtype=torch.float32,  # master weights; the trainer's precision casts
-        ignore_mismatched_sizes=True,  # a head for another number of labels; checked below
+        ignore_mismatched_sizes=True,  # the head may have another number of labels; checked below
         output_loading_info=True,
     )
-    # Some versions of transformers give the shapes beside the names, some do not.
+    # In some versions of transformers the entries are names, in others tuples of name and shapes.
     names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *names})
     theirs = shapes_in(path) if names else {}
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mismatched = [(name, theirs.get(name), ours[name]) for name in names]
-    backbone = f"{model.base_model_prefix}."
-    check_fit(path, backbone, mismatched, info["missing_keys"], info["unexpected_keys"])
+    encoder = f"{model.base_model_prefix}."
+    check_fit(path, encoder, mismatched, info["missing_keys"], info["unexpected_keys"])
     if new:
         log.warning("Newly initialised (not in %s): %s", path, ", ".join(new))
     return model
 
 
 def load_weights(auto_class: Any, weights: Weights, config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model and give it the weights of a file, letting only the task head be new.
+    """Build a model with the weights of a file; only the task head may be new.
 
     Raises:
-        ValueError: As `load_pretrained`.
+        ValueError: As in `load_pretrained`.
     """
     model = auto_class.from_config(config)
     tensors = dict(weights.tensors)
@@ -199,13 +200,13 @@ def fit_state_dict(
     """Drop heads of another shape from a state dict, and return the names that will be new.
 
     Args:
-        path: Where the tensors are from.
-        model: The transformers model they are for.
-        tensors: Changed in place.
-        prefix: How the model's names begin in it.
+        path: The source of the tensors, for error messages.
+        model: The transformers model that will load them.
+        tensors: The state dict; changed in place.
+        prefix: The prefix of the model's names in the state dict.
 
     Raises:
-        ValueError: If weights of the encoder are missing, too many, or of another shape.
+        ValueError: If weights of the encoder are missing, unexpected, or of another shape.
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {
@@ -214,7 +215,7 @@ def fit_state_dict(
         if name.startswith(prefix)
     }
     mismatched = [(n, found[n], own[n]) for n in own if n in found and found[n] != own[n]]
-    tied = set(model._tied_weights_keys or ())  # to tensors that are there
+    tied = set(model._tied_weights_keys or ())  # they share the memory of a tensor that is checked
     missing = [name for name in own if name not in found and name not in tied]
     unexpected = [name for name in found if name not in own]
     check_fit(path, f"{model.base_model_prefix}.", mismatched, missing, unexpected)
@@ -224,14 +225,14 @@ def fit_state_dict(
 
 
 def _check_loading(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Check what Composer loads (`load_path`), before torch loads it.
+    """Check the state dict that Composer loads (`load_path`), before torch loads it.
 
-    With `load_strict_model_weights: false`, which a new head needs, Composer would leave an
-    encoder that does not match at random values, and would stop at a head for other classes.
+    A new head needs `load_strict_model_weights: false`. With it, Composer would leave an encoder
+    that does not fit at random values, but would fail for a head with other classes.
     """
     sharded = any(hasattr(m, "_fsdp_wrapped_module") for m in module.modules())
     if sharded or not any(name.startswith(prefix) for name in state_dict):
-        return  # FSDP gives each rank its part
+        return  # each rank gets only its shards
     new = fit_state_dict("load_path", module, state_dict, prefix)
     if new:
         log.warning("Newly initialised (not in load_path): %s", ", ".join(new))
@@ -244,11 +245,10 @@ def build_inner_model(
     pretrained: bool,
     init_device: str,
 ) -> PreTrainedModel:
-    """Build on the CPU, or without storage where FSDP is to make or send the weights.
+    """Build the model on the CPU, or without storage if FSDP will create or send the weights.
 
     Raises:
-        ValueError: If pretrained weights are asked for on the meta device, or the device is
-            unknown.
+        ValueError: If `init_device` is unknown, or is meta for pretrained weights.
     """
     if init_device not in ("cpu", "meta", "mixed"):
         raise ValueError(f"init_device must be cpu, meta or mixed, got {init_device!r}.")
@@ -258,7 +258,7 @@ def build_inner_model(
         rng_state = torch.get_rng_state()
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(config)
-        model.tie_weights()  # the tie made in the constructor is lost on the meta device
+        model.tie_weights()  # on the meta device the constructor's tie is lost
         model.param_init_fn = (
             MetaInitializer(model, lambda: auto_class.from_config(config), rng_state)
             if init_device == "meta"
@@ -273,8 +273,8 @@ def build_inner_model(
     return auto_class.from_config(config)
 
 
-def prepare_for_host(model: Any) -> None:
-    """Let Composer check what it loads into a finished model, and shard it."""
+def prepare_for_composer(model: Any) -> None:
+    """Prepare a finished model for Composer: check the weights that it loads, and its sharding."""
     model.register_load_state_dict_pre_hook(_check_loading)
     prepare_for_fsdp(model)
 
@@ -293,14 +293,14 @@ def build_from_keys(
     """Build a transformers model from the keys that all models of this package take in a YAML.
 
     Args:
-        auto_class: The Auto class whose model it is.
-        model_type: As in `BertComposerModel`, which documents the keys.
-        default_model_type: What is built where neither `model_type` nor `path` is given.
-        tokenizer: The run's, which the vocabulary must hold; None skips the check.
+        auto_class: The Auto class of the model.
+        model_type: This and the other keys are those of `BertComposerModel`.
+        default_model_type: The model type if neither `model_type` nor `path` is given.
+        tokenizer: The run's tokenizer, whose entries must fit the vocabulary; None skips the check.
         path: `pretrained_model_name_or_path`.
 
     Raises:
-        ValueError: As `BertComposerModel`.
+        ValueError: As in `BertComposerModel`.
     """
     if pretrained is None:
         pretrained = path is not None
@@ -318,13 +318,13 @@ def build_from_keys(
     if not pretrained:
         config.vocab_size = padded_size(config.vocab_size, VOCAB_MULTIPLE)
     _check_vocabulary(config, tokenizer)
-    # A rank that FSDP will send the weights to needs none of its own.
+    # With init_device mixed only rank 0 loads weights; FSDP sends them to the other ranks.
     load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
     return build_inner_model(auto_class, config, source, load, init_device)
 
 
 def shapes_in(path: str) -> dict[str, Shape]:
-    """Read the shapes of the tensors of a folder or hub name; none unless they are in one file."""
+    """Read the shapes of the tensors in a folder or hub name, or none if it has several files."""
     file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return {}
@@ -339,36 +339,39 @@ def check_fit(
     missing: Iterable[str],
     unexpected: Iterable[str],
 ) -> None:
-    """Refuse weights that would leave the backbone, or part of it, at random values.
+    """Refuse weights that would leave the encoder, or a part of it, at random values.
 
     Args:
-        path: Where the weights are from.
-        prefix: How the names of the backbone begin; the rest is a head, which may be new. So may
-            the pooler: a masked language model is trained without one.
+        path: The source of the weights, for error messages.
+        prefix: The prefix of the encoder's names. Other names belong to a head, which may be new.
+            The pooler may be new too: a masked language model has none.
         mismatched: Name, shape in the checkpoint and shape in the model.
-        missing: Names of the model that the checkpoint lacks.
-        unexpected: Names of the checkpoint that the model lacks.
+        missing: Names in the model that the checkpoint lacks.
+        unexpected: Names in the checkpoint that the model lacks.
 
     Raises:
-        ValueError: Names a tensor and, for a mismatch, both shapes and the field to change.
+        ValueError: If the weights do not fit. The message names a tensor and, if its shape differs,
+            both shapes and the field to change.
     """
 
-    def backbone(names: Iterable[str]) -> list[str]:
+    def encoder(names: Iterable[str]) -> list[str]:
         left_out = (".pooler.", ".position_ids", ".token_type_ids")
         return [n for n in names if n.startswith(prefix) and not any(p in n for p in left_out)]
 
-    wrong = [entry for entry in mismatched if backbone([entry[0]])]
+    wrong = [entry for entry in mismatched if encoder([entry[0]])]
     if wrong:
         raise ValueError(f"{path!r} does not fit the model: {_explain(wrong)}")
-    for names, what in ((missing, "lacks"), (unexpected, "has, and the model lacks,")):
-        names = backbone(names)
+    for names, what in (
+        (missing, "lacks weights of the encoder"),
+        (unexpected, "has weights of an encoder that the model lacks"),
+    ):
+        names = encoder(names)
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             layers = ".layer" in names[0]
-            field = "num_hidden_layers" if layers else "the sizes and switches"
+            field = "num_hidden_layers" if layers else "the other fields of the model"
             raise ValueError(
-                f"{path!r} {what} weights of the encoder: {', '.join(names[:3])}{more}. Check the "
-                f"model's name and {field} in config_overrides."
+                f"{path!r} {what}: {listed(names)}. Check the model's name, and {field} in "
+                f"config_overrides."
             )
 
 
@@ -384,10 +387,14 @@ def _explain(wrong: list[tuple[str, Shape | None, Shape | None]]) -> str:
                     # Blocks of a Monarch matrix do not show the whole size.
                     value = "" if len(fields) == 3 else f" of {a}"
                     return (
-                        f"{name} is {theirs} there and {ours} here. The checkpoint has another "
-                        f"{field}{value}: change {field} in config_overrides, or leave it out."
+                        f"{name} has the shape {theirs} in the checkpoint and {ours} in the model. "
+                        f"The checkpoint has another {field}{value}: change or remove {field} in "
+                        f"config_overrides."
                     )
     name, theirs, ours = wrong[0]
     if theirs is None:
-        return f"{name} has another shape there than {ours}. Check config_overrides."
-    return f"{name} is {theirs} there and {ours} here. Check config_overrides."
+        return f"{name} does not have the model's shape, {ours}. Check config_overrides."
+    return (
+        f"{name} has the shape {theirs} in the checkpoint and {ours} in the model. Check "
+        f"config_overrides."
+    )

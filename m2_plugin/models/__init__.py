@@ -33,5 +33,5 @@ AutoModelForSequenceClassification.register(
     M2BertConfig, M2BertForSequenceClassification, exist_ok=True
 )
 AutoModelForTextEncoding.register(M2BertConfig, M2BertForTextEmbedding, exist_ok=True)
-# Pipelines load a tokenizer only for model types that have one here.
+# Pipelines load a tokenizer only for model types that are registered here.
 AutoTokenizer.register(M2BertConfig, fast_tokenizer_class=BertTokenizerFast, exist_ok=True)

@@ -18,7 +18,7 @@ from m2_plugin.suggest import did_you_mean
 log = logging.getLogger(__name__)
 
 SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
-# Keys that transformers itself writes into a config.json or passes to a config, beside its fields.
+# Keys beside its fields that transformers writes to a config.json or passes to a config.
 TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -37,11 +37,11 @@ TRANSFORMERS_KEYS = {
 class M2BertConfig(PretrainedConfig):
     """Configuration of an M2-BERT encoder (arXiv 2310.12109).
 
-    The defaults are those of the published M2-BERT-base (80M). Names are the reference's, where it
-    has one that transformers does not.
+    The defaults are those of the published M2-BERT-base (80M). Fields have transformers' names, or
+    the M2 reference's names if transformers has none.
 
     Args:
-        vocab_size: Number of tokens; rounded up to a multiple of `pad_vocab_size_multiple`.
+        vocab_size: Number of token ids; rounded up to a multiple of `pad_vocab_size_multiple`.
         hidden_size: D, the width of the model.
         num_hidden_layers: Number of layers.
         intermediate_size: F, the width of the MLP's activation.
@@ -49,42 +49,44 @@ class M2BertConfig(PretrainedConfig):
         max_position_embeddings: Number of learned positions.
         type_vocab_size: Number of token types.
         initializer_range: Standard deviation of initial linear and embedding weights.
-        layer_norm_eps: Epsilon of the LayerNorms (the mixer's own keeps torch's 1e-5).
+        layer_norm_eps: Epsilon of the LayerNorms, except the one in the mixer (torch's 1e-5).
         pad_token_id: Id of the padding token; its embedding starts at zero and has no gradient.
-        tie_word_embeddings: Share the decoder's weight with the word embeddings.
+        tie_word_embeddings: Whether the decoder shares its weight with the word embeddings.
         pad_vocab_size_multiple: See `vocab_size`.
-        use_positional_encodings: Add learned positions to the embeddings.
+        use_positional_encodings: Whether to add learned positions to the embeddings.
         sequence_mixer: `monarch_mixer`, or `alibi_attention` for the reference's baseline.
-        long_conv_l_max: The longest sequence that the long convolutions can mix.
-        bidirectional: Let the long convolutions see what follows.
-        residual_long_conv: Give the mixer its residual path, a second long convolution.
-        hyena_training_additions: A LayerNorm before the mixer.
+        long_conv_l_max: The longest sequence, in tokens, that the long convolutions can mix.
+        bidirectional: Whether the long convolutions see later positions.
+        residual_long_conv: Whether the mixer has a residual path, a second long convolution.
+        hyena_training_additions: Whether a LayerNorm precedes the mixer.
         mixer_dropout_prob: Dropout inside the mixer.
         hyena_filter_order: Width of the filters' MLPs.
-        hyena_emb_dim: Positional features of the filters; odd.
+        hyena_emb_dim: Number of positional features of the filters; odd, at least 3.
         hyena_w: Initial frequency of the filters' sines.
         hyena_w_mod: Constant factor on that frequency.
-        hyena_extended_from: Ascending values that `long_conv_l_max` had before the model was
-            extended (`m2-plugin extend`), or None. Taps that it had then keep their decay.
-        mask_padding: Keep padding out of the long convolutions, so that an output does not depend
-            on how much padding follows. The released checkpoints were trained without.
-        use_glu_mlp: Gate the MLP's activation.
-        use_monarch_mlp: Make the MLP's matrices block-diagonal.
+        hyena_extended_from: Earlier values of `long_conv_l_max`, ascending, if the model was
+            extended (`m2-plugin extend`), else None. Old taps keep their decay.
+        mask_padding: Whether to keep padding out of the long convolutions, so that outputs do not
+            depend on the amount of padding. The released checkpoints were trained without it.
+        use_glu_mlp: Whether the MLP's activation is gated.
+        use_monarch_mlp: Whether the MLP's matrices are block-diagonal.
         monarch_mlp_nblocks: Number of their blocks. Sizes that do not fill whole blocks are padded.
         num_attention_heads: Heads of `alibi_attention`; must divide `hidden_size` there.
         attention_probs_dropout_prob: Dropout of attention weights in `alibi_attention`.
-        classifier_pooling: What the pooler reads, for classifiers and embeddings: `cls`, the
-            first token, or `mean`, the mean of the tokens that are not padding (the reference's
-            `pool_all`). Its dense layer and tanh follow either.
-        classifier_dropout: Dropout before the classifier; None takes `hidden_dropout_prob`.
-        normalize_embeddings: Scale text embeddings to length 1 (the reference's
+        classifier_pooling: The input of the pooler's dense layer, for classifiers and embeddings:
+            `cls`, the first token, or `mean`, the mean of the tokens that are not padding (the
+            reference's `pool_all`).
+        classifier_dropout: Dropout before the classifier; None means `hidden_dropout_prob`.
+        normalize_embeddings: Whether to scale text embeddings to length 1 (the reference's
             `use_normalized_embeddings`).
-        backend: What computes the Monarch layers: `auto` (Triton kernels on CUDA, PyTorch
-            elsewhere and where one cannot be built), `torch`, or `triton` (or an error).
-        **kwargs: Further fields of `transformers.PretrainedConfig`, such as `num_labels`.
+        backend: How to compute the Monarch layers. `auto`: Triton kernels on CUDA, plain PyTorch
+            elsewhere and if a kernel cannot be built. `torch`: plain PyTorch. `triton`: kernels, or
+            an error.
+        **kwargs: More fields of `transformers.PretrainedConfig`, such as `num_labels`.
 
     Raises:
-        ValueError: If a key is unknown or a value is out of its range; the message names both.
+        ValueError: If a key is unknown or a value is out of range; the message names the key, and
+            for a value also the value.
     """
 
     model_type = "m2_bert"
@@ -160,9 +162,9 @@ class M2BertConfig(PretrainedConfig):
         self.classifier_dropout = classifier_dropout
         self.normalize_embeddings = normalize_embeddings
         self.backend = backend
-        # Set again by newer transformers versions only where their base class declares it.
+        # Newer transformers versions set it only in configs whose base class declares it.
         self.pad_token_id = pad_token_id
-        # Before transformers does: newer versions fail on other types in their own words.
+        # Before transformers' own checks: in newer versions their messages for types are unclear.
         check_values({**vars(self), "tie_word_embeddings": tie_word_embeddings})
         self.vocab_size = padded_size(vocab_size, pad_vocab_size_multiple)
         super().__init__(
@@ -172,18 +174,18 @@ class M2BertConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make the config that was saved, as `from_pretrained` does.
+        """Build a config from a saved one; `from_pretrained` calls this.
 
         Other tools add keys to a config.json, and `resize_token_embeddings` sets any vocabulary
-        size. So, other than the constructor, this keeps unknown keys with one warning, and does not
-        round `vocab_size` up.
+        size. Therefore, unlike the constructor, this method keeps unknown keys with one warning,
+        and does not round `vocab_size` up.
 
         Args:
             config_dict: The content of a config.json.
             **kwargs: Fields to replace, and `return_unused_kwargs`, as in transformers.
 
         Raises:
-            ValueError: If a value is out of its range.
+            ValueError: If a value is out of range.
         """
         unknown = unknown_keys(config_dict)
         if unknown:
@@ -200,10 +202,10 @@ class M2BertConfig(PretrainedConfig):
         return result
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "M2BertConfig":
-        """Copy the config with fields replaced by a user, whose `vocab_size` is rounded up.
+        """Copy the config with some fields replaced; a new `vocab_size` is rounded up.
 
         Raises:
-            ValueError: If a value is out of its range.
+            ValueError: If a value is out of range.
         """
         config = copy.deepcopy(self)
         config.update(dict(overrides))
@@ -213,7 +215,7 @@ class M2BertConfig(PretrainedConfig):
         return config
 
     def _check(self) -> None:
-        """Raise a ValueError that names the first field whose range or company is not right."""
+        """Raise a ValueError for the first field that is out of range or does not fit another."""
         for name in ("hidden_dropout_prob", "mixer_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
@@ -266,7 +268,7 @@ class M2BertConfig(PretrainedConfig):
 
     @property
     def max_sequence_length(self) -> int | None:
-        """The longest sequence that the model takes, or None without a limit."""
+        """The longest sequence that the model takes, in tokens; None if there is no limit."""
         limits = []
         if self.use_positional_encodings:
             limits.append(self.max_position_embeddings)
@@ -287,7 +289,7 @@ def _are_integers(value: Any) -> bool:
     return isinstance(value, Sequence) and all(map(_is_integer, value))
 
 
-# Annotation of a field: what its values must be, and how to say it.
+# Annotation of a field → check of its values, and their description in an error.
 KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: _is_integer(value) and value > 0, "a positive integer"),
     float: (_is_number, "a number"),
@@ -298,13 +300,13 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_values(fields: Mapping[str, Any]) -> None:
-    """Check values by themselves, as JSON or a command line may have given them.
+    """Check the type and sign of each value, without regard to other fields.
 
     Args:
-        fields: Any fields of `M2BertConfig`; others are passed over.
+        fields: Fields of `M2BertConfig`; other keys are ignored.
 
     Raises:
-        ValueError: If one is of another type than the field, or is a size and not positive.
+        ValueError: If a value has the wrong type, or a size is not positive.
     """
     for name, parameter in inspect.signature(M2BertConfig.__init__).parameters.items():
         if name not in fields or parameter.annotation not in KINDS:
@@ -326,7 +328,7 @@ def padded_size(size: int, multiple: int) -> int:
 
 
 def unknown_keys(keys: Iterable[str]) -> list[str]:
-    """Find the keys that are no field of M2BertConfig and that transformers does not write."""
+    """Find the keys that are not fields of M2BertConfig and that transformers does not write."""
     known = _known_keys()
     return [key for key in keys if key not in known and not key.startswith("_")]
 
@@ -343,6 +345,6 @@ def _reject_unknown_keys(kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"M2BertConfig has no key {key!r}.{proposal}")
 
 
-@lru_cache  # a config is read several times when a model is loaded
+@lru_cache  # warns once, although transformers reads a config several times to load a model
 def _warn_of(keys: tuple[str, ...]) -> None:
-    log.warning("M2-BERT does not use these keys of a saved config: %s", ", ".join(keys))
+    log.warning("M2-BERT ignores these keys of a saved config: %s", ", ".join(keys))

@@ -57,7 +57,7 @@ class M2BertEmbeddings(nn.Module):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        """Embed (B, L) token ids, or takes (B, L, D) word embeddings, to (B, L, D)."""
+        """Map (B, L) token ids, or (B, L, D) word embeddings, to (B, L, D)."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
             x = x + self.token_type_embeddings.weight[0]
@@ -72,18 +72,18 @@ class M2BertEmbeddings(nn.Module):
 
 
 class ExtendedFilter(HyenaFilter):
-    """A filter that was extended after training to reach further.
+    """A filter that was extended to longer sequences after training.
 
-    Its window `exp(−s(t)·|δ|)` is that of the first length up to there, s = t / (length − 1), and
-    then decays slowly, by half a unit of s for each extension: the taps beyond begin small, and
-    training can use them. (At the first rate nothing would be left: e^{−48} at 2,048 in a model
-    of 128.)
+    The window is `exp(−s(t)·|δ|)`. Up to the first maximum length, s = t / (length − 1), as before
+    the extension. Beyond it the window decays slowly: s grows by half a unit for each extension.
+    So the new taps are small at first, but training can use them. (At the first rate they would
+    vanish: e^{−48} at position 2,048 of a model that was made for 128.)
 
     Args:
-        channels: D, one filter each.
+        channels: D; each has its own filter.
         max_length: H, the longest sequence.
-        extended_from: The maxima that it had before, ascending.
-        **kwargs: As `HyenaFilter`.
+        extended_from: Earlier values of `max_length`, ascending.
+        **kwargs: More arguments of `HyenaFilter`.
     """
 
     def __init__(self, channels: int, max_length: int, extended_from: Sequence[int], **kwargs: Any):
@@ -101,7 +101,7 @@ class ExtendedFilter(HyenaFilter):
 
 
 class M2BertLayer(nn.Module):
-    """One layer: mlp(mixer(x)). A Monarch mixer has no residual and no norm round it."""
+    """One layer: mlp(mixer(x)). A Monarch mixer has no residual and no norm around it."""
 
     def __init__(self, config: M2BertConfig):
         super().__init__()
@@ -189,8 +189,9 @@ class M2BertPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the reference does, but draw every layer's values anew."""
-        # transformers 5 calls this after loading, guards torch's initialisers alone, and marks what
-        # it has loaded; positional features and the padding's embedding are not set by those.
+        # transformers 5 calls this after loading. It marks loaded parameters, and makes torch's
+        # initialisers skip them. Positional features and the padding's embedding are set otherwise,
+        # so restore all loaded values.
         parameters = module.parameters(recurse=False)
         loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
         self._draw(module)
@@ -236,7 +237,7 @@ class M2BertModel(M2BertPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     def _mask(self, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return the mask that the mixers need as (B, L, 1), or None where they need none."""
+        """Return the mixers' mask (B, L, 1) in `dtype`, or None if they need no mask."""
         attends = self.config.sequence_mixer == "alibi_attention"
         if attention_mask is None or not (attends or self.config.mask_padding):
             return None
@@ -255,21 +256,21 @@ class M2BertModel(M2BertPreTrainedModel):
         """Encode a batch.
 
         Args:
-            input_ids: (B, L) token ids; exactly one of this and `inputs_embeds`.
-            attention_mask: (B, L), 1 at tokens and 0 at padding. Read by `alibi_attention` and
-                with `mask_padding` only, as in the reference.
-            token_type_ids: (B, L), all 0 by default.
-            position_ids: (B, L) or (1, L), 0 … L−1 by default.
+            input_ids: (B, L) int64 token ids. Give either these or `inputs_embeds`.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Only `alibi_attention` and
+                `mask_padding: true` use it.
+            token_type_ids: (B, L) int64, all 0 by default.
+            position_ids: (B, L) or (1, L) int64, 0 … L−1 by default.
             inputs_embeds: (B, L, D) word embeddings.
-            output_hidden_states: Return the embeddings and every layer's output too.
-            return_dict: Return a `BaseModelOutput` (the default) rather than a tuple.
+            output_hidden_states: Whether to return the embeddings and every layer's output too.
+            return_dict: Whether to return a `BaseModelOutput` (the default) and not a tuple.
 
         Returns:
-            `last_hidden_state` (B, L, D), and `hidden_states` if asked for.
+            `last_hidden_state` (B, L, D), and `hidden_states` if `output_hidden_states`.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the
-                sequence is longer than the model's filters or positions.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if the
+                sequence is longer than the model's filters or position embeddings.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -294,7 +295,7 @@ class M2BertModel(M2BertPreTrainedModel):
                 x = layer(x, mask)
             hidden_states.append(x)
         if mask is not None and self.config.sequence_mixer == "alibi_attention":
-            x = x * mask  # the reference drops padding from the encoder and puts zeros back
+            x = x * mask  # the reference removes padding before the encoder, then fills in zeros
         output = BaseModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
@@ -354,12 +355,12 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         """Predict masked tokens.
 
         Args:
-            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
-            labels: (B, L) token ids, −100 at positions without loss.
-            masked_logits_only: With labels, decode only the positions that have a loss: the logits
-                are (number of such positions, V), in the order of `labels[labels != -100]`. At
-                15% masking this saves most of the decoder's work. That number depends on the data,
-                so `torch.compile` makes two graphs of this.
+            input_ids: See `M2BertModel.forward`, also for the other inputs.
+            labels: (B, L) int64 token ids, −100 at positions without loss.
+            masked_logits_only: Whether to decode only the M positions that have a label. Then
+                `logits` are (M, V), in the order of `labels[labels != -100]`. At 15% masking this
+                saves most of the decoder's work. M depends on the data, so `torch.compile` makes
+                two graphs. Without labels this has no effect.
 
         Returns:
             `loss`, the mean cross-entropy in nats over the labelled positions (0 if there are
@@ -376,7 +377,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         )
         x = encoded.last_hidden_state
         if labels is not None and masked_logits_only:
-            # The indices once: on a GPU each boolean index would wait for the device.
+            # Compute the indices once: on a GPU each boolean index would wait for the device.
             labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
             x, labels = x.flatten(0, 1)[labelled], labels.flatten()[labelled]
         logits = self.decoder(self.head(x))
@@ -410,19 +411,19 @@ class M2BertEmbeddingOutput(BaseModelOutputWithPooling):
     """Output of `M2BertForTextEmbedding`.
 
     Args:
-        sentence_embedding: (B, D), the embeddings: `pooler_output`, of length 1 where the config
-            says `normalize_embeddings`.
+        sentence_embedding: (B, D), the embeddings: `pooler_output`, scaled to length 1 if the
+            config has `normalize_embeddings: true`.
     """
 
     sentence_embedding: Tensor | None = None
 
 
 class M2BertForTextEmbedding(M2BertPreTrainedModel):
-    """The encoder with a pooler: what the released retrieval models are.
+    """The encoder with a pooler, as in the released retrieval models (arXiv 2402.07440).
 
     Args:
-        config: The model's configuration; `classifier_pooling` says what the pooler reads,
-            `normalize_embeddings` whether all embeddings have length 1.
+        config: The model's configuration; `classifier_pooling` and `normalize_embeddings` define
+            the embedding.
     """
 
     def __init__(self, config: M2BertConfig):
@@ -444,12 +445,12 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         """Embed texts.
 
         Args:
-            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
-            attention_mask: See there; `mean` pooling reads it too.
+            input_ids: See `M2BertModel.forward`, also for the other inputs.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. `mean` pooling uses it too.
 
         Returns:
-            `sentence_embedding` (B, D), `pooler_output` (B, D), which is the same before any
-            normalisation, and `last_hidden_state` (B, L, D).
+            `sentence_embedding` (B, D); `pooler_output` (B, D), the same before any scaling; and
+            `last_hidden_state` (B, L, D).
         """
         encoded = self.model(
             input_ids,
@@ -479,11 +480,11 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Save as every model does, and beside it what sentence-transformers reads.
+        """Save the model as transformers does, and the files that sentence-transformers reads.
 
         Args:
-            save_directory: The folder.
-            is_main_process: As in `PreTrainedModel.save_pretrained`; others write nothing.
+            save_directory: The folder to write to.
+            is_main_process: Whether this process writes the files, as in `PreTrainedModel`.
         """
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         if is_main_process:
@@ -521,11 +522,12 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         """Classify sequences.
 
         Args:
-            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
-            attention_mask: See there; `mean` pooling reads it too.
-            labels: (B,) class ids; (B,) or (B, num_labels) numbers for a regression; or
-                (B, num_labels) zeros and ones for several labels at once. `config.problem_type`
-                decides; if it is None, `num_labels` and the dtype do, as in transformers' BERT.
+            input_ids: See `M2BertModel.forward`, also for the other inputs.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. `mean` pooling uses it too.
+            labels: (B,) int64 class ids; (B,) or (B, num_labels) numbers for regression; or
+                (B, num_labels) zeros and ones for multi-label classification.
+                `config.problem_type` decides which. If it is None, `num_labels` and the dtype of
+                the labels decide, as in transformers' BERT.
 
         Returns:
             `loss` if labels are given, and `logits` (B, num_labels).
@@ -564,7 +566,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
 
 
 def _masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of (..., V) logits; 0, with a graph, where nothing is labelled.
+    """Mean cross-entropy, in nats, of (..., V) logits; 0, with gradients, if there are no labels.
 
     Labelled positions are not indexed: their number would break the graph of `torch.compile`.
     """

@@ -1,4 +1,4 @@
-"""What sentence-transformers reads beside a transformers folder: its modules, in their order."""
+"""Write the files that sentence-transformers reads beside a model: a list of modules."""
 
 import json
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ TYPES = "sentence_transformers.models."
 
 
 def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
-    """Let `SentenceTransformer(folder)` compute what `M2BertForTextEmbedding` does.
+    """Make `SentenceTransformer(folder)` compute the same as `M2BertForTextEmbedding`.
 
-    The encoder is the folder's own; the pooler becomes a `Pooling` and a `Dense`, and
-    `normalize_embeddings` a `Normalize`.
+    The first module is the encoder in the folder itself. The pooler becomes a `Pooling` and a
+    `Dense`, and `normalize_embeddings` a `Normalize`.
 
     Args:
-        folder: Where the model is saved.
-        config: Its configuration.
-        weights: Its tensors; `pooler.dense.weight` (D, D) and `pooler.dense.bias` (D,) are
-            written again, under the names of `Dense`.
+        folder: The folder with the saved model.
+        config: The model's configuration.
+        weights: The model's tensors. `pooler.dense.weight` (D, D) and `pooler.dense.bias` (D,) are
+            written a second time, under the names of `Dense`.
     """
     folder, width = Path(folder), config.hidden_size
     pooling = {
@@ -53,7 +53,7 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
     )
     length = {"max_seq_length": config.max_sequence_length, "do_lower_case": False}
     _write(folder / "sentence_bert_config.json", length)
-    # Last: without it the folder is a plain transformers folder.
+    # Written last, because without it the folder is a plain transformers folder.
     _write(
         folder / "modules.json",
         [

@@ -85,7 +85,7 @@ def test_import_of_a_trainers_checkpoint(tmp_path, tokenizer, capsys):
     folder = tmp_path / "m2"
     assert main(["import", save(mlm, tmp_path), "--out", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "0 unused, 0 missing" in said and "defaults" not in said and "no tokenizer" not in said
+    assert "0 unused, 0 missing" in said and "by default" not in said and "no tokenizer" not in said
     loaded, ids = AutoModelForMaskedLM.from_pretrained(folder).eval(), mlm_batch()["input_ids"]
     assert_same([name for name, _ in loaded.named_parameters()], loaded, mlm.model)
     with torch.no_grad():
@@ -262,7 +262,8 @@ def test_load_path(family, tmp_path, caplog):
     assert "Newly initialised (not in load_path): classifier.bias, classifier.weight" in caplog.text
 
     wide = build(family, "classification", overrides={"hidden_size": 64})
-    with pytest.raises(ValueError, match=r"\(30528, 32\) there and \(30528, 64\) here.*hidden_siz"):
+    message = r"\(30528, 32\) in the checkpoint and \(30528, 64\) in the model\. .*hidden_size"
+    with pytest.raises(ValueError, match=message):
         trainer(wide, **keys)
     other = "bert" if family == "m2_bert" else "m2_bert"
     with pytest.raises(ValueError, match="'load_path' lacks weights of the encoder"):
@@ -280,14 +281,15 @@ def test_load_path(family, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hidden_size": 64}, r"word_embeddings.weight is \(30528, 32\) there and \(30528, 64\)"
-                              r" here. .* hidden_size of 32: change hidden_size in config_over"),
-        ({"vocab_size": 31000}, r"is \(30528, 32\) there and \(31000, 32\) here. .* vocab_size of"),
+        ({"hidden_size": 64}, r"word_embeddings.weight has the shape \(30528, 32\) in the "
+                              r"checkpoint and \(30528, 64\) in the model. .* hidden_size of 32: "
+                              r"change or remove hidden_size in config_over"),
+        ({"vocab_size": 31000}, r" \(30528, 32\) .* and \(31000, 32\) in the .* vocab_size of"),
         ({"vocab_size": 512}, r"vocab_size 512 is smaller than the tokenizer's 30522 entries"),
         ({"max_position_embeddings": 16}, r"position_embeddings.* max_position_embeddings of 32"),
-        ({"intermediate_size": 128}, r"change intermediate_size in config_overrides"),
+        ({"intermediate_size": 128}, r"change or remove intermediate_size in config_overrides"),
         ({"num_hidden_layers": 3}, r"lacks weights of the encoder: .* num_hidden_layers in con"),
-        ({"num_hidden_layers": 1}, r"the model lacks, weights of the encoder: .* num_hidden_lay"),
+        ({"num_hidden_layers": 1}, r"has weights of an encoder that the model lacks: .* num_hidd"),
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict)
     else "",
@@ -318,9 +320,9 @@ class Exploit:
 def test_bad_files(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("EXPLOIT_FOLDER", str(tmp_path / "exploited"))
     cases = {
-        "tensor.pt": (torch.zeros(2), "holds no state dict of a model, but Tensor"),
-        "other.pt": ({"epoch": 3}, r"holds no state dict of a model, but \['epoch'\]"),
-        "names.pt": ({"w": torch.zeros(2)}, "holds no config, and its weights are not named"),
+        "tensor.pt": (torch.zeros(2), "hold the state dict of a model, but holds Tensor"),
+        "other.pt": ({"epoch": 3}, r"hold the state dict of a model, but holds \['epoch'\]"),
+        "names.pt": ({"w": torch.zeros(2)}, "holds no config, and its weights are not those of"),
         "exploit.pt": ({"x": Exploit()}, "cannot be read .* would call posix.mkdir"),
     }
     for name, (content, message) in cases.items():
@@ -333,7 +335,7 @@ def test_bad_files(tmp_path, monkeypatch, tokenizer):
     for path, message in {
         "text.pt": "cannot be read as a checkpoint",
         "missing.pt": "there is no file",
-        "": r"no transformers folder, .* Did you mean '.*/huggingface/final'\?",
+        "": r"not a transformers folder: .* Did you mean '.*/huggingface/final'\?",
     }.items():
         with pytest.raises(ValueError, match=message):
             build("m2_bert", "mlm", pretrained_model_name_or_path=str(tmp_path / path))
