@@ -1,4 +1,4 @@
-"""`m2-plugin doctor`: what runs here, how exactly and how fast."""
+"""Check the installation: which operations run here, with what error and how fast."""
 
 import argparse
 import importlib.metadata
@@ -20,19 +20,19 @@ from m2_plugin.ops.gated_long_conv import gated_long_conv
 from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 PACKAGES = ("torch", "triton", "transformers", "llm-foundry", "mosaicml", "mosaicml-streaming")
-# A kernel may err as plain PyTorch does, and by chance a little more.
+# Allowed error of a kernel, as a multiple of plain PyTorch's in the same dtype.
 ALLOWED_ERROR_RATIO = 1.5
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op with inputs for it.
+    """An op and inputs for it.
 
     Args:
-        name: the op's name.
-        run: maps the inputs and a backend to the output.
-        activations: inputs that have the dtype of the run.
-        parameters: inputs that stay in fp32 where PyTorch would keep them so.
+        name: The op's name.
+        run: A function that maps the inputs and a backend to the output.
+        activations: Inputs that are cast to the dtype of the run.
+        parameters: Inputs that stay in fp32 in a bf16 run.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
 
 
 def cases(batch: int, length: int, hidden: int) -> list[Case]:
-    """Builds the ops' inputs at the sizes of a model, in fp32 on the CPU."""
+    """Build the ops' inputs at the sizes of a model, in fp32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -71,7 +71,7 @@ def cases(batch: int, length: int, hidden: int) -> list[Case]:
 
 
 def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Returns the output and the gradient of its sum of squares for every input."""
+    """Return the output, and the gradient of its mean square for every input."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [t.to(device, dtype).requires_grad_() for t in case.activations]
     inputs += [t.to(device, wide).requires_grad_() for t in case.parameters]
@@ -80,14 +80,14 @@ def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> list[
 
 
 def error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Returns the largest relative error among an output and its gradients."""
+    """Return the largest relative error among an output and its gradients."""
     return max(
         ((a.double() - e).norm() / e.norm()).item() for a, e in zip(results, exact, strict=True)
     )
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Returns the median time of a call, after some to warm up."""
+    """Return the median time of 10 calls, in milliseconds, after 3 calls to warm up."""
     times = []
     for i in range(13):
         if device == "cuda":
@@ -102,7 +102,7 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
 
 
 def versions() -> list[str]:
-    """Returns a line for each package that matters, and for Python."""
+    """Return a line for Python and one for each package in `PACKAGES`."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     for package in PACKAGES:
         try:
@@ -113,13 +113,13 @@ def versions() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run `m2-plugin doctor`.
 
     Args:
-        argv: arguments, without the program's name.
+        argv: Arguments, without the program's name.
 
     Returns:
-        0 if everything that should run does, as exactly as PyTorch; else 1.
+        0 if all backends run, and no kernel has a larger error than allowed; else 1.
     """
     parser = argparse.ArgumentParser(prog="m2-plugin doctor", description=__doc__)
     parser.add_argument("--batch", type=int, help="sequences (default: 32 on a GPU, 2 on a CPU)")
@@ -156,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             took = milliseconds(partial(evaluate, case, backend, device, dtype), device)
             say(f"{case.name:24}{backend:10}{errors[backend]:>14.1e}{took:>17.2f} ms")
         if errors.get("triton", 0.0) > ALLOWED_ERROR_RATIO * errors.get("torch", float("inf")):
-            say(f"{case.name}: the kernel errs by more than PyTorch. Set `backend: torch`.")
+            say(f"{case.name}: the kernel has a larger error than PyTorch. Set `backend: torch`.")
             broken.append(case.name)
     broken += [f"{op} ({why})" for op, why in failures().items()]
-    say(f"\n{'broken: ' + ', '.join(broken) if broken else 'all well'}")
+    say(f"\n{'broken: ' + ', '.join(broken) if broken else 'everything works'}")
     return 1 if broken else 0

@@ -1,4 +1,4 @@
-"""`m2-plugin embed`: a vector for each text of a file."""
+"""Embed the texts of a file: the command `m2-plugin embed` writes a vector for each."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ __all__ = ["embed_file", "main"]
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHUNK = 1024  # texts between two notes of what is done; batches do not cross them
+CHUNK = 1024  # progress is saved after this many texts; batches do not cross chunks
 
 
 def embed_file(
@@ -42,37 +42,37 @@ def embed_file(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> tuple[int, int]:
-    """Write the embeddings of all texts of a file; a run that was killed continues.
+    """Write the embeddings of all texts of a file. If a run was killed, a new one continues it.
 
-    About a thousand texts at a time are sorted by length and batched by tokens. For a model without
-    `mask_padding`, a batch holds texts of one length, since padding would change its vectors.
+    1024 texts at a time are sorted by length and batched by tokens. For a Monarch mixer without
+    `mask_padding`, all texts of a batch have the same length, since padding would change vectors.
 
     Args:
         file: A file of any format in `m2_plugin.data.formats`; in a text file each line is a text.
-            It is read twice, in order, so that memory does not grow with it.
+            It is read twice, in order, so that memory does not grow with its size.
         model: A transformers folder with an `M2BertForTextEmbedding` and a tokenizer. Texts longer
             than its maximum are cut.
         out: The `.npy` file to write, float32 (N, D), row i for text i. It appears when it is
-            complete; until then a hidden file beside it holds what is done.
-        text_column: The column with the texts; a text file has no other.
-        batch_tokens: Tokens of a batch, padding included.
-        device: `auto` (CUDA if there is any), or a device as torch names it.
+            complete; until then a hidden file beside it holds the finished rows.
+        text_column: The column with the texts; ignored for a text file.
+        batch_tokens: The most tokens in a batch, padding included.
+        device: `auto` (CUDA if there is a GPU), or a device as torch names it.
         dtype: `float32`, or `bfloat16` for autocast.
-        overwrite: Replace `out` if it exists.
+        overwrite: Whether to replace `out` if it exists.
 
     Returns:
-        N and D.
+        N, the number of texts, and D, the width of the vectors.
 
     Raises:
-        ValueError: If something cannot be read or has no texts, the model has no pooler or no
-            tokenizer, torch has no such device, or `out` exists or cannot be written; the message
-            names it.
+        ValueError: If the file cannot be read or has no texts, the model has no pooler or no
+            tokenizer, torch has no such device, or `out` exists or cannot be written. The message
+            names the file or option.
     """
     out = Path(out)
     if out.suffix != ".npy":
         raise ValueError(f"--out must end in .npy, not {str(out)!r}")
     if out.exists() and not overwrite:
-        raise ValueError(f"{str(out)!r} is there already: give another name, or --overwrite")
+        raise ValueError(f"{str(out)!r} exists already: give another name, or --overwrite")
     if batch_tokens < 1:
         raise ValueError(f"--batch-tokens must be at least 1, not {batch_tokens}")
     count, digest = _survey(file, text_column)
@@ -95,7 +95,7 @@ def embed_file(
         for start in range(done, count, CHUNK):
             rows = list(islice(texts, min(CHUNK, count - start)))
             if len(rows) < min(CHUNK, count - start):
-                raise ValueError(f"{str(file)!r} was changed while it was read: run it again")
+                raise ValueError(f"{str(file)!r} was changed while it was read: start again")
             tokens = tokenizer(
                 rows, truncation=True, max_length=encoder.config.max_sequence_length
             )["input_ids"]
@@ -121,12 +121,12 @@ def batches(lengths: Sequence[int], tokens: int, equal: bool) -> Iterator[list[i
     """Group texts by length.
 
     Args:
-        lengths: Tokens of each text.
-        tokens: Most tokens of a batch, padding included; a longer text is a batch of its own.
+        lengths: The number of tokens of each text.
+        tokens: The most tokens in a batch, padding included. A longer text is a batch by itself.
         equal: Whether all texts of a batch must have the same length.
 
     Yields:
-        Indices into `lengths`, those of short texts first.
+        The indices in `lengths` of the texts of a batch; batches of short texts come first.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -140,7 +140,7 @@ def batches(lengths: Sequence[int], tokens: int, equal: bool) -> Iterator[list[i
 
 
 def _padding_counts(model: M2BertForTextEmbedding) -> bool:
-    """Say whether padding changes what the encoder computes: convolutions read it as text."""
+    """Tell whether padding changes outputs: without a mask, long convolutions read it as text."""
     return model.config.sequence_mixer == "monarch_mixer" and not model.config.mask_padding
 
 
@@ -161,7 +161,7 @@ def _read_texts(file: str | Path, column: str) -> Iterator[str]:
 
 
 def _survey(file: str | Path, column: str) -> tuple[int, str]:
-    """Count the texts of a file and hash them; check all before the first is embedded."""
+    """Count and hash the texts of a file, so that errors in it appear before the work starts."""
     count, state = 0, hashlib.sha256()
     for text in _read_texts(file, column):
         data = text.encode()
@@ -179,11 +179,11 @@ def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokeniz
         advice = "fine-tune it for retrieval first (yamls/finetune/retrieval)"
         if (Path(folder) / "modules.json").is_file():
             advice = (
-                "its modules.json names others than sentence-transformers' Pooling (cls or mean), "
-                "Dense with tanh and Normalize, so encode with sentence-transformers"
+                "its modules.json has modules other than Pooling (cls or mean), Dense with tanh "
+                "and Normalize, so encode with sentence-transformers"
             )
         raise ValueError(
-            f"{str(folder)!r} lacks pooler.dense.weight, which embeddings need: {advice}"
+            f"{str(folder)!r} lacks pooler.dense.weight, which an embedding model needs: {advice}"
         )
     model = build_model(M2BertForTextEmbedding, config, weights)
     tokenizer = load_tokenizer(folder)
@@ -193,14 +193,14 @@ def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokeniz
 
 
 def _move(model: M2BertForTextEmbedding, device: str) -> torch.device:
-    """Move the model to the device where it computes, and return the device."""
+    """Move the model to a device by name, or `auto`, and return the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device!r} is none that torch has here: {reason}") from error
+        raise ValueError(f"--device: torch has no device {device!r} here: {reason}") from error
     return model.device
 
 
@@ -217,23 +217,26 @@ def _digest(path: Path) -> str:
 def _open(
     partial: Path, notes: Path, job: Mapping[str, Any], shape: tuple[int, int]
 ) -> tuple[np.memmap, int]:
-    """Return the array to fill, and how many of its rows are done."""
+    """Return the array to fill, and the number of its rows that are done."""
     noted = read_json(notes)
     if noted and partial.is_file():
         changed = ", ".join(key for key in job if job[key] != noted["job"].get(key))
         if changed:
-            log.warning("%s was begun with another %s: starting anew", partial, changed)
-        elif not _holds(partial, shape):
-            log.warning("%s is damaged: starting anew", partial)
+            log.warning("%s was made with another %s: starting again", partial, changed)
+        elif not _is_array(partial, shape):
+            log.warning("%s is damaged: starting again", partial)
         else:
-            log.info("%s: going on after %d texts", partial, noted["rows"])
+            log.info("%s: continuing after %d texts", partial, noted["rows"])
             return np.lib.format.open_memmap(partial, mode="r+"), noted["rows"]
     notes.unlink(missing_ok=True)
     return np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape), 0
 
 
-def _holds(file: Path, shape: tuple[int, int]) -> bool:
-    """Say whether a file is an array of this shape: a shorter one would be filled with zeros."""
+def _is_array(file: Path, shape: tuple[int, int]) -> bool:
+    """Tell whether a file holds a complete fp32 array of this shape.
+
+    Opened for writing, a truncated file would be filled up with zeros.
+    """
     try:
         array = np.lib.format.open_memmap(file, mode="r")
     except ValueError:
@@ -249,23 +252,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name.
 
     Returns:
-        0; 1 if something was refused; 130 if it was interrupted.
+        0 on success, 1 after an error, 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin embed",
-        description="Write a vector for each text of a file. Run it again to continue.",
+        description="Write a vector for each text of a file. If a run was stopped, run the same "
+        "command again to continue.",
     )
     parser.add_argument("file", help=f"a file of texts: {ENDINGS}")
     parser.add_argument(
-        "--model", required=True, help="a transformers folder of an embedding model"
+        "--model", required=True, help="a transformers folder with an embedding model"
     )
     parser.add_argument("--out", required=True, help="the .npy file to write, float32 (N, D)")
-    parser.add_argument("--text-column", default="text", help="the column to embed (text)")
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens of a batch with padding (16384)"
+        "--text-column", default="text", help="the column with the texts (default: text)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast (float32)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        help="the most tokens in a batch, padding included (default: 16384)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="dtype of autocast (default: float32)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -275,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run it again to go on\n")
+        sys.stderr.write("interrupted: run the same command again to continue\n")
         return 130
     sys.stdout.write(f"{rows} vectors of {width} numbers\n{args.out}\n")
     return 0

@@ -13,7 +13,7 @@ def small(monkeypatch):
 def test_says_what_runs(small, capsys):
     assert cli.main(small) == 0
     text = capsys.readouterr().out
-    for part in ("torch 2", "kernels: Triton", "monarch_mlp", "all well"):
+    for part in ("torch 2", "kernels: Triton", "monarch_mlp", "everything works"):
         assert part in text
 
 
@@ -27,7 +27,7 @@ def test_kernel_that_errs_is_reported(small, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "monarch_mlp", wrong)
     assert cli.main(small) == 1
     text = capsys.readouterr().out
-    assert "monarch_mlp: the kernel errs by more than PyTorch" in text
+    assert "monarch_mlp: the kernel has a larger error than PyTorch" in text
     assert "broken: monarch_mlp" in text
 
 

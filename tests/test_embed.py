@@ -205,7 +205,7 @@ def test_killed_and_run_again(folder, tmp_path, caplog):
     assert 0 < done < 6000
     caplog.set_level("INFO")
     assert run(folder, file, out) == 0
-    assert f"going on after {done} texts" in caplog.text
+    assert f"continuing after {done} texts" in caplog.text
     assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
@@ -220,7 +220,7 @@ def test_a_damaged_partial_starts_anew(size, folder, tmp_path, caplog, monkeypat
     with partial.open("r+b") as opened:
         opened.truncate(size)
     assert run(folder, file, out) == 0
-    assert f"{partial} is damaged: starting anew" in caplog.text
+    assert f"{partial} is damaged: starting again" in caplog.text
     np.testing.assert_allclose(np.load(out), alone(folder, LINES * 8), rtol=0, atol=1e-5)
 
 
@@ -229,7 +229,7 @@ def test_interrupted(folder, tmp_path, capsys, monkeypatch):
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(LINES))
     interrupt(monkeypatch, folder, file, out)
-    assert "run it again to go on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert (tmp_path / ".vectors.npy.partial").exists() and not out.exists()
     assert run(folder, file, out) == 0
     np.testing.assert_allclose(np.load(out), alone(folder, LINES), rtol=0, atol=1e-5)
@@ -242,7 +242,7 @@ def test_another_file_starts_anew(folder, tmp_path, caplog):
     notes.write_text(json.dumps({"job": {"file": "another"}, "rows": 3}))
     (tmp_path / ".vectors.npy.partial").write_bytes(b"half")
     assert run(folder, file, out) == 0
-    assert "was begun with another file" in caplog.text
+    assert "was made with another file" in caplog.text
     np.testing.assert_allclose(np.load(out), alone(folder, TEXTS), rtol=0, atol=1e-5)
 
 
@@ -285,7 +285,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
         assert re.search(message, capsys.readouterr().err), message
     for device in ("nowhere", "cuda:99"):
         assert run(folder, good, out, "--device", device) == 1
-        assert f"--device {device!r} is none that torch has here" in capsys.readouterr().err
+        assert f"--device: torch has no device {device!r} here" in capsys.readouterr().err
     assert run(folder, good, good / "vectors.npy") == 1
     assert "texts.txt/vectors.npy' cannot be written" in capsys.readouterr().err
     assert run(folder, good, tmp_path / "vectors.txt") == 1
@@ -293,5 +293,5 @@ def test_what_is_refused(folder, tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".*"))
     out.write_bytes(b"mine")
     assert run(folder, good, out) == 1 and out.read_bytes() == b"mine"
-    assert "is there already: give another name, or --overwrite" in capsys.readouterr().err
+    assert "exists already: give another name, or --overwrite" in capsys.readouterr().err
     assert run(folder, good, out, "--overwrite") == 0 and np.load(out).shape == (2, 16)

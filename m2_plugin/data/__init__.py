@@ -1,4 +1,5 @@
 """Reading texts from files, for every command. No torch and no llm-foundry here.
 
-`formats` says what a path is and opens it, `rows` reads its rows, `tokenizer` loads a tokenizer.
+`formats` finds the format of a path and opens it, `rows` reads its rows, and `tokenizer` loads a
+tokenizer.
 """

@@ -1,7 +1,7 @@
-"""What a path is, by its ending, and its bytes, decompressed.
+"""Find the format of a path by its ending, and read its bytes, decompressed.
 
-A path that exists is that file. A path is a URL only if it begins with a scheme, `s3://` for
-example, and no such file exists. No character of a path is a pattern.
+If a path exists, it is that file. It is a URL only if it begins with a scheme, such as `s3://`,
+and no such file exists. No character in a path is a pattern.
 """
 
 import bz2
@@ -32,7 +32,8 @@ __all__ = [
     "read_bytes",
 ]
 
-# The format of each ending. Parquet and Arrow compress inside the file, the others as a whole.
+# The format of each ending. Files may be compressed as a whole, except Parquet and Arrow, which
+# compress inside the file.
 FORMATS = {
     ".txt": "text",
     ".text": "text",
@@ -53,7 +54,7 @@ ENDINGS = (
     "or a folder that `datasets` saved"
 )
 READ_BYTES = 1 << 20
-# `zstd --long=31` writes such windows; it is the format's maximum.
+# In bytes: the window of `zstd --long=31`, the format's maximum.
 ZSTD_WINDOW = 1 << 31
 ZSTD_READ_BYTES = 1 << 16
 
@@ -61,20 +62,20 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
 
 class DataError(ValueError):
-    """A file that cannot be read; the message names it."""
+    """A file or a folder cannot be read; the message names it."""
 
 
 class BrokenFileError(DataError):
-    """A file that cannot be read to its end; the message does not name it."""
+    """A file cannot be read to its end; the message does not name the file."""
 
 
 def is_remote(path: str) -> bool:
-    """Say whether a path is a URL: it begins with a scheme, and no such file exists."""
+    """Tell whether a path is a URL: it begins with a scheme, and no such file exists."""
     return bool(_SCHEME.match(path)) and not os.path.exists(path)
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Say whether `datasets` saved a data set, or a dictionary of its splits, in a folder."""
+    """Tell whether a path is a folder in which `datasets` saved one data set or several splits."""
     return any(os.path.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
@@ -83,15 +84,15 @@ def _compression(path: str) -> str:
 
 
 def is_compressed(path: str) -> bool:
-    """Say whether a file is compressed as a whole, by its ending."""
+    """Tell by its ending whether a file is compressed as a whole."""
     return bool(_compression(path))
 
 
 def file_format(path: str) -> str:
-    """Return the format of a path: one of those in `FORMATS`, or `dataset`.
+    """Return the format of a path: a value in `FORMATS`, or `dataset`.
 
     Raises:
-        DataError: If the ending is none of those known; the message lists them.
+        DataError: If the ending is unknown; the message lists the known ones.
     """
     if is_saved_dataset(path):
         return "dataset"
@@ -112,14 +113,14 @@ def check_file(path: str) -> None:
     if is_remote(path) or is_saved_dataset(path) or os.path.isfile(path):
         return
     if os.path.isdir(path):
-        raise DataError(f"{path!r} is a folder, and not one that `datasets` saved: give a file")
+        raise DataError(f"{path!r} is a folder that `datasets` did not save: give a file")
     raise DataError(f"there is no file {path!r}")
 
 
 def _open_remote(path: str) -> Any:
     from fsspec.core import url_to_fs
 
-    filesystem, name = url_to_fs(path)  # fsspec.open would take * and [ for patterns
+    filesystem, name = url_to_fs(path)  # fsspec.open would read * and [ as patterns
     try:
         return filesystem.open(name, "rb")
     except FileNotFoundError as error:
@@ -127,8 +128,9 @@ def _open_remote(path: str) -> Any:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file: any window, several frames, and an error if it is cut.
+    """The decompressed bytes of a .zst file.
 
+    It reads windows of any size and several frames, and raises an error if the file is truncated.
     The stream readers of zstandard and pyarrow each lack one of these.
     """
 
@@ -193,7 +195,7 @@ def _corrupt_errors() -> tuple[type[Exception], ...]:
 
 
 def is_corrupt(error: BaseException) -> bool:
-    """Say whether an error means bad data, rather than a failing disk (which has an errno)."""
+    """Tell whether an error means bad data. Errors of a disk or network have an errno."""
     if isinstance(error, OSError):
         return error.errno is None
     return isinstance(error, _corrupt_errors())
@@ -203,11 +205,12 @@ def read_bytes(path: str) -> Iterator[bytes]:
     """Yield the bytes of a file, decompressed, about a MiB at a time.
 
     Raises:
-        DataError: If there is no file.
-        BrokenFileError: If its compression is broken; all that comes before is yielded first.
+        DataError: If there is no such file.
+        BrokenFileError: If the compressed data are damaged; all bytes before the damage are yielded
+            first.
     """
     with open_bytes(path) as file:
-        # read1 returns what comes before the place where a broken file breaks.
+        # read1 returns the bytes before a damaged place; read would lose them.
         read = getattr(file, "read1", file.read)
         while True:
             try:
@@ -225,7 +228,7 @@ def read_json_file(path: str) -> Any:
     """Read a small JSON file that belongs to a saved data set.
 
     Raises:
-        DataError: If it is not there or is not JSON.
+        DataError: If the file does not exist or is not JSON.
     """
     try:
         with open(path, encoding="utf-8") as file:

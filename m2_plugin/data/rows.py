@@ -1,8 +1,8 @@
-"""The rows of a file, whatever its format, each with its place.
+"""Read the rows of a file of any format, each with its place.
 
-A text is what stands in the file: no type is guessed, no row is dropped, and nothing comes from a
-cache. A row that cannot be read is yielded as well, with the reason, so that the caller decides
-whether it is an error or is counted and left out.
+Texts are exactly those in the file: no type is guessed, no row is dropped, and nothing comes from a
+cache. A row that cannot be read is yielded too, with the reason. The caller decides whether that is
+an error, or counts the row and leaves it out.
 """
 
 import codecs
@@ -41,11 +41,11 @@ __all__ = [
 ]
 
 BATCH_ROWS = 512
-# The head of a JSON file that does not hold one object per line: an array, or an indented object.
+# The start of a JSON file that does not hold one object per line: an array, or an indented object.
 _JSON_STREAM = re.compile(rb"\s*(\[|\{[ \t]*\r?\n)")
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Stands for a carriage return inside a line of CSV, which the csv module would refuse. No decoded
-# text holds it: it is half of a surrogate pair.
+# Replaces a carriage return inside a line of CSV, because the csv module refuses those. No decoded
+# text contains it, since it is half of a surrogate pair.
 _RETURN = "\udc0d"
 
 
@@ -53,9 +53,9 @@ class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        place: `FILE:LINE`, or `FILE, row N`, counted from 0, where a file has no lines.
-        values: Value by column.
-        problem: Why the row cannot be read; `values` is empty then.
+        place: `FILE:LINE`, or `FILE, row N` (counted from 0) for formats without lines.
+        values: Column → value.
+        problem: Why the row cannot be read, or "". If it cannot, `values` is empty.
     """
 
     place: str
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-# A reader's own form of a row: its line or number, and its values or what is wrong with it.
+# A row inside this module: its line or number, and its values or the error.
 _Numbered = tuple[int, dict[str, Any] | ValueError]
 
 
@@ -76,16 +76,16 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yield the rows of a file, or of a folder that `datasets` saved, in their order.
 
-    Blank lines are texts in a text file and nothing in the other formats. In `.csv`, quotes are
-    read as usual, and the header says whether `,`, `;` or a tab separates the columns; in `.tsv`
-    quotes are text and a row is a line.
+    In a text file a blank line is an empty text; other formats ignore blank lines. In `.csv`,
+    quotes have their usual meaning, and the header shows whether `,`, `;` or a tab separates the
+    columns. In `.tsv`, quotes are text and each line is a row.
 
     Args:
-        path: The file, by any ending of `formats.FORMATS`; a URL for remote files.
-        split: Which split to read of a saved dictionary of splits.
-        text_column: What to call the only column of a text file.
-        columns: The columns that are needed; Parquet and Arrow then read no others.
-        header: Columns of a `.tsv` that may lack a header line.
+        path: The file, with any ending in `formats.FORMATS`, or its URL; or the folder.
+        split: The split to read, if the folder holds several.
+        text_column: The name to give to the only column of a text file.
+        columns: The columns that are needed; for Parquet and Arrow no others are read.
+        header: The columns of a `.tsv` file that may lack a header line.
 
     Raises:
         DataError: If the file is missing, of an unknown kind, or not readable at all.
@@ -110,16 +110,16 @@ def read_rows(
 
 
 def read_row_groups(path: str, start: int, end: int, column: str) -> Iterator[Row]:
-    """Yield one column of some row groups of a Parquet file, as `read_rows` does of all.
+    """Yield one column of some row groups of a Parquet file, like `read_rows`.
 
     Args:
         path: The file.
-        start: The first row group.
-        end: One past the last.
-        column: The column, which must be there.
+        start: The index of the first row group.
+        end: The index after that of the last row group.
+        column: The column, which must exist.
 
     Raises:
-        DataError: If it is not a whole Parquet file.
+        DataError: If the file is not a complete Parquet file.
     """
     file = open_parquet(path)
     first = sum(file.metadata.row_group(i).num_rows for i in range(start))
@@ -143,7 +143,7 @@ def text_bytes(value: Any, column: str) -> bytes:
     """Encode a text as UTF-8.
 
     Raises:
-        ValueError: If the value is no text, or holds half of a surrogate pair.
+        ValueError: If the value is not a text, or contains half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise ValueError(f"{column!r} should be a text, got {type(value).__name__} {value!r:.80}")
@@ -159,10 +159,10 @@ def text_of(values: Mapping[str, Any], column: str, option: str) -> str:
     Args:
         values: The row.
         column: The column.
-        option: How the user names the column, for the error: `--text_column`.
+        option: The option that names the column, for the error message: `--text_column`.
 
     Raises:
-        ValueError: If there is no such column, or no text in it.
+        ValueError: If there is no such column, or its value is not a text.
     """
     if column not in values:
         names = ", ".join(map(repr, values)) or "nothing"
@@ -187,7 +187,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a line that holds one JSON object.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the line is not UTF-8, not JSON, or holds another value.
     """
     text = decode(line.removeprefix(codecs.BOM_UTF8))
     try:
@@ -207,7 +207,7 @@ def _as_object(value: Any) -> dict[str, Any]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | BrokenFileError]]:
-    r"""Yield lines, which end at \n alone, and their numbers; last, why a broken file breaks."""
+    r"""Yield numbers and lines, split at \n only; at a damaged place, yield the error and stop."""
     number = 1
     pending: list[bytes] = []
     skip = len(codecs.BOM_UTF8)
@@ -292,7 +292,7 @@ def _tsv_rows(path: str, columns: Sequence[str]) -> Iterator[_Numbered]:
 
 
 class _CsvLines:
-    """Lines for the csv module: bytes that are not UTF-8 come as surrogates, found afterwards."""
+    """Lines for the csv module. Bytes that are not UTF-8 become surrogates; `_csv_cells` checks."""
 
     def __init__(self, path: str):
         self._lines = _lines(path)
@@ -329,7 +329,7 @@ def _csv_cells(cells: list[str]) -> list[str]:
 
 
 def _csv_rows(path: str) -> Iterator[_Numbered]:
-    csv.field_size_limit((1 << 31) - 1)  # the csv module's own limit is 131,072 characters
+    csv.field_size_limit((1 << 31) - 1)  # the csv module's default is 131,072 characters
     source = _CsvLines(path)
     lines = iter(source)
     blank = 0
@@ -350,7 +350,7 @@ def _csv_rows(path: str) -> Iterator[_Numbered]:
             yield number, error
             continue
         except csv.Error as error:
-            if source.problem is None:  # else it is the same fault
+            if source.problem is None:  # otherwise the damaged file caused this error too
                 yield number, ValueError(f"not CSV: {error}")
             continue
         if not header:
@@ -368,9 +368,9 @@ def _csv_rows(path: str) -> Iterator[_Numbered]:
 
 
 def is_json_stream(path: str) -> bool:
-    """Say whether a JSON file is an array, or holds objects of several lines.
+    """Tell whether a JSON file is an array or holds objects of several lines.
 
-    Other files hold one object per line.
+    Other JSON files hold one object per line.
     """
     try:
         with open_bytes(path) as file:
@@ -378,23 +378,23 @@ def is_json_stream(path: str) -> bool:
     except Exception as error:
         if not is_corrupt(error):
             raise
-        return False  # the reader of lines says what is wrong
+        return False  # the reader of lines reports the error
     return _JSON_STREAM.match(head) is not None
 
 
 class _JsonStream:
-    """Objects of a JSON array, or one after the other, read without holding the whole file."""
+    """Reads objects in a JSON array or in sequence, without holding the whole file in memory."""
 
     def __init__(self, path: str):
         self._chunks = codecs.iterdecode(read_bytes(path), "utf-8-sig")
         self._decoder = json.JSONDecoder()
         self._buffer = ""
-        self._at = 0  # what comes before it in the buffer is read
-        self._counted = 0  # up to here the lines are counted
-        self._line = 1
+        self._at = 0  # position in the buffer of the next character to parse
+        self._counted = 0  # lines are counted up to this position
+        self._line = 1  # line of that position, from 1
 
     def rows(self) -> Iterator[_Numbered]:
-        """Yield the objects; after an error of syntax the rest of the file is lost."""
+        """Yield the objects; after a syntax error, yield the error and stop."""
         try:
             while char := self._peek():
                 if char == "[":
@@ -432,7 +432,9 @@ class _JsonStream:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
-                near_end = error.pos >= len(self._buffer) - 16  # longer than any token but a text
+                # Tokens other than strings have fewer than 16 characters. So an error elsewhere
+                # cannot come from a token that the end of the buffer cuts.
+                near_end = error.pos >= len(self._buffer) - 16
                 if (near_end or error.msg.startswith("Unterminated")) and self._more():
                     continue
                 self._at = min(error.pos, len(self._buffer))
@@ -454,7 +456,7 @@ class _JsonStream:
                 return ""
 
     def _more(self) -> bool:
-        """Read on: at least as much again as is not used yet, so that long values cost little."""
+        """Read more, at least doubling the unused text, so that long values are parsed rarely."""
         self._here()
         rest = self._buffer[self._at :]
         pieces, size = [rest], 0
@@ -475,14 +477,14 @@ class _JsonStream:
         return self._line
 
 
-# Parquet, Arrow, and what `datasets` saved
+# Parquet, Arrow, and folders that `datasets` saved
 
 
 def open_parquet(path: str) -> Any:
     """Open a Parquet file, local or remote, with pyarrow.
 
     Raises:
-        DataError: If it is not a whole Parquet file.
+        DataError: If it is not a complete Parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -498,7 +500,7 @@ def open_parquet(path: str) -> Any:
 
 
 def _open_arrow(path: str) -> tuple[Any, Iterator[Any]]:
-    """Return the schema and the batches of an Arrow file, of either kind."""
+    """Return the schema and the batches of an Arrow file or stream."""
     import pyarrow
 
     check_file(path)
@@ -518,10 +520,11 @@ def _open_arrow(path: str) -> tuple[Any, Iterator[Any]]:
 
 
 def _split_folder(path: str, split: str | None) -> str:
-    """Return the folder of one split of what `datasets` saved.
+    """Return the folder of one split in a folder that `datasets` saved.
 
     Raises:
-        DataError: If the split is not given or not there.
+        DataError: If the folder holds several splits, and the split is not given or not one of
+            them.
     """
     if not os.path.isfile(f"{path}/dataset_dict.json"):
         return path
@@ -535,7 +538,7 @@ def _split_folder(path: str, split: str | None) -> str:
 def _dataset_files(folder: str) -> list[str]:
     state = read_json_file(f"{folder}/state.json")
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder!r} was saved by an old version of `datasets`: save it anew")
+        raise DataError(f"{folder!r} was saved by an old version of `datasets`: save it again")
     return [f"{folder}/{file['filename']}" for file in state["_data_files"]]
 
 
@@ -545,7 +548,7 @@ def _arrow_batches(
     if kind == "parquet":
         file = open_parquet(path)
         chosen = list(columns) if set(columns) <= set(file.schema_arrow.names) else []
-        # Without columns the rows would have no number.
+        # If none of the columns exist, read all: batches without columns would lose their rows.
         yield from file.iter_batches(BATCH_ROWS, columns=chosen or None, use_threads=False)
         return
     files = [path] if kind == "arrow" else _dataset_files(_split_folder(path, split))
@@ -589,9 +592,9 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
 
 
 def class_names(path: str, split: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Return the names of the classes, by column, where `datasets` wrote them into a file.
+    """Return column → names of its classes, if `datasets` stored them in a file or folder.
 
-    Columns of such a file hold the place of a name in this list.
+    Such a column holds indices into its list of names.
     """
     kind = file_format(path)
     features: Mapping[str, Any] = {}

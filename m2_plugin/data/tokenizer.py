@@ -1,4 +1,4 @@
-"""Loading a tokenizer, for every command but the training, where llm-foundry does."""
+"""Load a tokenizer, for every command except training, where llm-foundry loads it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,15 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a folder or the hub.
 
-    A folder may hold `tokenizer.json` alone, as the library tokenizers saves it. Code in a folder
-    is not run, unless `trust_remote_code` is given.
+    A folder may hold only `tokenizer.json`, as the library tokenizers saves it. Code in a folder
+    is not run, unless `trust_remote_code` is true.
 
     Args:
         name: A folder, or a name on the hub.
-        kwargs: Further arguments of `AutoTokenizer.from_pretrained`.
+        kwargs: More arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        DataError: If there is no tokenizer; in one line, with the reason.
+        DataError: If no tokenizer can be loaded; the message is one line, with the reason.
     """
     from transformers import AutoTokenizer
 

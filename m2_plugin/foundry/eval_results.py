@@ -1,4 +1,4 @@
-"""Callback: write the final evaluation of a run, and predictions for data without labels."""
+"""A callback that writes a run's final evaluation, and predictions for data without labels."""
 
 import io
 import logging
@@ -30,8 +30,8 @@ PACKAGES = ("m2-plugin", "llm-foundry", "mosaicml", "torch", "transformers")
 class EvalResults(Callback):
     """Write the metrics of a run's last evaluation to `metrics.json`; `eval_results` in a YAML.
 
-    The file appears when training is over, after all other files of this callback. Values that are
-    not finite are null.
+    The file appears when training is over, after all other files of this callback. NaN and infinite
+    values are written as null.
 
     Args:
         folder: The folder to write to; `{run_name}` is replaced.
@@ -80,7 +80,7 @@ class EvalResults(Callback):
                 self.predictions[label] = {"error": str(error)}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Write the progress, now and then only: reading the loss waits for the device."""
+        """Write the progress, but not after every batch: reading the loss waits for the device."""
         del logger
         if not self.progress or time.monotonic() - self.last_progress < PROGRESS_SECONDS:
             return
@@ -91,7 +91,7 @@ class EvalResults(Callback):
             write_json(os.path.join(self.folder, "progress.json"), value)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Keep the metrics; on all ranks, since compute is a collective."""
+        """Keep the metrics. All ranks take part, since `compute` is a collective operation."""
         del logger
         names = _metric_names(_inner(state))
         self.metrics = {
@@ -140,7 +140,7 @@ class EvalResults(Callback):
             ]
         model.train(was_training)
         parts = dist.all_gather_object(torch.cat(logits).numpy())
-        # Rank r has the rows r, r + world_size, ...; the last rows may be repeated.
+        # Rank r has rows r, r + world_size, ...; the sampler may repeat rows at the end.
         merged = np.stack(parts, axis=1).reshape(-1, parts[0].shape[-1])[:rows]
         if dist.get_global_rank() == 0:
             folder = os.path.join(self.folder, "predictions")

@@ -1,4 +1,4 @@
-"""What Composer's FSDP needs to know of a model: its units, their precision, initial weights."""
+"""Settings of a model for Composer's FSDP: its units, their precision and initial weights."""
 
 import os
 from itertools import chain
@@ -49,10 +49,10 @@ def prepare_for_fsdp(model: Any) -> None:
 def keep_filters_fp32(model: nn.Module) -> None:
     """Keep the parameters of the long convolutions' filters in fp32 under FSDP.
 
-    FSDP casts the parameters of a unit before its forward pass, by Composer's default too, and bf16
-    has 8 bits for one position among thousands. So each filter is a unit of its own. Under FSDP1
-    this unit casts nothing. Under FSDP2 Composer has one precision for all units, so the filter
-    raises an error if its parameters were rounded.
+    FSDP casts the parameters of a unit before its forward pass, also by Composer's default. The 8
+    bits of bf16 cannot tell thousands of positions apart. So each filter is a separate unit. Under
+    FSDP1 this unit casts nothing. Under FSDP2 Composer has one precision for all units, so the
+    filter raises an error if its parameters were rounded.
 
     Args:
         model: A model; its filters get the attribute that MPT and `prepare_for_fsdp` read.

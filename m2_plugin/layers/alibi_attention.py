@@ -1,4 +1,4 @@
-"""Self-attention with linear biases: the baseline of HazyResearch/m2 without Monarch mixing.
+"""Self-attention with linear biases (ALiBi): HazyResearch/m2's baseline without Monarch mixers.
 
 Dimension key: B batch, L sequence, D hidden, H heads.
 """
@@ -33,6 +33,7 @@ class AlibiAttention(nn.Module):
         num_heads: H; it must divide D.
         dropout: Probability of dropping an output feature.
         attention_dropout: Probability of dropping an attention weight.
+        layer_norm_eps: Epsilon of the LayerNorm.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`.
@@ -59,7 +60,7 @@ class AlibiAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def bias(self, length: int, mask: Tensor | None, like: Tensor) -> Tensor:
-        """Return the bias (1 or B, H, L, L): by distance, and the lowest number towards padding."""
+        """Return the bias (1 or B, H, L, L): −slope·|i − j|, and the lowest number at padding."""
         position = torch.arange(length, device=like.device)
         distance = (position[None] - position[:, None]).abs().to(like.dtype)
         slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=like.dtype, device=like.device)

@@ -11,13 +11,14 @@ from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 
 class DenseMLP(nn.Module):
-    """`LayerNorm(W_down · dropout(GELU(gate) ⊙ up) + b + x)`, (gate, up) the halves of W_up · x.
+    """`LayerNorm(W_down · dropout(GELU(gate) ⊙ up) + b + x)`; W_up · x consists of gate and up.
 
     Args:
         hidden_size: D.
         intermediate_size: F.
         glu: Whether to gate the activation; if not, it is GELU(W_up · x).
         dropout: Probability of dropping an activation.
+        layer_norm_eps: Epsilon of the LayerNorm.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class MonarchMLP(nn.Module):
         nblocks: K, the number of blocks of each map.
         glu: Whether to gate the activation.
         dropout: Probability of dropping an activation.
+        layer_norm_eps: Epsilon of the LayerNorm.
         backend: `auto`, `torch` or `triton`, as in `monarch_mlp`.
     """
 

@@ -42,7 +42,7 @@ class ShortConv(nn.Module):
 
 
 class MonarchMixer(nn.Module):
-    """Mixes along the sequence by gated long convolutions (arXiv 2310.12109, section 4.1).
+    """Mixes the sequence with gated long convolutions (arXiv 2310.12109, section 4.1).
 
     With u normed if `pre_norm`, and all products elementwise:
 
@@ -61,9 +61,9 @@ class MonarchMixer(nn.Module):
         residual_long_conv: Whether to add the second long convolution.
         pre_norm: Whether to apply a LayerNorm to u first (`hyena_training_additions` in
             HazyResearch/m2). The residual convolution then also sees the normed u.
-        dropout: Probability after the first gate and before the output projection.
+        dropout: Probability of dropping a value, after the first gate and before `out_proj`.
         filter_order: Width of the filters' MLPs.
-        filter_emb_dim: Positional features of the filters, odd.
+        filter_emb_dim: Number of positional features of the filters; odd.
         filter_w: Initial frequency of the filters' sines.
         filter_w_mod: Constant factor on these frequencies.
         backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
@@ -131,6 +131,10 @@ class MonarchMixer(nn.Module):
             u: (B, L, D).
             mask: (B, L, 1) of u's dtype, 1 at tokens and 0 at padding. It keeps padding out of the
                 long convolutions, so that outputs do not depend on the amount of padding.
+
+        Raises:
+            ValueError: If the sequence is longer than the filters.
+            RuntimeError: If `backend` is `triton` and no kernel can run.
         """
         u = self.norm(u)
         use_kernel = self._use_kernel(u)
@@ -143,7 +147,7 @@ class MonarchMixer(nn.Module):
         return self.out_proj(self.dropout(y))
 
     def _fused(self, p: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute what lies between the projections by the kernels."""
+        """Compute everything between the two projections with kernels."""
         length, residual = u.shape[1], self.residual_conv
         weight, bias = self.short_conv.weight, self.short_conv.bias
         return gated_long_conv(
