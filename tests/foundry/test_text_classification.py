@@ -298,7 +298,7 @@ def test_names_that_are_numbers(tokenizer, tmp_path):
 
 
 def test_yaml_for_own_texts(tokenizer, tmp_path):
-    """It is in the host's schema; its loaders build, and give its model a loss."""
+    """It is in llm-foundry's schema, and its model computes a loss on batches of its loaders."""
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.builders import build_composer_model, build_optimizer
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
@@ -410,7 +410,7 @@ OWN = {"text": "x", "label": 0}
         ([OWN, {"text": "y"}], {}, r"a.jsonl:2: label None is out of range"),
         ([OWN | {"label": "pos"}, OWN | {"label": "neg"}], {},
          r'labels are words. .*label_names: \["neg", "pos"\]'),
-        ([OWN], {"label_names": ["a"], "regression": True}, "exclude each other"),
+        ([OWN], {"label_names": ["a"], "regression": True}, "both label_names.*: remove one"),
         ([OWN], {"hf_name": "imdb"}, "either path or hf_name"),
         ([OWN], {"colunm": 1}, "Unknown key 'colunm' in dataset"),
     ],
@@ -472,7 +472,7 @@ def test_the_proposal_of_names_survives_yaml(tokenizer, tmp_path, pair):
     assert names == list(pair)
     assert labels(own(tokenizer, path, label_names=names)) == [1, 0]
     bare = OmegaConf.to_container(OmegaConf.create(line.replace('"', "")))["label_names"]
-    with pytest.raises(ValueError, match=r"label_names: .* is no text: YAML reads yes, no"):
+    with pytest.raises(ValueError, match=r"label_names: .* is not a text: YAML reads yes, no"):
         own(tokenizer, path, label_names=bare)
 
 
