@@ -389,7 +389,7 @@ def test_run_again_when_finished(tmp_path, jsonl, caplog):
     assert "nothing to do" in caplog.text
     assert (tmp_path / "train" / "index.json").stat() == before
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9"]) == 1
-    assert "max_chars_per_doc: None there, 9 now" in caplog.text and "--overwrite" in caplog.text
+    assert "max_chars_per_doc: None before, 9 now" in caplog.text and "--overwrite" in caplog.text
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9", "--overwrite"]) == 0
     assert len(read(tmp_path / "train")[0]) == 9
 
@@ -471,7 +471,7 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--concat_tokens", "128", "--tokenizer", "/no/such"], "'/no/such' has no tokenizer"),
         (["--tokenizer", "bert-base-uncased"], "only used with --concat_tokens"),
         (["--splits", "train_small", "val"], "--val_fraction 0.01"),
-        (["--local_files", "val=SAMPLE"], "nothing for the split 'train'"),
+        (["--local_files", "val=SAMPLE"], "no file for the split 'train'"),
         (["--local_files", "PYTHON"], "unknown kind of file"),
         (["--text_column", "content"], "no key 'content'"),
         (["--compression", "lzip"], "--compression lzip: unknown"),
