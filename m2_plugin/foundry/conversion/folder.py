@@ -2,7 +2,7 @@
 
     out_root/.train.partial/        renamed to out_root/train at the end
         settings.json               the settings; only the same settings can continue
-        records/00000-00012.json    exists if block 12 of stream 0 is finished; has its index entries
+        records/00000-00012.json    exists if block 12 of stream 0 is finished: its index entries
         streams/00000.json          the number of blocks in stream 0
         part-00000-00012.00000.mds  the first shard of that block
         tmp/                        shards being written

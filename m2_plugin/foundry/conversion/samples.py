@@ -175,9 +175,7 @@ def _utf8(text: Any, column: str) -> bytes:
         raise text
     data = text_bytes(text, column)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise ValueError(
-            f"document has {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}"
-        )
+        raise ValueError(f"document has {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}")
     return data
 
 
