@@ -478,7 +478,7 @@ def _notes(sweep: Sweep, task_name: str) -> list[str]:
     ]
     if len(recipe.seeds) > 1:
         seeds = ", ".join(str(seed) for seed in recipe.seeds)
-        notes.append(f"The published seeds are {seeds}; set `seed=...`.")
+        notes.append(f"The published seeds are {seeds}: choose one with `seed=...`.")
     if recipe.precision is None:
         notes.append("On a CPU add `precision=fp32`.")
     paragraphs.append(" ".join(notes))

@@ -83,7 +83,7 @@ class Task:
         return self.name + split.removeprefix("validation")
 
     def official_files(self, split: str) -> tuple[str, ...]:
-        """Return possible paths of a split below the folder of all tasks, in order of preference."""
+        """Return possible paths of a split below the folder of all tasks, best first."""
         if self.name == "ax":
             return ("AX/AX.tsv", "AX/test.tsv", "AX.tsv", "diagnostic/diagnostic.tsv")
         return (f"{self.folder}/{SPLIT_FILES[split]}.tsv",)
