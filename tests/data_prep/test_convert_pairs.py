@@ -1,4 +1,4 @@
-"""convert_pairs.py, and the pairs that the quickstart makes of its sample of C4."""
+"""convert_pairs.py, and the pairs that the quickstart makes from its sample of C4."""
 
 import gzip
 import json

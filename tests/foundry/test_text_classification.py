@@ -206,7 +206,7 @@ def order(spec, epoch):
 
 
 def test_order_depends_on_seed_and_epoch_only(tokenizer):
-    """What a resumed run needs: Composer sets the epoch and skips the batches it has seen."""
+    """A resumed run needs this: Composer sets the epoch and skips the batches before."""
     first = glue(tokenizer, "sst2")
     assert isinstance(first.dataloader.sampler, DistributedSampler)
     epochs = [order(first, epoch) for epoch in (0, 1)]
@@ -490,7 +490,7 @@ def test_a_label_that_is_no_name_is_no_id_where_names_are_numbers(tokenizer, tmp
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_class_ids_count_by_name(tokenizer, tmp_path, kind):
-    """The names of a saved dataset may stand in another order than GLUE's or the user's."""
+    """The class names of a saved dataset may have another order than GLUE's or the user's."""
     features = {"label": datasets.ClassLabel(names=["not_entailment", "entailment"])}
     features |= {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
     rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}

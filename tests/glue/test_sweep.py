@@ -1,4 +1,4 @@
-"""Which jobs run, when, and what is left of them; with jobs that are a small script."""
+"""The order of jobs, their failures and their files, with a small script as each job."""
 
 import json
 import logging
