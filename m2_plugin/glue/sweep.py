@@ -506,7 +506,7 @@ def _locked(out: Path) -> Iterator[int]:
         except OSError as error:
             owner = path.read_text().strip() or "unknown"
             raise ValueError(
-                f"{out} is in use by another sweep, or by a job of it that still runs: process "
+                f"{out} is in use by another sweep, or by a job that it left running: process "
                 f"{owner}. Wait until it ends, or set another --out."
             ) from error
         os.ftruncate(descriptor, 0)

@@ -277,7 +277,7 @@ def _read_mlflow(folder: Path) -> Log:
 
 
 def _read_wandb(path: Path) -> Log:
-    """Read the file of an offline run in the way of `wandb sync`."""
+    """Read the file of an offline run, as `wandb sync` does."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
