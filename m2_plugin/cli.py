@@ -1,4 +1,4 @@
-"""The command `m2-plugin`: it finds a subcommand, imports only the code of that, and runs it."""
+"""The command `m2-plugin`: find a subcommand, import only its code, and run it."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from m2_plugin import __version__
 
-# Name: the function that runs it, written like an entry point, and what it does.
+# For each subcommand: its function, written like an entry point, and what it does.
 COMMANDS = {
     "recipes": ("m2_plugin.recipes:main", "list the recipes (YAML files), or copy some of them"),
     "convert-c4": ("m2_plugin.foundry.conversion.cli:main_c4", "convert C4 to MDS shards"),
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: Arguments without the program's name. By default those of the process.
+        argv: The arguments without the program's name; by default those of the process.
 
     Returns:
         The exit code.

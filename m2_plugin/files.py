@@ -36,7 +36,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
         indent: The spaces per level; None writes one line.
 
     Raises:
-        ValueError: For NaN or infinity, which JSON does not have.
+        ValueError: If the value contains NaN or infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
     write_atomically(path, text + "\n")
@@ -51,10 +51,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a path, and check that files can be written there.
+    """Create the folder of a path, and check that files can be written there.
 
     Raises:
-        ValueError: If not. Writers of tensors give unclear errors, or none.
+        ValueError: If files cannot be written there. The writers of tensors would raise unclear
+            errors, or none.
     """
     probe = _beside(path)
     try:
@@ -67,13 +68,13 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to the given one if nothing is raised.
+    """Yield a temporary path, and rename it to the given path if no exception is raised.
 
     Raises:
         ValueError: If the path exists already, or cannot be written.
     """
     if path.exists():
-        raise ValueError(f"{str(path)!r} is there already: give another name, or remove it")
+        raise ValueError(f"{str(path)!r} exists already: give another name, or remove it")
     check_writable(path)
     temporary = _beside(path)
     try:

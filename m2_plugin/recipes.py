@@ -1,7 +1,7 @@
-"""The recipes (YAML files), and the files that they need, as the package carries them.
+"""List and copy the recipes (YAML files) and the files that they need.
 
-In an installed package they are in the folder `share`; in a clone, and in an editable installation
-of one, they are `yamls/`, `data_prep/` and `train.py` at the top.
+In an installed package they are in the folder `share`. In a clone, and in an editable installation
+of one, they are `yamls/`, `data_prep/` and `train.py` in the top folder.
 """
 
 import argparse
@@ -32,10 +32,10 @@ def names() -> dict[str, str]:
 
 
 def find(wanted: str) -> list[str]:
-    """Find recipes by their name, by the last part of it, or by their folder; `all` is every one.
+    """Find recipes by name, by the last part of a name, or by folder; `all` finds every recipe.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If no recipe is found.
     """
     found = [
         name
@@ -50,8 +50,8 @@ def find(wanted: str) -> list[str]:
 def files_needed(recipes: Iterable[str]) -> list[Path]:
     """Find the files of recipes: the YAML files, and all files and folders that these name.
 
-    A file names another by its path from the top, or by its file name if it lies beside. The
-    README.md of a folder, which says where data comes from, is taken along.
+    A file names another one by its path from the top folder, or by its file name alone if both are
+    in the same folder. The README.md of each folder is included: it names the source of the data.
 
     Returns:
         Paths, relative to `ROOT`.
@@ -82,27 +82,27 @@ def _named_in(path: Path) -> list[Path]:
 def copy(recipes: Iterable[str], out: str | Path = ".", overwrite: bool = False) -> list[Path]:
     """Copy recipes and the files that they need, with their folders.
 
-    Commands in the comments of a YAML, and relative paths in it, are right in the folder `out`.
+    The commands in a YAML's comments, and its relative paths, work in the folder `out`.
 
     Args:
         recipes: Names, as `find` takes them.
         out: The folder to write to.
-        overwrite: Replace files that are there and differ.
+        overwrite: Whether to replace existing files with other content.
 
     Returns:
-        The files that were written. A file that is there already with the same content is not.
+        The files that were written, without files that existed with the same content.
 
     Raises:
-        ValueError: There is no such recipe.
-        FileExistsError: A file is there with another content. Nothing was written.
+        ValueError: If a recipe does not exist.
+        FileExistsError: If a file exists with other content; nothing is written then.
     """
     out = Path(out)
     found = dict.fromkeys(name for wanted in recipes for name in find(wanted))
     contents = {out / path: (ROOT / path).read_bytes() for path in files_needed(found)}
-    there = {path for path in contents if path.exists()}
-    same = {path for path in there if path.is_file() and path.read_bytes() == contents[path]}
-    if there > same and not overwrite:
-        differ = ", ".join(str(path) for path in sorted(there - same))
+    existing = {path for path in contents if path.exists()}
+    same = {path for path in existing if path.is_file() and path.read_bytes() == contents[path]}
+    if existing > same and not overwrite:
+        differ = ", ".join(str(path) for path in sorted(existing - same))
         raise FileExistsError(
             f"These files exist and differ from the ones to be copied: {differ}. Choose another "
             "folder with --out, or replace them with --overwrite."

@@ -48,7 +48,7 @@ def test_whole_or_not_there(tmp_path, folder):
         fill(temporary)
         assert not path.exists()
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="is there already"), whole(path):
+    with pytest.raises(ValueError, match="exists already"), whole(path):
         pass
 
 

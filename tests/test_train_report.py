@@ -26,7 +26,7 @@ _processes = itertools.count(100)
 
 
 def metrics(batch: int, shift: float = 0.0) -> list[tuple[str, int, float]]:
-    """What Composer logs of one batch, with the numbers that it gives to batches."""
+    """Return what Composer logs for one batch, with Composer's batch numbers."""
     return [
         ("time/batch", batch, batch),
         ("time/token", batch, 1000 * batch),
@@ -45,7 +45,7 @@ def log_events(
     start: float = START,
     extra: tuple[tuple[str, float], ...] = (),
 ) -> None:
-    """Event files as Composer's logger leaves them: a new one every ten batches."""
+    """Write event files like Composer's logger: a new one every ten batches."""
     writer = SummaryWriter(str(folder))
     for batch in batches:
         wall = start + batch - batches.start
@@ -64,7 +64,7 @@ def log_events(
 
 
 def rename(folder: Path) -> None:
-    """Names new files as those of one process of their own."""
+    """Rename new files like those of a separate process."""
     process = next(_processes)
     for path in folder.glob("events*.*"):
         if ".host." not in path.name:
@@ -144,7 +144,7 @@ def test_processes_that_write_at_once_are_not_mixed(tmp_path, caplog):
 
 
 def lay_mlflow(root: Path, name: str, batches: range, start: float, shift: float = 0.0) -> None:
-    """A file store as MLflow lays it."""
+    """Write a file store in MLflow's layout."""
     folder = root / "mlruns" / "42" / f"{name}-{start:.0f}"
     for sub in ("metrics", "params", "tags"):
         (folder / sub).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Every YAML is in the host's schema, builds its model, and holds the published recipe."""
+"""Every YAML is in llm-foundry's schema, builds its model, and has the published recipe."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def load(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
-def test_is_in_the_hosts_schema(path):
+def test_is_in_llm_foundrys_schema(path):
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
 
@@ -88,7 +88,7 @@ def test_builds_a_model_and_its_optimizer_groups(path):
 
 
 def test_intended_parameter_groups_match_what_they_mean():
-    """The commented groups of the YAML, uncommented: a wrong pattern would be silently empty."""
+    """Check the YAML's commented groups: a wrong pattern would select nothing, without an error."""
     from llmfoundry.utils.builders import build_composer_model, build_optimizer
 
     text = (ROOT / "yamls" / "pretrain" / "m2-bert-base.yaml").read_text()

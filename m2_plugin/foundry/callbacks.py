@@ -92,7 +92,7 @@ class LossCurve(Callback):
         self.baseline: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the points as CSV strings: single leaves, even in a sharded checkpoint."""
+        """Return the points as CSV strings: each is one entry, even in a sharded checkpoint."""
         return {"points": _to_csv(self.points), "baseline": _to_csv(self._baseline_rows())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class LossCurve(Callback):
         label = state.dataloader_label or "eval"
         metric = state.eval_metrics.get(label, {}).get(self.eval_metric)
         if metric is not None:
-            # On all ranks: compute is a collective. A repeated evaluation replaces its point.
+            # All ranks call compute, a collective. A repeated evaluation replaces its point.
             point = (state.timestamp.batch.value, label, float(metric.compute()))
             self.points = [p for p in self.points if p[:2] != point[:2]] + [point]
         self._write(state)
@@ -163,7 +163,7 @@ class LossCurve(Callback):
 
 def _save_folder(state: State) -> str:
     for callback in state.callbacks:
-        # If the folder is remote, the saver's own is a temporary one.
+        # If the folder is remote, `callback.folder` is a temporary one.
         if isinstance(callback, CheckpointSaver) and callback.remote_uploader is None:
             return callback.folder
     return "./{run_name}"
@@ -173,7 +173,7 @@ def _to_csv(points: Iterable[Point]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("batch", "curve", "loss"))
-    writer.writerows(points)  # csv writes floats with repr: nothing is lost
+    writer.writerows(points)  # exact: csv writes floats with repr
     return text.getvalue()
 
 
@@ -191,12 +191,13 @@ def unigram_baseline(train: Any, evals: Iterable[Any], max_samples: int) -> dict
     Args:
         train: A dataset with a `tokenizer` that gives `input_ids` per index, as `mlm_text` does.
         evals: Datasets of the same kind, counted together.
-        max_samples: The largest number of samples of each to count, spread evenly.
+        max_samples: The largest number of samples of each dataset to count, spread evenly.
 
     Returns:
-        In nats per token: `unigram_cross_entropy`, of the evaluation tokens under the distribution
-        of the training tokens (with one added to every count), and `unigram_entropy`, of that
-        distribution as counted. Empty if there are no tokens.
+        Two losses in nats per token; empty if there are no tokens. `unigram_cross_entropy` is the
+        cross-entropy of the evaluation tokens under the distribution of the training tokens, with
+        one added to every count. `unigram_entropy` is the entropy of the training tokens, with the
+        counts as they are.
     """
     tokenizer = train.tokenizer
     keep = np.ones(len(tokenizer), dtype=bool)

@@ -28,8 +28,8 @@ from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 __all__ = ["CausalMonarchMixer", "MonarchFFN", "MonarchGLU", "init_monarch_module"]
 
-FILTER_STD = 0.02  # of the filters' MLPs, as in M2-BERT
-GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the only ones that the op has
+FILTER_STD = 0.02  # of the weights of the filters' MLPs, as in M2-BERT
+GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the op has only this one
 
 # Arguments of MPT's attention layers that a convolution does not support, and why.
 UNSUPPORTED = {
@@ -48,8 +48,8 @@ class CausalMonarchMixer(nn.Module):
 
     The M2 mixer (arXiv 2310.12109, section 4.1) with causal convolutions; its equation is in
     `m2_plugin.layers.monarch_mixer`. Both projections are llm-foundry's `fc_type`. The input
-    projection has no bias, since the short convolution adds one to the same features. Padding on
-    the left therefore leaves no trace: generation in batches gives what each prompt gives alone.
+    projection has no bias, since the short convolution adds one to the same features. Therefore
+    padding on the left changes nothing: a prompt gives the same text alone and in a batch.
 
     The arguments are those of MPT's attention. Values that a convolution cannot support raise an
     error.
@@ -57,7 +57,7 @@ class CausalMonarchMixer(nn.Module):
     Args:
         d_model: D.
         n_heads: Any number; the mixer has no heads.
-        head_dim: None.
+        head_dim: Must be None.
         fc_type: llm-foundry's kind of fully connected layer, with its arguments.
         device: The device of the parameters.
         bias: Whether the output projection has a bias.
@@ -73,13 +73,14 @@ class CausalMonarchMixer(nn.Module):
         filter_w: The initial frequency of the filters' sines.
         filter_w_mod: A constant factor on these frequencies.
         backend: `auto`, `torch` or `triton`.
-        **attention_only: Other keys of `attn_config`, at their defaults; `attn_impl` may be any.
+        **attention_only: Other keys of `attn_config`, which must be at their defaults, except
+            `attn_impl`.
 
     Raises:
-        ValueError: If a key is set that has no meaning for a convolution.
+        ValueError: If a key that has no meaning for a convolution is not at its default.
     """
 
-    reuse_kv_layer_idx = None  # MPT reads these two of each attention layer
+    reuse_kv_layer_idx = None  # MPT reads these two from each attention layer
     reuse_kv_x_layer_idx = None
 
     def __init__(
@@ -108,7 +109,7 @@ class CausalMonarchMixer(nn.Module):
             if value != attn_config_defaults.get(key):
                 raise ValueError(
                     f"attn_config.{key}: {value!r} has no meaning for attn_type monarch_mixer, "
-                    "which has no heads, queries and keys: remove it."
+                    "which has no heads, queries or keys: remove it."
                 )
         with torch.device(device) if device else nullcontext():
             self.mixer = MonarchMixer(
@@ -148,12 +149,12 @@ class CausalMonarchMixer(nn.Module):
         Args:
             x: (B, L, D).
             attn_bias: MPT's bias on its scores, (B or 1, 1, 1, L) for padding.
-            attention_mask: (B, L), true at tokens, or None. Padding does not enter the result.
-            is_causal: True.
-            needs_weights: False.
+            attention_mask: (B, L), true at tokens, or None. Padding does not change the result.
+            is_causal: Must be true.
+            needs_weights: Must be false.
             flash_attn_padding_info: The starts of documents, with `attn_impl: flash`.
             pos_id_within_seq: Not used.
-            **attention_only: See `UNSUPPORTED`; each must be None.
+            **attention_only: The arguments in `UNSUPPORTED`; each must be None.
 
         Raises:
             ValueError: If a convolution does not support an argument, or if the sequence is longer
@@ -164,7 +165,7 @@ class CausalMonarchMixer(nn.Module):
             if value is not None:
                 raise _refusal(UNSUPPORTED.get(name, f"it has no argument {name}"))
         if not is_causal:
-            raise _refusal("it is causal")
+            raise _refusal("it is causal: set is_causal to true")
         if needs_weights:
             raise _refusal("it has no attention weights: set output_attentions to false")
         if attn_bias is not None and attn_bias.shape[1] > 1:
@@ -208,7 +209,8 @@ class MonarchFFN(nn.Module):
         backend: `auto`, `torch` or `triton`.
 
     Raises:
-        ValueError: If `ffn_act_fn` is another function, or sizes do not fit.
+        ValueError: If `ffn_act_fn` is another function, or `nblocks` is not between 1 and the
+            smaller of the two sizes of a map.
     """
 
     glu = False
@@ -230,8 +232,8 @@ class MonarchFFN(nn.Module):
         del fc_type
         if ffn_act_fn is not None and ffn_act_fn not in GELU:
             raise ValueError(
-                f"ffn_config.ffn_act_fn must be {{name: gelu}} for the Monarch FFNs, the only "
-                f"one in their kernel, not {ffn_act_fn}."
+                "ffn_config.ffn_act_fn must be {name: gelu}, the only activation of the Monarch "
+                f"FFNs, got {ffn_act_fn}."
             )
         self.intermediate_size = resolve_ffn_hidden_size(d_model, expansion_ratio, ffn_hidden_size)
         self.dropout = dropout
@@ -311,19 +313,19 @@ def init_monarch_module(
 ) -> bool:
     """Initialise a module of this package, for llm-foundry's `module_init_fns`.
 
-    Block-diagonal weights follow the model's `init_config`, block by block. Of a Monarch matrix the
-    outer factor follows it, and the inner factor keeps the variance. Biases are zero. Filters and
+    Block-diagonal weights follow the model's `init_config`, block by block. So does the outer
+    factor of a Monarch matrix; its inner factor keeps the variance. Biases are zero. Filters and
     short convolutions always have M2-BERT's initialisation.
 
     Args:
-        module: A module of the model; its children are passed on their own.
+        module: A module of the model; llm-foundry passes its children separately.
         init_fn_: The function of `init_config` that fills a weight.
         init_div_is_residual: Whether to scale down layers that write to the residual stream.
         div_is_residual: The divisor for them.
-        **kwargs: Arguments for other modules.
+        **kwargs: llm-foundry's arguments for other kinds of modules.
 
     Returns:
-        Whether the module is of this package.
+        Whether the module belongs to this package.
     """
     del kwargs
     if isinstance(module, (BlockDiagonalLinear, MonarchLinear)):

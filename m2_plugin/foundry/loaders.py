@@ -1,4 +1,4 @@
-"""What the dataloaders of this package share."""
+"""Build the `DataLoader` of this package's dataloaders, and refuse one without batches."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 __all__ = ["PAD_MULTIPLE", "build_loader"]
 
-PAD_MULTIPLE = 8  # rows of unequal length: tensor cores want lengths that are multiples of 8
+PAD_MULTIPLE = 8  # for rows of unequal length; tensor cores are fastest at multiples of 8
 
 
 def build_loader(
@@ -23,7 +23,7 @@ def build_loader(
 ) -> DataLoader[Any]:
     """Build a `torch.utils.data.DataLoader` that gives at least one batch per epoch.
 
-    Composer trains for ever on nothing, or saves an untrained model, if an epoch has no batch.
+    If an epoch has no batch, Composer runs for ever, or saves an untrained model.
 
     Without workers, `prefetch_factor`, `persistent_workers` and `timeout` are ignored.
 
@@ -38,12 +38,14 @@ def build_loader(
         ValueError: If an epoch has no batch.
     """
     if num_samples == 0:
-        raise ValueError("The dataset has no samples for this rank: there is no batch.")
+        raise ValueError(
+            "This rank has no samples and no batch: give more data, or use fewer ranks."
+        )
     if drop_last and num_samples < batch_size:
         raise ValueError(
             f"drop_last: true leaves no batch: an epoch has {num_samples} samples per rank and a "
-            f"batch has {batch_size}. Set drop_last to false, a smaller batch size "
-            "(global_train_batch_size), fewer ranks, or give more data."
+            f"batch has {batch_size}. Set drop_last to false or a smaller global_train_batch_size, "
+            "use fewer ranks, or give more data."
         )
     has_workers = num_workers > 0
     return DataLoader(

@@ -1,6 +1,6 @@
-"""The index of an MDS folder, and whether its shards are what the index says.
+"""Read the index of an MDS folder, and compare the shards with it.
 
-Streaming reads a shard that was cut short as garbage, and compares hashes only after a download.
+Streaming reads garbage from a truncated shard, and compares hashes only after a download.
 This module imports the standard library only, so that a conversion starts fast.
 """
 
@@ -24,7 +24,7 @@ INDEX = "index.json"
 
 
 class ShardError(ValueError):
-    """A shard that is not what its index says; the message names the file."""
+    """A shard that differs from its index; the message names the file."""
 
 
 def read_index(folder: str | Path, hint: str = "") -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def read_index(folder: str | Path, hint: str = "") -> list[dict[str, Any]]:
 
     Args:
         folder: The folder of one split.
-        hint: What the message adds if there is no index.
+        hint: A text for the end of the message if there is no index.
 
     Raises:
         ValueError: If there is no index, or it cannot be read.
@@ -47,11 +47,12 @@ def read_index(folder: str | Path, hint: str = "") -> list[dict[str, Any]]:
 
 
 def shard_file(entry: Mapping[str, Any], folder: str | Path | None = None) -> dict[str, Any]:
-    """Return name, size and hashes of the file that holds a shard: the compressed one if any.
+    """Return name, size and hashes of a shard's file: the compressed one if it exists.
 
     Args:
         entry: The shard's entry in the index.
-        folder: Its folder, where Streaming may have decompressed the shard: that file then counts.
+        folder: The shard's folder. If Streaming decompressed the shard there, the result describes
+            the decompressed file.
     """
     raw, compressed = entry["raw_data"], entry.get("zip_data")
     if folder is not None and os.path.isfile(os.path.join(folder, raw["basename"])):
@@ -60,22 +61,22 @@ def shard_file(entry: Mapping[str, Any], folder: str | Path | None = None) -> di
 
 
 def is_whole(path: str | Path, info: Mapping[str, Any]) -> bool:
-    """Whether the file of a shard is there and has its size."""
+    """Return whether the file of a shard exists and has the size in the index."""
     return os.path.isfile(path) and os.path.getsize(path) == info["bytes"]
 
 
 def check_size(path: str | Path, info: Mapping[str, Any]) -> None:
-    """Check that the file of a shard is there and has the size in the index.
+    """Check that the file of a shard exists and has the size in the index.
 
     Raises:
-        ShardError: If not.
+        ShardError: If it does not.
     """
     if not os.path.isfile(path):
         raise ShardError(f"{path}: missing, although {INDEX} lists it")
     if not is_whole(path, info):
         raise ShardError(
-            f"{path}: {os.path.getsize(path)} bytes, the index says {info['bytes']}: truncated or "
-            "altered; write or copy it again"
+            f"{path}: {os.path.getsize(path)} bytes, the index says {info['bytes']}: it is "
+            "truncated or altered; write or copy it again"
         )
 
 
@@ -89,21 +90,24 @@ def check_hashes(
     """Check the content of a shard's file.
 
     Args:
-        path: The file's name for the message.
+        path: The name of the file for the message.
         data: The content.
         info: The file's entry in the index.
         algorithms: The hashes to compare.
-        get_hash: Streaming's function of that name.
+        get_hash: Streaming's function `get_hash`.
 
     Raises:
-        ShardError: If a hash differs, or the index does not have it.
+        ShardError: If a hash differs, or is not in the index.
     """
     recorded = info.get("hashes") or {}
     for algorithm in algorithms:
         if algorithm not in recorded:
             raise ShardError(
-                f"{path}: the index has no {algorithm!r} hash of it, which validate_hash asks for; "
-                f"it has {', '.join(sorted(recorded)) or 'none'}"
+                f"{path}: validate_hash is {algorithm!r}, but the index has no {algorithm!r} hash "
+                f"of this file; it has {', '.join(sorted(recorded)) or 'none'}"
             )
         if get_hash(algorithm, data) != recorded[algorithm]:
-            raise ShardError(f"{path}: its {algorithm} hash is not that of the index: altered")
+            raise ShardError(
+                f"{path}: its {algorithm} hash is not the one in the index: altered; write or copy "
+                "it again"
+            )

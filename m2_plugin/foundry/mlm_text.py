@@ -53,7 +53,7 @@ FOUNDRY_COLLATOR_KEYS = frozenset(
 SET_BY_BUILDER = frozenset({"self", "tokenizer", "batch_size", "kwargs"})
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-ROULETTE_SALT = np.uint64(0xD1B54A32D192ED03)
+KIND_SALT = np.uint64(0xD1B54A32D192ED03)
 MASK_BELOW = np.uint64(int(0.8 * 2**32))  # 80 % [MASK]
 KEEP_FROM = np.uint64(int(0.9 * 2**32))  # 10 % unchanged; between the two, 10 % a random id
 
@@ -121,14 +121,14 @@ class MLMTextDataset(StreamingTextDataset):
         }
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard if it is not here; a failure ends the run.
+        """Download a shard if it is not local; a failure ends the run.
 
-        Streaming alone would leave the shard marked as being prepared, so that other workers wait
-        for ever, and would lose the error of threads that download ahead.
+        Without this method, Streaming would leave the shard marked as in preparation, so that other
+        workers wait for ever, and would lose errors in threads that download ahead.
 
         Args:
             shard_id: The number of the shard.
-            blocking: Whether to wait for another worker that prepares it, as the reader does.
+            blocking: Whether to wait for another worker that prepares the shard, as reading does.
         """
         try:
             super().prepare_shard(shard_id, blocking)
@@ -284,12 +284,12 @@ class MLMCollator:
         draws = _mix64(keys[:, None] + counters)  # (B, L), uniform over 64 bits
         chosen = (draws < self.choose_below) & attention & ~self.is_special[ids]
 
-        second = _mix64(draws[chosen] ^ ROULETTE_SALT)  # high half: which kind; low half: which id
-        roulette = second >> np.uint64(32)
-        random_ids = (second & np.uint64(0xFFFFFFFF)) * np.uint64(self.vocab_size) >> np.uint64(32)
+        words = _mix64(draws[chosen] ^ KIND_SALT)  # high half: the kind; low half: a random id
+        kinds = words >> np.uint64(32)
+        random_ids = (words & np.uint64(0xFFFFFFFF)) * np.uint64(self.vocab_size) >> np.uint64(32)
         originals = ids[chosen]
-        replaced = np.where(roulette < KEEP_FROM, random_ids.astype(np.int64), originals)
-        replaced[roulette < MASK_BELOW] = self.mask_id
+        replaced = np.where(kinds < KEEP_FROM, random_ids.astype(np.int64), originals)
+        replaced[kinds < MASK_BELOW] = self.mask_id
         masked = ids.copy()
         masked[chosen] = replaced
         return masked, chosen
@@ -305,7 +305,7 @@ def _check_probability(probability: Any) -> None:
 
 
 def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
-    """Refuse keys that llm-foundry would ignore silently."""
+    """Raise an error about keys that llm-foundry would ignore silently."""
     foundry = set(inspect.signature(StreamingTextDataset).parameters)
     foundry |= set(inspect.signature(StreamingDataset).parameters)
     check_keys(dataset, (foundry - SET_BY_BUILDER) | OWN_KEYS | FOUNDRY_COLLATOR_KEYS, "dataset")
@@ -341,12 +341,12 @@ def _check_shards(local: str, split: str, validate_hash: str | None) -> None:
     folder = os.path.join(local, split)
     hint = f". Splits in {local!r} are {', '.join(_splits(local)) or 'none'}"
     for shard in read_index(folder, hint):
-        if shard.get("raw_data") is None:  # a format of several files per shard: left to Streaming
+        if shard.get("raw_data") is None:  # several files per shard: Streaming checks them
             continue
         info = shard_file(shard, folder)
         path = os.path.join(folder, info["basename"])
         check_size(path, info)
-        # One rank of a node reads for all: a hash costs a pass over the data.
+        # One rank per node, since a hash needs a pass over the data.
         if validate_hash and dist.get_local_rank() == 0:
             check_hashes(path, Path(path).read_bytes(), info, [validate_hash], get_hash)
 
@@ -403,8 +403,8 @@ def build_mlm_text_dataloader(
 
     * `mlm_probability` (required): 0.3 in M2-BERT's pretraining, 0.15 in evaluation;
     * `mask_seed` (default: `shuffle_seed`): the seed of the masks;
-    * `remask_each_epoch` (default: `shuffle`): whether each epoch has new masks. A loader that
-      shuffles is taken for training; evaluation keeps its masks, so that losses can be compared.
+    * `remask_each_epoch` (default: `shuffle`): whether each epoch has new masks. Without `shuffle`
+      the loader is for evaluation: it keeps its masks, so that losses can be compared.
 
     The data spec counts `total` tokens (all but padding) and `loss_generating` tokens (the masked
     positions). With `accumulate_train_batch_on_tokens: true`, llm-foundry's default, Composer
@@ -424,14 +424,14 @@ def build_mlm_text_dataloader(
         llm-foundry's data spec, with the batches of `MLMCollator`.
 
     Raises:
-        ValueError: For an unknown or missing key, a probability out of range, a tokenizer without
-            mask token, a split that is not there, a local shard that differs from its index, or
-            fewer samples than a batch with `drop_last`.
+        ValueError: If a key is unknown or missing, the probability is out of range, the tokenizer
+            has no mask token, a split does not exist, a local shard differs from its index, or
+            the samples do not fill a batch and `drop_last` is true.
     """
     if tokenizer is None:
         raise ValueError("mlm_text needs a tokenizer.")
-    # Calls change the truncation and padding settings of a tokenizer. The run's own goes into its
-    # checkpoints, and a sharded checkpoint loads only if the tokenizer has the same keys.
+    # Calls change the truncation and padding settings of a tokenizer. The run's tokenizer goes into
+    # its checkpoints, and a sharded checkpoint loads only if the tokenizer has the same keys.
     tokenizer = copy.deepcopy(tokenizer)
     dataset = dict(dataset)
     _check_dataset_cfg(dataset)
@@ -448,7 +448,7 @@ def build_mlm_text_dataloader(
             "device_batch_size": device_batch_size,
         },
     )
-    collator = _build_collator(tokenizer, dataset)  # first: cheap, and raises on a bad tokenizer
+    collator = _build_collator(tokenizer, dataset)  # first: it checks the tokenizer
     texts = _build_dataset(tokenizer, dataset, batch_size)
     loader = build_loader(
         texts,

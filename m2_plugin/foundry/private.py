@@ -8,7 +8,7 @@ gone. One more is in `conversion/mds.py`, which must not import llm-foundry.
 
 from typing import Any
 
-# The hidden size from d_model and the expansion ratio. If gone: int(d_model * expansion_ratio).
+# Computes the hidden size of an FFN. If gone: int(d_model * expansion_ratio).
 from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
 
 # The config of llm-foundry's contrastive model, for its list of keys. If gone: list them here.
@@ -18,10 +18,10 @@ from llmfoundry.models.llm_embed.modeling_llm_embed import ContrastiveConfig
 # initialisation see whole DTensors under FSDP2. If gone: a loop; a decorator on `full_tensor()`.
 from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper, summon_dtensor
 
-# The states of a shard in Streaming's shared memory, see `release_shard`.
+# The states of a shard in Streaming's shared memory. If gone: see `release_shard`.
 from streaming.base.dataset import _ShardState
 
-# xxh64 and its like by name. If gone: the package xxhash, and hashlib.
+# Computes a hash, such as xxh64, by name. If gone: the package xxhash, and hashlib.
 from streaming.base.hashing import get_hash
 from torch import nn
 
@@ -39,12 +39,12 @@ __all__ = [
     "summon_dtensor",
 ]
 
-# The attribute of a module that llm-foundry's MPT takes for the settings of an FSDP unit. If gone:
-# MPT's `fsdp_wrap_fn` has to be replaced.
+# llm-foundry's MPT reads the settings of an FSDP unit from this attribute of a module. If gone:
+# replace MPT's `fsdp_wrap_fn`.
 FSDP_SETTINGS = "_fsdp_kwargs_dict"
 
-# Methods of llm-foundry's FinetuneEmbeddingModel that `contrastive.py` overrides. If gone: its
-# `loss` and `eval_forward` have to be overridden whole.
+# Methods of llm-foundry's FinetuneEmbeddingModel that `contrastive.py` overrides. If gone: override
+# its `loss` and `eval_forward` instead.
 OVERRIDDEN = ("_compute_scores", "_update_step_size_if_needed")
 
 
@@ -54,23 +54,23 @@ def mark_residual(module: nn.Module) -> None:
 
 
 def is_residual(module: nn.Module) -> bool:
-    """Whether a layer writes to the residual stream."""
+    """Return whether a layer writes to the residual stream."""
     return bool(getattr(module, "_is_residual", False))
 
 
 def release_shard(dataset: Any, shard_id: int) -> None:
-    """Mark a shard of a `StreamingDataset` as not being prepared.
+    """Mark a shard of a `StreamingDataset` as not in preparation.
 
-    Streaming leaves a shard whose download failed marked, and other workers wait for it for ever.
-    If the state is gone, see whether Streaming does this itself by now.
+    Streaming does not do this if a download fails, so that other workers wait for ever. If the
+    states are gone, check whether Streaming now does it.
     """
     dataset._shard_states[shard_id] = _ShardState.REMOTE
 
 
 def stop_reading(dataset: Any) -> None:
-    """End the threads of a `StreamingDataset` that read ahead, if there are any.
+    """End the threads of a `StreamingDataset` that read ahead, if they run.
 
-    If the event is gone, see how `StreamingDataset` ends its threads after an error.
+    If the event is gone, check how `StreamingDataset` ends its threads after an error.
     """
     if hasattr(dataset, "_event"):
         dataset._event.set()

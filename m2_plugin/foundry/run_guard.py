@@ -1,4 +1,4 @@
-"""Callback: a killed run continues when the same command is run again."""
+"""The callback `run_guard`: a killed run continues when the same command is run again."""
 
 import fcntl
 import logging
@@ -27,11 +27,11 @@ LOCK = ".run.lock"
 
 
 class RunGuard(CallbackWithConfig):
-    """Keep `save_folder` for one run, in a state from which the run can always continue.
+    """Reserve `save_folder` for one run, and keep it in a state from which the run can continue.
 
     Composer writes a checkpoint under its final name and then moves the link to the latest one. If
-    a run is killed between the two, Composer takes the file for a checkpoint of the future on the
-    next start, and refuses it.
+    a run is killed between the two steps, the next start fails: Composer finds a checkpoint that is
+    newer than the one of the link.
 
     - At the start the folder is locked. The system drops the lock when the process ends.
     - With `autoresume`, unfinished checkpoints are removed at the start, and the link is set to the
@@ -40,18 +40,19 @@ class RunGuard(CallbackWithConfig):
     - A run whose loader gives no batch ends with an error.
     - Transformers folders are written before the checkpoint of the same batch, so that they are
       whole if the checkpoint is.
-    - If a weight is not finite, an error replaces the checkpoint.
+    - If a weight is not finite, the run ends with an error instead of saving a checkpoint.
 
     A remote `save_folder` is neither locked nor tidied. If the file system has no locks, a warning
-    says so and nothing is removed. Runs on machines that its locks do not reach are not noticed.
+    says so and nothing is removed. A run on another machine is noticed only if the file system's
+    locks cover both machines.
 
     Args:
         train_config: The run's settings; llm-foundry passes them.
 
     Raises:
         RuntimeError: At the start, if another run uses the folder, if the checkpoint to load is not
-            whole, or if it is sharded and the run is not or the reverse, or if the training loader
-            gives no batch. Before a checkpoint, if a weight is not finite.
+            whole, if either this checkpoint or the run is sharded and the other is not, or if the
+            training loader gives no batch. Before a checkpoint, if a weight is not finite.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -129,12 +130,12 @@ class RunGuard(CallbackWithConfig):
         raise SystemExit(0)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse to train on no batch; let transformers folders be written before checkpoints."""
+        """Raise an error if there is no batch; let transformers folders be written first."""
         del logger
         if state.dataloader_len is not None and state.dataloader_len.value == 0:
             raise RuntimeError(
                 "train_loader gives no batch: an epoch has fewer samples per rank than a batch. "
-                "Set train_loader.drop_last to false, a smaller global_train_batch_size, or give "
+                "Set train_loader.drop_last to false or a smaller global_train_batch_size, or give "
                 "more data."
             )
         # llm-foundry sorts them the other way round, since uploads to remote folders take time.
@@ -177,8 +178,8 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     """Lock a folder for this process.
 
     Returns:
-        The file that holds the lock until it is closed, or None if there are no locks; and why the
-        folder is refused, or None.
+        The file that holds the lock until it is closed, or None if there are no locks; and the
+        reason why the folder is refused, or None.
     """
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (open as long as the run)
     try:
@@ -205,7 +206,7 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
 
 
 def _unfit(path: Path, key: str, sharded: bool) -> str | None:
-    """Return why a run cannot load a checkpoint, or None; Composer does not name the file."""
+    """Return why a run cannot load a checkpoint, or None. Composer does not name the file."""
     what = f"{key} {str(path)!r}"
     if path.is_dir() and not sharded:
         return (
@@ -227,11 +228,11 @@ def _unfit(path: Path, key: str, sharded: bool) -> str | None:
 
 
 def _tidy(folder: Path, saver: CheckpointSaver, state: State, delete: bool = True) -> Path | None:
-    """Remove unfinished checkpoints, set the link to the newest, and tell the saver the others.
+    """Remove unfinished checkpoints, set the link to the newest, and tell the saver about all.
 
     Args:
         folder: The folder of the checkpoints.
-        saver: The callback that counts them.
+        saver: The callback that saves checkpoints and removes old ones.
         state: The state of the run.
         delete: Whether files may be removed, because no other run can be writing them.
 
@@ -291,12 +292,12 @@ def _checkpoints(folder: Path, saver: CheckpointSaver, state: State) -> list[Pat
 
 
 def _sharded(state: State) -> bool:
-    """Whether checkpoints will be sharded; the state's own property needs a sharded model."""
+    """Return whether checkpoints will be sharded; the state's property needs a sharded model."""
     return state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded"
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the part that is written last exists: a zip's directory, or shards' metadata."""
+    """Return whether the part written last exists: a zip's directory, or the shards' metadata."""
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     return zipfile.is_zipfile(checkpoint)

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 DEFAULT_SEED = 19  # the published GLUE recipe's
 PADDINGS = ("max_length", "longest")
 ON_ERROR = ("raise", "skip")
-HUB_NAMES = ("nyu-mll/glue", "glue")  # today's and the former one, by which caches may know it
+HUB_NAMES = ("nyu-mll/glue", "glue")  # the current name and the former one, which caches may use
 NO_LABEL = "-"  # official MNLI: the annotators did not agree
 
 SHARED_KEYS = {
@@ -70,13 +70,13 @@ OWN_KEYS = SHARED_KEYS | {
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of one source.
+    """The rows of one source.
 
     Attributes:
-        source: What to call it in errors.
-        rows: The rows; they are read once.
-        classes: Names of the classes, by column, if the source has them. Such a column holds the
-            place of a name.
+        source: The name of the source in errors.
+        rows: The rows; they can be read only once.
+        classes: The names of the classes by column, if the source has them. The values of such a
+            column are indices into the names.
     """
 
     source: str
@@ -86,16 +86,16 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Fields:
-    """What to take from a table.
+    """The columns to read from a table, and the labels that are accepted.
 
     Attributes:
-        texts: Column of the text, or those of the pair.
-        label: Column of the label; None for data to predict.
-        spellings: Label id by each way to write it; None to take integers as they are.
-        num_labels: Number of classes, 1 for a regression, None if the data do not say.
-        label_range: Smallest and largest number of a regression.
-        skip_label: A label whose rows are left out.
-        by_name: Whether the ids of a source that has class names count by name.
+        texts: The column of the text, or the two columns of a pair.
+        label: The column of the label; None for data without labels.
+        spellings: The label id of each accepted spelling; None if labels are ids or numbers.
+        num_labels: The number of classes; 1 for a regression; None if unknown.
+        label_range: The smallest and the largest number of a regression.
+        skip_label: The label of rows to leave out; None leaves out none.
+        by_name: Whether to look up a source's own class names in `spellings`, not its ids.
     """
 
     texts: tuple[str, ...]
@@ -113,7 +113,7 @@ class _Fields:
 
     @property
     def takes_ids(self) -> bool:
-        """Whether a label may be an id: not if a class has another number for its name."""
+        """Whether a label may be an id; false if the name of a class is the number of another."""
         spellings = self.spellings or {}
         return all(name == str(i) for name, i in spellings.items() if _is_number(name))
 
@@ -136,8 +136,8 @@ def _read_file(path: str, split: str | None, **how: Any) -> _Table:
         raise ValueError(f"dataset.path: {error}.") from error
 
 
-def _of_dataset(dataset: Dataset, source: str, columns: Sequence[str] = ()) -> _Table:
-    """Make a table of what `datasets` loaded: of these columns only, if it has them."""
+def _dataset_table(dataset: Dataset, source: str, columns: Sequence[str] = ()) -> _Table:
+    """Make a table of a loaded dataset, with only these columns if it has all of them."""
     if columns and set(columns) <= set(dataset.column_names):
         dataset = dataset.select_columns(list(columns))
     classes = {
@@ -156,14 +156,14 @@ def _hub_dataset(name: str, subset: str | None, split: str | None, cache: str | 
     """Load a split of a dataset from the hub, or from its cache.
 
     Raises:
-        ValueError: If it cannot be loaded, has no such split, or is a folder here.
+        ValueError: If it cannot be loaded, has no such split, or a local folder has its name.
     """
     if split is None:
-        raise ValueError(f"dataset.split: say which split of {name!r} to read.")
+        raise ValueError(f"dataset.split is missing: name the split of {name!r} to read.")
     if os.path.isdir(name):  # `datasets` would read it, guess types, and cache it by path and time
         raise ValueError(
-            f"There is a folder {name!r} here. Give dataset.path to read it, or run elsewhere to "
-            "load the dataset of this name from the hub."
+            f"There is a folder {name!r} here. Give dataset.path to read it, or run in another "
+            "folder to load the dataset of this name from the hub."
         )
     try:
         return datasets.load_dataset(name, subset, split=split, cache_dir=cache)
@@ -176,7 +176,7 @@ def _hub_dataset(name: str, subset: str | None, split: str | None, cache: str | 
 
 
 def _class_id(value: Any, fields: _Fields) -> int:
-    # Integers too: names may be numbers that do not start at 0, such as stars.
+    # Look up integers too: names may be numbers that do not start at 0, such as stars.
     name = str(value).lower() if isinstance(value, bool) else str(value)
     if fields.spellings is not None:
         for spelling in (name, str(value)):  # JSON's true may be called true or True
@@ -209,10 +209,13 @@ def _number(value: Any, fields: _Fields) -> float:
 
 
 def _examples(table: _Table, fields: _Fields) -> tuple[dict[str, list[Any]], list[str]]:
-    """Read texts and labels by column, and what is wrong with the rows that are left out.
+    """Read the texts and labels of a table.
+
+    Returns:
+        The values by column, and a message for each row that is left out because it is broken.
 
     Raises:
-        ValueError: If no row has a column that is needed, or labels are words without names.
+        ValueError: If no row has a required column, or if labels are words and have no ids.
     """
     label = fields.label
     out: dict[str, list[Any]] = {name: [] for name in ("text", "text_pair")[: len(fields.texts)]}
@@ -267,20 +270,20 @@ def _check_columns(table: _Table, fields: _Fields, found: Mapping[str, None]) ->
 
 
 def _refuse_words(table: _Table, words: Counter[str]) -> None:
-    """Refuse words as labels: they need an order, which one file cannot be trusted to give."""
+    """Raise an error, since one file of words does not determine the ids of the classes."""
     names = json.dumps(sorted(word for word, _ in words.most_common(20)), ensure_ascii=False)
     raise ValueError(
-        f"{table.source}: labels are words. Give them in the order of their ids, e.g. "
-        f"dataset.label_names: {names}; or regression: true for numbers."
+        f"{table.source}: labels are words. List them in the order of their ids, e.g. "
+        f"dataset.label_names: {names}. For numbers set dataset.regression to true."
     )
 
 
 def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dataset:
-    """Make one dataset of the examples of all tables, with `text`, `text_pair` and `label`.
+    """Join the examples of all tables to one dataset with `text`, `text_pair` and `label`.
 
     Raises:
-        ValueError: If a column is missing, a row is broken and `on_error` is not skip, or nothing
-            is left.
+        ValueError: If a column is missing, if a row is broken and `on_error` is not skip, or if no
+            example is left.
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"dataset.on_error must be one of {ON_ERROR}, got {on_error!r}.")
@@ -292,7 +295,7 @@ def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dat
     if broken:
         count = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
         if on_error == "raise":
-            raise ValueError(f"{broken[0]}{count}. `on_error: skip` in dataset leaves them out.")
+            raise ValueError(f"{broken[0]}{count}. To leave it out, set dataset.on_error to skip.")
         log.warning("Left out %d broken rows; the first: %s", len(broken), broken[0])
     merged = {name: [v for part in parts for v in part[name]] for name in parts[0]}
     if not merged["text"]:
@@ -305,7 +308,7 @@ def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dat
 
 
 def _glue_fields(task: Task, columns: Collection[str], labelled: bool) -> _Fields:
-    """Choose the names of the columns: the hub's, or those of the official files."""
+    """Choose the hub's names of the columns, or those of the official files."""
     texts, label = task.text_columns, "label"
     if columns and not set(texts) <= set(columns):
         texts = task.official_text_columns
@@ -325,7 +328,7 @@ def _glue_fields(task: Task, columns: Collection[str], labelled: bool) -> _Field
 
 
 def _glue_file(task: Task, split: str, path: str) -> str | None:
-    """Find the file of a split below `path`: official, or jsonl of the same name."""
+    """Find the file of a split below `path`: the official one, or a .jsonl of the same name."""
     if os.path.isfile(path):
         return path
     candidates = [f"{path}/{name}" for name in task.official_files(split)]
@@ -335,13 +338,13 @@ def _glue_file(task: Task, split: str, path: str) -> str | None:
 
 
 def _glue_table(task: Task, split: str, path: str | None) -> _Table:
-    """Read a split of a task from wherever `path` leads.
+    """Read a split of a task from `path`, or from the hub if it is None.
 
     Raises:
-        ValueError: If there is nothing of that split.
+        ValueError: If the split is not found.
     """
     if path is None:
-        return _of_dataset(*_glue_from_hub(task, split, None))
+        return _dataset_table(*_glue_from_hub(task, split, None))
     if not os.path.exists(path):
         raise ValueError(f"dataset.path: there is no file or folder {path!r}.")
     if (file := _glue_file(task, split, path)) is not None:
@@ -350,7 +353,7 @@ def _glue_table(task: Task, split: str, path: str | None) -> _Table:
         if is_saved_dataset(folder):
             return _read_file(folder, split)
     if any(os.path.isdir(f"{path}/{name.replace('/', '___')}") for name in HUB_NAMES):
-        return _of_dataset(*_glue_from_hub(task, split, path))
+        return _dataset_table(*_glue_from_hub(task, split, path))
     tsv = task.official_files(split)[0]
     raise ValueError(
         f"No {split} split of {task.name} below {path!r}. Looked for {tsv} (or .jsonl, also "
@@ -359,16 +362,16 @@ def _glue_table(task: Task, split: str, path: str | None) -> _Table:
 
 
 def _with_columns(table: _Table) -> tuple[_Table, Collection[str]]:
-    """Look at a table's first whole row for its columns."""
+    """Find the columns of a table in its first row that is not broken."""
     try:
         rows = iter(table.rows)
-        head = list(_until_whole(rows))
+        head = list(_until_unbroken(rows))
     except DataError as error:
         raise ValueError(f"dataset.path: {error}.") from error
     return replace(table, rows=chain(head, rows)), head[-1].values if head else ()
 
 
-def _until_whole(rows: Iterator[Row]) -> Iterator[Row]:
+def _until_unbroken(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
         yield row
         if not row.problem:
@@ -395,11 +398,12 @@ class TextClassificationCollator:
 
     Args:
         tokenizer: The run's tokenizer.
-        max_seq_len: Largest L; of a pair, the longer text is cut first.
+        max_seq_len: The largest L; the longer text of a pair is cut first.
         padding: "max_length" pads to `max_seq_len`, "longest" to the longest of the batch, rounded
             up to a multiple of 8.
-        num_labels: Number of classes, 1 for a regression; None if the data do not say.
-        min_num_labels: Fewest classes that the labels need, if `num_labels` is None.
+        num_labels: The number of classes; 1 for a regression; None if unknown.
+        min_num_labels: The smallest number of classes that fits the labels, if `num_labels` is
+            None.
 
     Raises:
         ValueError: If the padding is unknown or the tokenizer has no padding token.
@@ -423,12 +427,12 @@ class TextClassificationCollator:
         self.counts = {"num_labels": num_labels, "min_num_labels": min_num_labels}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch of B rows with `text`, and `text_pair` and `label` where there are some.
+        """Make a batch of B rows with `text` and, optionally, `text_pair` and `label`.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64; `labels` (B,),
-            int64 or for a regression float32; and, for the model to check, how many classes the
-            data have.
+            int64 for classes and float32 for a regression; and `num_labels` or `min_num_labels`,
+            which the model compares with its own number of classes.
         """
         pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
         longest = self.padding == "longest"
@@ -438,7 +442,7 @@ class TextClassificationCollator:
             truncation="longest_first",
             max_length=self.max_seq_len,
             padding=self.padding,
-            # A multiple beyond max_seq_len would be longer than the model may take.
+            # Rounding up must not exceed max_seq_len, which may be the model's limit.
             pad_to_multiple_of=PAD_MULTIPLE if longest and not self.max_seq_len % 8 else None,
             return_token_type_ids=True,
             return_tensors="pt",
@@ -446,12 +450,12 @@ class TextClassificationCollator:
         batch = dict(encoded)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
-        # Plain integers: to compare them costs no wait for the device.
+        # Plain integers: the model compares them without waiting for the device.
         return batch | {key: n for key, n in self.counts.items() if n is not None}
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Count the tokens of a batch; microbatches are weighted by losses, one per example."""
+    """Count the tokens of a batch. Each example has one loss, which weights the microbatches."""
     return {
         "total": int(batch["attention_mask"].sum()),
         "loss_generating": len(batch["input_ids"]),
@@ -463,7 +467,7 @@ def _count_samples(batch: Mapping[str, Any]) -> int:
 
 
 def _subset(examples: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """Choose that many examples at random, in their order: files may be sorted by label."""
+    """Choose examples at random, since files may be sorted by label; keep their order."""
     if max_samples is None or max_samples >= len(examples):
         return examples
     if max_samples < 1:
@@ -493,7 +497,7 @@ def _build(
     least = None
     if num_labels is None and "label" in examples.column_names:
         least = max(max(examples["label"]) + 1, 2)
-    # As every DistributedSampler, it draws an epoch's order from seed + epoch, which Composer sets.
+    # The sampler draws the order of an epoch from seed + epoch; Composer sets the epoch.
     sampler = dist.get_sampler(examples, drop_last=drop_last, shuffle=bool(shuffle), seed=seed)
     loader = build_loader(
         examples,
@@ -514,7 +518,7 @@ def _build(
         persistent_workers=persistent_workers,
         timeout=timeout,
     )
-    # Not llm-foundry's data spec: it expects a label for each token.
+    # llm-foundry's data spec does not fit: it expects a label for each token.
     return DataSpec(
         dataloader=loader,
         get_num_samples_in_batch=_count_samples,
@@ -535,7 +539,7 @@ def _check(
     for key in required:
         if dataset.get(key) is None:
             raise ValueError(f"{name} needs the key {key!r} in dataset.")
-    return copy.deepcopy(tokenizer)  # as in mlm_text: the run's own one goes into checkpoints
+    return copy.deepcopy(tokenizer)  # as in mlm_text: the run's own goes into checkpoints
 
 
 def build_glue_dataloader(
@@ -549,25 +553,35 @@ def build_glue_dataloader(
     persistent_workers: bool = True,
     timeout: int = 0,
 ) -> DataSpec:
-    """Build the loader of a GLUE task; `glue` in a YAML.
+    """Build the dataloader `glue`, for one split of a GLUE task. A test split has no labels.
+
+    The keys of `dataset` are
+
+    * `task` (required): cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or ax;
+    * `split` (required): its name on the hub: train, validation, test, validation_matched, ...;
+    * `max_seq_len` (required): the largest number of tokens;
+    * `path`: a folder of the official files, where a `.jsonl` may replace a `.tsv`; one such file;
+      a folder that `datasets` saved; or the cache of `datasets`. Without `path`, the hub or the
+      default cache is read;
+    * `padding`: max_length (default) or longest;
+    * `shuffle` (default: true for train only) and `shuffle_seed`: the order;
+    * `max_samples`: the number of examples to use, chosen at random;
+    * `on_error`: raise (default), or skip (default for QQP) to leave out broken rows.
+
+    `num_workers` to `timeout` are the arguments of `torch.utils.data.DataLoader`.
 
     Args:
-        tokenizer: The run's tokenizer, from llm-foundry.
-        device_batch_size: Examples of a batch of one rank, from llm-foundry.
-        dataset: `task` (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or ax), `split` by its
-            name on the hub (train, validation, test, validation_matched, ...) and `max_seq_len`.
-            `path` is a folder of the official files, where a `.jsonl` may replace a `.tsv`; such a
-            file; what `datasets` saved; or the cache of `datasets`. Without it the hub or the usual
-            cache is read. `padding` is max_length or longest. `shuffle` (by default true for train
-            only) and `shuffle_seed` set the order. `max_samples` takes that many examples at
-            random. `on_error: skip` leaves broken rows out; it is the default for QQP only. A test
-            split has no labels.
-        drop_last: Leave out a last batch that is not full.
-        num_workers: Processes that tokenise.
+        tokenizer: A tokenizer with a padding token.
+        device_batch_size: The examples per batch on this device.
+        dataset: The keys above.
+        drop_last: Whether to leave out a last batch that is not full.
+
+    Returns:
+        Composer's data spec, with the batches of `TextClassificationCollator`.
 
     Raises:
         ValueError: If a key, the task, the split, a file, a column or a label is missing or
-            wrong; names it, and for a row the file and line.
+            wrong; the message names it, and for a row the file and line.
     """
     tokenizer = _check("glue", dataset, GLUE_KEYS, ("task", "split", "max_seq_len"), tokenizer)
     task, split = glue_task(dataset["task"]), dataset["split"]
@@ -595,23 +609,23 @@ def build_glue_dataloader(
 
 
 def _own_tables(dataset: Mapping[str, Any], columns: tuple[str, ...]) -> list[_Table]:
-    """Open what a `text_classification` dataset names."""
+    """Open the files, or the dataset of the hub, that a `text_classification` section names."""
     path, hub, split = dataset.get("path"), dataset.get("hf_name"), dataset.get("split")
     if (path is None) == (hub is None):
         raise ValueError("text_classification needs either path or hf_name in dataset.")
     if hub is not None:
         read = _hub_dataset(hub, dataset.get("hf_subset"), split, None)
-        return [_of_dataset(read, f"{hub} {split}", columns)]
+        return [_dataset_table(read, f"{hub} {split}", columns)]
     files = [path] if isinstance(path, str) else list(path or ())
     text = dataset["text_column"]
     return [_read_file(file, split, text_column=text, columns=columns) for file in files]
 
 
 def _class_names(tables: Sequence[_Table], label: str) -> tuple[str, ...]:
-    """Return the names of the classes that the tables bring, if they do.
+    """Return the class names that the tables themselves have; empty if they have none.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If the names differ between tables.
     """
     found = {table.source: table.classes[label] for table in tables if label in table.classes}
     if len(set(found.values())) > 1 or 0 < len(found) < len(tables):
@@ -626,7 +640,7 @@ def _label_names(dataset: Mapping[str, Any]) -> list[str] | None:
     """Return `label_names` as texts.
 
     Raises:
-        ValueError: If YAML did not read a name as it was written, or two names are equal.
+        ValueError: If YAML read a name as a boolean or a number, or if a name occurs twice.
     """
     names = dataset.get("label_names")
     if names is None:
@@ -636,12 +650,12 @@ def _label_names(dataset: Mapping[str, Any]) -> list[str] | None:
     for name in names:
         if not isinstance(name, (str, int)) or isinstance(name, bool):
             raise ValueError(
-                f"dataset.label_names: {name!r} is no text: YAML reads yes, no, on and off as "
+                f"dataset.label_names: {name!r} is not a text: YAML reads yes, no, on and off as "
                 'booleans and 2.50 as a number. Put names in quotes, e.g. ["no", "yes"].'
             )
     texts = [str(name) for name in names]
     if len(set(texts)) < len(texts):
-        raise ValueError(f"dataset.label_names has a name twice: {texts}.")
+        raise ValueError(f"dataset.label_names must have each name once, got {texts}.")
     return texts
 
 
@@ -656,30 +670,45 @@ def build_text_classification_dataloader(
     persistent_workers: bool = True,
     timeout: int = 0,
 ) -> DataSpec:
-    """Build the loader of a user's own texts; `text_classification` in a YAML.
+    """Build the dataloader `text_classification`, for your own texts or pairs of texts.
+
+    The keys of `dataset` are
+
+    * `path`: a file, or a list of files, of any format in `m2_plugin.data.formats` (quotes have
+      their usual meaning in .csv and are text in .tsv); a folder that `datasets` saved; or a URL
+      such as s3://bucket/train.csv;
+    * `hf_name` and `hf_subset`: a dataset of the hub, instead of `path`;
+    * `split`: the split of that dataset or folder;
+    * `text_column` (required), and `text_pair_column` for pairs;
+    * `label_column` (default: label): null for data without labels;
+    * `label_names`: the names of the classes in the order of their ids, if labels are words.
+      Otherwise labels are integers from 0;
+    * `regression`: true if labels are numbers to predict;
+    * `max_seq_len` (required), `padding`, `shuffle`, `shuffle_seed`, `max_samples` and `on_error`
+      (default: raise), as in `build_glue_dataloader`.
+
+    `num_workers` to `timeout` are the arguments of `torch.utils.data.DataLoader`.
 
     Args:
-        tokenizer: The run's tokenizer, from llm-foundry.
-        device_batch_size: Examples of a batch of one rank, from llm-foundry.
-        dataset: `path`, a file or a list of files of any format in `m2_plugin.data.formats` (in
-            .csv quotes are read as usual, in .tsv they are text), a folder that `datasets` saved,
-            or a URL such as s3://bucket/train.csv; or `hf_name` and `hf_subset` of the hub, with
-            `split`. `text_column` and, for pairs, `text_pair_column`. `label_column` is `label` by
-            default, null for data without labels. Labels are integers from 0; or words, with their
-            `label_names` in the order of the ids; or numbers, with `regression: true`. The other
-            keys are those of `build_glue_dataloader`.
-        drop_last: Leave out a last batch that is not full.
-        num_workers: Processes that tokenise.
+        tokenizer: A tokenizer with a padding token.
+        device_batch_size: The examples per batch on this device.
+        dataset: The keys above.
+        drop_last: Whether to leave out a last batch that is not full.
+
+    Returns:
+        Composer's data spec, with the batches of `TextClassificationCollator`.
 
     Raises:
-        ValueError: If a key, file, column or label is missing or wrong; names it, and for a row
-            the file and line.
+        ValueError: If a key, file, column or label is missing or wrong; the message names it, and
+            for a row the file and line.
     """
     required = ("text_column", "max_seq_len")
     tokenizer = _check("text_classification", dataset, OWN_KEYS, required, tokenizer)
     names, regression = _label_names(dataset), dataset.get("regression", False)
     if regression and names:
-        raise ValueError("dataset: label_names and regression: true exclude each other.")
+        raise ValueError(
+            "dataset has both label_names, for classes, and regression: true: remove one of them."
+        )
     texts = (dataset["text_column"], dataset.get("text_pair_column"))
     fields = _Fields(
         texts=tuple(name for name in texts if name is not None),

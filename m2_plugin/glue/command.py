@@ -40,20 +40,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report-only",
         action="store_true",
-        help="no training; only the table of existing results",
+        help="do not train; write the table of existing results",
     )
     parser.add_argument(
         "--submission", type=Path, metavar="DIR", help="also write the files for the GLUE server"
     )
     parser.add_argument(
-        "--write-yamls", type=Path, metavar="DIR", help="only write the single-task YAMLs"
+        "--write-yamls",
+        type=Path,
+        metavar="DIR",
+        help="write the single-task YAMLs only",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the sweep file")
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; `key=value` may stand anywhere, even after a list."""
+    """Parse the arguments; `key=value` may come anywhere, even after a list."""
     arguments = build_parser().parse_intermixed_args(argv)
     for name in ("tasks", "seeds"):
         values = getattr(arguments, name) or []

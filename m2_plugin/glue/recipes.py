@@ -2,7 +2,7 @@
 
 A sweep file (`yamls/finetune/glue/sweep-*.yaml`) has a model, shared settings of all jobs and a few
 hyper-parameters per task. `job_config` builds from it the YAML that `composer train.py` runs for
-one task and seed. This module does not import llm-foundry, so that a sweep's own process is light.
+one task and seed. This module does not import llm-foundry, which would slow down the sweep's start.
 """
 
 import copy
@@ -41,7 +41,7 @@ PER_TASK = {
     "run_name",
     "seed",
 }
-# Keys for a single run only: a job of a sweep starts again if it was killed.
+# Keys for a single run only: a killed job of a sweep starts again from its beginning.
 SINGLE_RUN: dict[str, Any] = {
     "load_weights_only": True,
     "load_strict_model_weights": False,  # the head is not that of pretraining
@@ -68,7 +68,7 @@ class Recipe:
     Attributes:
         optimizer: "decoupled_adamw" or "torch_adamw", as in llm-foundry's registry.
         lr: The peak learning rate.
-        weight_decay: Per step (decoupled), or multiplied by the learning rate (torch).
+        weight_decay: The decay per step (decoupled), or its factor on the learning rate (torch).
         max_duration: The duration in Composer's units, such as "3ep".
         batch_size: The rows of a global training batch.
         max_seq_len: The tokens to cut or pad to.
@@ -134,7 +134,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         overrides: Texts `key=value`, such as `tasks.cola.lr=3.0e-5`, applied last.
 
     Raises:
-        ValueError: If a file is missing or is not YAML, or if a key or value is wrong; names it.
+        ValueError: If a file is missing or is not YAML, or if a key or value is wrong; the message
+            names it.
     """
     merged = OmegaConf.merge(_load_files(Path(path)), _from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
@@ -429,12 +430,11 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 
 def render_task_yaml(sweep: Sweep, task_name: str, source: str) -> str:
-    """Return the single-task YAML, with a heading on how to run it and where it comes from."""
+    """Return the single-task YAML; its heading says how to run it and how to regenerate it."""
     paragraphs = [
         *_how_to_run(sweep, task_name),
         *_notes(sweep, task_name),
-        "Generated from the sweep file, as for the other tasks. To change it, change that file and "
-        "run:",
+        "This file is generated from the sweep file. To change it, change the sweep file and run:",
         f"    m2-plugin glue --config {source} --write-yamls yamls/finetune/glue",
     ]
     lines = [line for paragraph in paragraphs for line in ("", *_wrap(paragraph))]
@@ -450,10 +450,10 @@ def _how_to_run(sweep: Sweep, task_name: str) -> list[str]:
     if sweep.tasks[task_name].start:
         return [
             title,
-            "It starts from the fine-tuned model of MNLI, encoder and pooler, as published:",
+            "As published, it starts from the encoder and pooler of the fine-tuned MNLI model:",
             f"{command}{MNLI}.yaml {checkpoint}\n{command}{task_name}.yaml",
-            "`variables.start` may be another: a transformers folder, or a .pt file of Composer or "
-            "of the M2 release.",
+            "`variables.start=CHECKPOINT` starts from another model: a transformers folder, or a "
+            ".pt file of Composer or of the M2 release.",
         ]
     return [
         title,
@@ -469,27 +469,30 @@ def _notes(sweep: Sweep, task_name: str) -> list[str]:
     paragraphs = []
     if "training_additions" in sweep.variables:
         paragraphs.append(
-            "The released 80M checkpoint has `variables.training_additions`; for a checkpoint of "
-            "yamls/pretrain/m2-bert-base.yaml add `variables.training_additions=false`."
+            "The released 80M checkpoint was trained with `variables.training_additions`. For a "
+            "checkpoint of yamls/pretrain/m2-bert-base.yaml add "
+            "`variables.training_additions=false`."
         )
-    notes = ["Data is the hub's `glue`, or the official TSV files: `variables.glue_path=FOLDER`."]
+    notes = [
+        "The data is the hub's `glue`; for official TSV files set `variables.glue_path=FOLDER`."
+    ]
     if len(recipe.seeds) > 1:
         seeds = ", ".join(str(seed) for seed in recipe.seeds)
-        notes.append(f"Published with seeds {seeds}: `seed=...`.")
+        notes.append(f"The published seeds are {seeds}: choose one with `seed=...`.")
     if recipe.precision is None:
-        notes.append("On a CPU: `precision=fp32`.")
+        notes.append("On a CPU add `precision=fp32`.")
     paragraphs.append(" ".join(notes))
     if recipe.pooling is not None:
-        accident = (
-            "The published numbers come from training data that was never shuffled; this recipe "
-            "shuffles."
+        note = (
+            "The reference never shuffled the training data for its published numbers; this recipe "
+            "shuffles it."
         )
         if recipe.pooling == "mean" and task_name != "qnli":
-            accident += (
-                " Also, QNLI's mean pooling stayed on for the tasks after it, so "
+            note += (
+                " The reference also kept QNLI's mean pooling for the tasks after QNLI, so "
                 "`classifier_pooling` is mean here."
             )
-        paragraphs.append(accident)
+        paragraphs.append(note)
     return paragraphs
 
 
@@ -505,7 +508,7 @@ def write_yamls(sweep: Sweep, source: str, folder: str | Path) -> list[Path]:
     Args:
         sweep: The sweep.
         source: The name of the sweep's file in the headings.
-        folder: The folder of the files `NAME-TASK.yaml`; made if missing.
+        folder: The folder of the files `NAME-TASK.yaml`; created if missing.
 
     Returns:
         The files.

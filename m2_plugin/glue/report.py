@@ -2,7 +2,8 @@
 
 As in the paper, the score of a task is the mean of the final evaluation over its seeds, evaluation
 splits and counting metrics, and the average is the unweighted mean over the eight tasks. The table
-shows a task with missing seeds and says so; there is no average until all tasks are complete.
+shows a task with missing seeds, and a note names them. The average is shown when all tasks are
+complete.
 """
 
 import csv
@@ -49,9 +50,9 @@ class TaskReport:
     Attributes:
         task: The name of the task.
         seeds: The seeds of the plan.
-        statuses: By seed: finished, failed, blocked, missing (not run yet), or other settings (a
-            result of settings that the plan no longer has).
-        problems: The reason, by seed that failed or was blocked.
+        statuses: By seed: finished, failed, blocked, missing (not run yet), or other settings (the
+            result belongs to settings that the plan no longer has).
+        problems: The reason by seed, for seeds that failed or were blocked.
         values: In percent, by (evaluation label, metric) and seed; None if undefined.
         scores: In percent, by finished seed: the mean over splits and counting metrics; None if
             one of them is undefined.
@@ -85,11 +86,11 @@ class TaskReport:
         parts = []
         for status in (FAILED, BLOCKED, MISSING, OTHER_SETTINGS):
             seeds = [str(seed) for seed in self.seeds if self.statuses[seed] == status]
-            said = {FAILED: "failed", BLOCKED: "blocked", MISSING: "not run"}.get(status, status)
+            name = {FAILED: "failed", BLOCKED: "blocked", MISSING: "not run"}.get(status, status)
             if len(seeds) == len(self.seeds):
-                parts.append(said)
+                parts.append(name)
             elif seeds:
-                parts.append(f"{said}: seed {', '.join(seeds)}")
+                parts.append(f"{name}: seed {', '.join(seeds)}")
         undefined = [str(seed) for seed, score in self.scores.items() if score is None]
         if undefined:
             parts.append(f"undefined metric: seed {', '.join(undefined)}")
@@ -314,7 +315,7 @@ def draw(report: Report) -> Any:
     names.append("average")
     shown = [score for task in report.tasks for score in task.defined]
     if report.average is None:
-        _say(axes, bottom, report.average_text)
+        _note(axes, bottom, report.average_text)
     else:
         axes.plot(report.average, bottom, "D", color=BLUE, markersize=7)
         _label(axes, report.average, bottom, f"{report.average:.1f}", BLUE)
@@ -349,7 +350,7 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
     name = f"{about.folder}  ({metrics})"
     values = task.defined
     if not values:
-        _say(axes, y, task.note)
+        _note(axes, y, task.note)
         return name
     color = BLUE if task.is_complete else GREY
     # Below the mean, so that they do not hide it.
@@ -365,7 +366,7 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
     return name
 
 
-def _say(axes: Any, y: float, text: str) -> None:
+def _note(axes: Any, y: float, text: str) -> None:
     """Write a text at the left in place of a value."""
     axes.text(
         0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=GREY,

@@ -64,14 +64,14 @@ def write_submission(out: Path, folder: Path) -> list[Path]:
 
     Args:
         out: The folder of a finished sweep.
-        folder: The folder to write; made if missing.
+        folder: The folder to write; created if missing.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: If a task is not finished or was not predicted; names everything that is
-            missing. Nothing is written then.
+        ValueError: If a task is not finished or was not predicted; the message names everything
+            that is missing. Nothing is written then.
     """
     report = load_report(out)
     problems: list[str] = []
@@ -117,14 +117,14 @@ def _best_seed(task: TaskReport | None, name: str, problems: list[str]) -> int |
 
 
 def _load(folder: Path, label: str) -> Any:
-    """Return the logits, or a text that says what is wrong."""
+    """Return the logits, or the reason why there are none, as text."""
     result = read_json(folder / "result.json")
     assert isinstance(result, dict) and result["status"] == FINISHED
-    said = result.get("predictions", {}).get(label)
-    if said is None:
+    entry = result.get("predictions", {}).get(label)
+    if entry is None:
         return f"{folder.name} has no predictions of {label}; run it again with predict=true"
-    if "error" in said:
-        return f"{folder.name} could not read the test file: {said['error']}"
+    if "error" in entry:
+        return f"{folder.name} could not read the test file: {entry['error']}"
     path = folder / "predictions" / f"{label}.npy"
     if not path.is_file():
         return f"{path} does not exist"

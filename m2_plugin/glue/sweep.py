@@ -94,7 +94,7 @@ class Job:
         return self.folder / MODEL_FOLDER
 
     def is_finished(self) -> bool:
-        """Whether its result is complete and of these settings."""
+        """Return whether its result is complete and belongs to these settings."""
         result = read_json(self.folder / "result.json")
         if not isinstance(result, dict) or result.get("status") != FINISHED:
             return False
@@ -293,7 +293,7 @@ def make_slots(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs
 
 
-def host_command(job: Job) -> list[str]:
+def train_command(job: Job) -> list[str]:
     """Return the command that runs llm-foundry's training in its own process."""
     yaml = str(job.folder / "job.yaml")
     return [sys.executable, "-m", "llmfoundry.cli.cli", "train", yaml]
@@ -310,7 +310,7 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job],
     slots: Sequence[Mapping[str, str]],
-    command: Command = host_command,
+    command: Command = train_command,
     lock: int | None = None,
 ) -> dict[str, str]:
     """Run the jobs that are not finished, as many at a time as there are slots.
@@ -373,7 +373,7 @@ def _is_blocked(job: Job, statuses: Mapping[str, str]) -> bool:
 
 
 def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int | None) -> _Running:
-    # Files of an earlier attempt must not count as results of this one.
+    # Remove files of an earlier attempt, so that they do not count as results of this one.
     if job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True)
@@ -433,7 +433,7 @@ def _finish(current: _Running) -> str:
 def _block(job: Job) -> str:
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"task": job.task, "seed": job.seed, "hash": job.hash}
-    problem = f"{job.needs}, from which it starts, failed"
+    problem = f"it starts from {job.needs}, which failed"
     write_json(job.folder / "result.json", {"status": BLOCKED, **result, "problem": problem})
     log.error("%s not run: %s", job.name, problem)
     return BLOCKED
@@ -464,7 +464,7 @@ def _tail(path: Path) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").splitlines()
-    # A progress bar rewrites its line: only its last text counts.
+    # A progress bar rewrites its line: keep only its last text.
     return [line.rsplit("\r", 1)[-1] for line in lines if line.strip()][-TAIL_LINES:]
 
 
@@ -506,7 +506,7 @@ def _locked(out: Path) -> Iterator[int]:
         except OSError as error:
             owner = path.read_text().strip() or "unknown"
             raise ValueError(
-                f"{out} is in use by another sweep, or by a job of it that still runs: process "
+                f"{out} is in use by another sweep, or by a job that it left running: process "
                 f"{owner}. Wait until it ends, or set another --out."
             ) from error
         os.ftruncate(descriptor, 0)
@@ -518,7 +518,7 @@ def _locked(out: Path) -> Iterator[int]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the jobs are ended."""
+    """Let SIGTERM raise SystemExit, so that `finally` ends the jobs."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -541,7 +541,7 @@ def write_plan(sweep: Sweep, jobs: Sequence[Job], out: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Turn tuples to lists, for YAML."""
+    """Turn tuples into lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -555,7 +555,7 @@ def run_sweep(
     seeds: Sequence[int] | None = None,
     jobs: int | None = None,
     gpus: Sequence[str] | None = None,
-    command: Command = host_command,
+    command: Command = train_command,
 ) -> dict[str, str]:
     """Run the jobs of a sweep that are not finished.
 

@@ -79,11 +79,11 @@ class Task:
         return (*train, *self.eval_splits, *self.test_splits)
 
     def eval_label(self, split: str) -> str:
-        """Return an evaluation's label in a YAML's `eval_loader`: `cola`, `mnli_matched`, ..."""
+        """Return the label of a split in a YAML's `eval_loader`: `cola`, `mnli_matched`, ..."""
         return self.name + split.removeprefix("validation")
 
     def official_files(self, split: str) -> tuple[str, ...]:
-        """Return the paths of a split below the folder of all tasks, best first."""
+        """Return possible paths of a split below the folder of all tasks, best first."""
         if self.name == "ax":
             return ("AX/AX.tsv", "AX/test.tsv", "AX.tsv", "diagnostic/diagnostic.tsv")
         return (f"{self.folder}/{SPLIT_FILES[split]}.tsv",)

@@ -30,7 +30,7 @@ LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; those of `runs` suit the colour-blind (Okabe and Ito)."""
+    """The colours of a picture; `runs` is for the colour-blind too (Okabe and Ito)."""
 
     paper: str
     ink: str
@@ -133,7 +133,7 @@ class _Panel:
 
 
 def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
-    """Write final values right of the axes, and move them apart if they would overlap."""
+    """Write the final values to the right of the axes, without overlaps."""
     low, high = axes.get_ylim()
     below = -math.inf
     for x, value, color in sorted(ends, key=lambda end: end[1]):
@@ -160,7 +160,7 @@ def _engineering(x: float, _: float) -> str:
 def _thin(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Reduce a long curve to the lowest and highest point of each stretch: peaks stay."""
+    """Reduce a long curve to the lowest and highest point of each interval, to keep peaks."""
     if len(x) <= DRAWN:
         return x, y
     edges = np.linspace(0, len(x), DRAWN // 2 + 1).astype(int)
@@ -211,7 +211,7 @@ def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
     if train is None or (x := panel.x(run, train)) is None:
         return False
     smooth = running_mean(train.values, panel.smoothing or default_span(len(train)))
-    # Paler if there are several runs, so that their means can be read.
+    # Several runs are paler, so that their means can be seen.
     panel.line(run, train, color=color, linewidth=0.6, alpha=0.4 if panel.alone else 0.25)
     name = "training, smoothed" if panel.alone else run.name
     panel.line(run, train, smooth, color=color, linewidth=1.6, label=name)
@@ -263,7 +263,7 @@ def _draw_throughput(panel: _Panel) -> Any:
         if device is not None and (each := float(np.median(device.values))) < 0.99 * median:
             name += f", {each:,.4g} per device" if each < 1000 else f", {each:,.0f} per device"
         values = series.values
-        if len(series) > DRAWN:  # thousands of means look like a band
+        if len(series) > DRAWN:  # thousands of values look like a band
             panel.line(run, series, color=color, linewidth=0.6, alpha=0.4)
             values = running_mean(values, default_span(len(series)))
         panel.line(run, series, values, color=color, linewidth=1.6,

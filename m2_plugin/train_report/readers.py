@@ -21,7 +21,7 @@ __all__ = ["SOURCES", "Log", "Series", "loss_curve_series", "read_logs"]
 log = logging.getLogger(__name__)
 
 TENSORBOARD, MLFLOW, WANDB, CSV = "TensorBoard", "MLflow", "Weights & Biases", "loss_curve.csv"
-# If several have the same curve, the first of these counts.
+# If several loggers have the same curve, the first of them in this order is used.
 SOURCES = (TENSORBOARD, MLFLOW, WANDB, CSV)
 # The curves to read, of about 50 in a log; this saves half the memory.
 WANTED = re.compile(
@@ -49,7 +49,7 @@ class Series:
 
 @dataclass
 class Log:
-    """What one logger wrote about one run; `walls` are NaN if it keeps no times.
+    """What one logger wrote about one run; `walls` are NaN if it writes no times.
 
     Attributes:
         source: One of `SOURCES`.
@@ -110,7 +110,7 @@ class _Points:
 def read_logs(folder: Path) -> list[Log]:
     """Read all logs below a folder.
 
-    A file that cannot be read, or that is cut short, is a warning; its whole records count.
+    A file that cannot be read, or that is cut short, gives a warning; its whole records are used.
     """
     events: dict[Path, list[Path]] = defaultdict(list)
     logs: list[Log] = []
@@ -135,7 +135,7 @@ def read_logs(folder: Path) -> list[Log]:
 def _attempt(read: Any, *arguments: Any) -> list[Log]:
     try:
         return [read(*arguments)]
-    except Exception as error:  # of any kind: other files may be whole
+    except Exception as error:  # of any kind, since other files may be whole
         log.warning("%s cannot be read: %s", arguments[0], error or type(error).__name__)
         return []
 
@@ -277,7 +277,7 @@ def _read_mlflow(folder: Path) -> Log:
 
 
 def _read_wandb(path: Path) -> Log:
-    """Read the file of an offline run in the way of `wandb sync`."""
+    """Read the file of an offline run, as `wandb sync` does."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore

@@ -1,4 +1,4 @@
-"""Combine logs to runs: which logs belong together, which points count, and the results."""
+"""Combine logs into runs: group logs, remove repeated batches, and compute the results."""
 
 import logging
 import os
@@ -118,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of a run, None if not logged. Losses are in nats, memory is in GB."""
+    """The results of a run, None if not logged: losses in nats, memory in GB, rates per second."""
 
     name: str
     batches: int
@@ -188,7 +188,7 @@ def _batches(run: Run) -> int:
 
 
 def memory_series(run: Run) -> tuple[Series | None, str]:
-    """Return the memory in GB, and of what: "GPU" if the run had one, else "machine"."""
+    """Return the memory in GB, and its kind: "GPU" if the run had one, else "machine"."""
     peak = run.get(GPU_PEAK)
     if peak is not None:
         return peak, "GPU"
@@ -315,7 +315,7 @@ def _attempts(clock: Series, starts: Sequence[float]) -> list[tuple[float, int]]
     begins = {0, *(np.flatnonzero(np.diff(clock.steps) <= 0) + 1)}
     begins |= {int(np.searchsorted(clock.walls, start)) for start in starts}
     found = [(float(clock.walls[i]), int(clock.steps[i])) for i in sorted(begins - {len(clock)})]
-    # Points before the first batch of a process belong to its attempt.
+    # An attempt begins with its process, which may log points before its first batch.
     earlier = sorted(starts)
     for i, (wall, step) in enumerate(found):
         before = [s for s in earlier if s <= wall and (i == 0 or s > found[i - 1][0])]
@@ -327,7 +327,7 @@ def _clean(series: Series, starts: Sequence[tuple[float, int]]) -> Series:
     """Keep each batch once, with the last attempt's value.
 
     Points after the batch at which the next attempt began are lost work, even if the next attempt
-    has not got that far. Points at that batch stay: its evaluation is not repeated.
+    has not reached them. Points at that batch stay, since its evaluation is not repeated.
     """
     keep = np.ones(len(series), dtype=bool)
     for wall, step in starts[1:]:
@@ -339,7 +339,7 @@ def _clean(series: Series, starts: Sequence[tuple[float, int]]) -> Series:
 
 
 def _name(folders: Sequence[Path], runs: Sequence[Run]) -> None:
-    """Make names unique by the parts in which their folders differ."""
+    """Make names unique: add the parts in which their folders differ."""
     counts = Counter(run.name for run in runs)
     for name in [name for name, count in counts.items() if count > 1]:
         alike = [i for i, run in enumerate(runs) if run.name == name]

@@ -137,7 +137,7 @@ def test_composer_checkpoint_of_ours_with_a_tokenizer(tmp_path, capsys):
     back = torch.load(tmp_path / "back.pt", weights_only=True)["state"]["model"]
     assert_same(back, {f"model.{k}": v for k, v in to_reference(model.state_dict()).items()})
     assert main(["import", source, "--out", out]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def refused(source, tmp_path, capsys, *more) -> str:

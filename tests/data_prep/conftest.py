@@ -47,7 +47,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def in_fork(action: Callable[[], Any]) -> int:
-    """Run something in a forked process that leads a group of its own; return its id."""
+    """Run a function in a forked process; return its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -58,7 +58,7 @@ def in_fork(action: Callable[[], Any]) -> int:
 
 
 def kill_when(pid: int, condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Kill a forked process once something is seen."""
+    """Kill a forked process as soon as a condition is true."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.002)

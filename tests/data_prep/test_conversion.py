@@ -24,7 +24,7 @@ CONCAT = ["--concat_tokens", "64", "--tokenizer", str(TOKENIZER)]
 
 
 def run_text(out: Path, *files: Any, splits: str = "train", flags: Any = ()) -> int:
-    """Run convert_text.py in this process; the exit status."""
+    """Run convert_text.py in this process; return the exit status."""
     arguments = ["--out_root", out, "--splits", *splits.split(), "--num_workers", "2"]
     return cli.main_text([str(a) for a in (*arguments, "--local_files", *files, *flags)])
 
@@ -44,7 +44,7 @@ def read(folder: Path, column: str = "text") -> list[Any]:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_the_hosts_dataset_reads_the_documents_in_order(tmp_path, c4_texts):
+def test_llm_foundrys_dataset_reads_the_documents_in_order(tmp_path, c4_texts):
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -62,12 +62,12 @@ def test_the_hosts_dataset_reads_the_documents_in_order(tmp_path, c4_texts):
     [[], ["--no_wrap"], ["--bos_text", "[MASK]", "--eos_text", "[PAD]"]],
     ids=["wrap", "no-wrap", "bos-eos"],
 )
-def test_tokens_equal_the_hosts(tmp_path, jsonl, c4_texts, flags):
+def test_tokens_equal_llm_foundrys(tmp_path, jsonl, c4_texts, flags):
     from llmfoundry.data import ConcatTokensDataset
     from transformers import AutoTokenizer
 
     assert run_text(tmp_path, jsonl, flags=[*CONCAT, *flags]) == 0
-    hosts = ConcatTokensDataset(
+    reference = ConcatTokensDataset(
         [{"text": text} for text in c4_texts[:200]],
         AutoTokenizer.from_pretrained(TOKENIZER),
         max_length=64,
@@ -75,25 +75,25 @@ def test_tokens_equal_the_hosts(tmp_path, jsonl, c4_texts, flags):
         eos_text="[PAD]" if len(flags) > 1 else "",
         no_wrap="--no_wrap" in flags,
     )
-    expected = [sample["tokens"] for sample in hosts]
+    expected = [sample["tokens"] for sample in reference]
     ours = read(tmp_path / "train", "tokens")
     assert len(ours) == len(expected) > 100
     assert all(a.dtype == np.int32 for a in ours)
     assert np.array_equal(ours, expected)
 
 
-def test_the_table_of_c4_is_the_hosts():
+def test_the_table_of_c4_is_llm_foundrys():
     import llmfoundry.command_utils  # noqa: F401
 
     module = sys.modules["llmfoundry.command_utils.data_prep.convert_dataset_hf"]
-    host = module.CONSTS["allenai/c4"]
+    reference = module.CONSTS["allenai/c4"]
     ours = {n: (s.hub_split, s.documents, s.max_samples) for n, s in C4_SPLITS.items()}
     theirs = {
         s.folder_split: (s.hf_split, s.raw_samples, s.truncated_samples)
-        for s in host.splits.values()
+        for s in reference.splits.values()
     }
     assert ours == theirs
-    assert host.chars_per_sample == C4_CHARS_PER_SAMPLE
+    assert reference.chars_per_sample == C4_CHARS_PER_SAMPLE
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -119,7 +119,7 @@ def test_held_out_documents_are_in_one_split_only(tmp_path, c4_texts):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("no_wrap", [[], ["--no_wrap"]], ids=["wrap", "no-wrap"])
 def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypatch, no_wrap):
-    """Each large compressed file is cut for itself; what is left over is joined at the end."""
+    """Each large compressed file is cut alone; the remaining tokens are joined at the end."""
     from transformers import AutoTokenizer
 
     monkeypatch.setattr("m2_plugin.foundry.conversion.sources.STREAM_BYTES", 1)
@@ -232,7 +232,7 @@ def test_returns_and_marks_inside_a_text_stay(tmp_path):
 
 
 def test_which_files_a_path_means(tmp_path):
-    """A file or folder that exists is no pattern; a pattern may lie below such a folder."""
+    """An existing file or folder is not a pattern; a pattern may be below such a folder."""
     for name in ("a[1].txt", "a1.txt", "b[1]/c1.txt", "b1/c1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -292,7 +292,7 @@ def test_labelled_files(tmp_path, c4_texts):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_streamed_data_set_in_shards(tmp_path, c4_texts, monkeypatch):
-    """What the hub gives, given by files through the same `datasets` streaming."""
+    """Files replace the hub; `datasets` streams them in the same way."""
     files = [
         str(write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 40 : i * 40 + 40])) for i in range(3)
     ]
@@ -347,7 +347,7 @@ def test_killed_and_run_again(tmp_path, jsonl, flags):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_killed_at_every_step(tmp_path, c4_texts):
-    """Every change that lasts is a rename: kill the main process before the 1st, the 2nd, ..."""
+    """Each lasting change is a rename: kill the main process before the 1st, the 2nd, ..."""
     source = write_jsonl(tmp_path / "docs.jsonl", c4_texts[:50])
     assert run_text(tmp_path / "unbroken", source, flags=CONCAT) == 0
     expected = content(tmp_path / "unbroken")
@@ -389,7 +389,7 @@ def test_run_again_when_finished(tmp_path, jsonl, caplog):
     assert "nothing to do" in caplog.text
     assert (tmp_path / "train" / "index.json").stat() == before
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9"]) == 1
-    assert "max_chars_per_doc: None there, 9 now" in caplog.text and "--overwrite" in caplog.text
+    assert "max_chars_per_doc: None before, 9 now" in caplog.text and "--overwrite" in caplog.text
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9", "--overwrite"]) == 0
     assert len(read(tmp_path / "train")[0]) == 9
 
@@ -471,7 +471,7 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--concat_tokens", "128", "--tokenizer", "/no/such"], "'/no/such' has no tokenizer"),
         (["--tokenizer", "bert-base-uncased"], "only used with --concat_tokens"),
         (["--splits", "train_small", "val"], "--val_fraction 0.01"),
-        (["--local_files", "val=SAMPLE"], "nothing for the split 'train'"),
+        (["--local_files", "val=SAMPLE"], "no file for the split 'train'"),
         (["--local_files", "PYTHON"], "unknown kind of file"),
         (["--text_column", "content"], "no key 'content'"),
         (["--compression", "lzip"], "--compression lzip: unknown"),
@@ -556,7 +556,7 @@ def test_verify_names_what_is_damaged(tmp_path, jsonl, caplog, flags):
     assert caplog.text.count("shard.") == 3
 
 
-def test_verify_a_folder_of_the_hosts(tmp_path, caplog):
+def test_verify_a_folder_of_llm_foundry(tmp_path, caplog):
     with mds().MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as writer:
         for i in range(10):
             writer.write({"text": f"text {i}"})
@@ -573,7 +573,7 @@ def test_verify_a_folder_of_the_hosts(tmp_path, caplog):
 
 
 def test_script(tmp_path):
-    """In a process of its own, which imports only the parts of streaming that it needs."""
+    """The script runs in its own process, which imports only some modules of streaming."""
     script = C4_SAMPLE.parents[1] / "convert_c4.py"
     arguments = ["--out_root", str(tmp_path), "--splits", "train_small,val", "--local_files"]
     arguments += [str(C4_SAMPLE), "--val_fraction", "0.05"]

@@ -1,4 +1,4 @@
-"""convert_pairs.py, and the pairs that the quickstart makes of its sample of C4."""
+"""convert_pairs.py, and the pairs that the quickstart makes from its sample of C4."""
 
 import gzip
 import json
@@ -86,14 +86,14 @@ def test_refuses_before_writing(tmp_path, caplog):
     write_rows(tmp_path / "other.jsonl", [{"query": "q", "passage": "p"}])
     out = tmp_path / "mds"
     assert convert(out, good) == 1
-    assert "which split?" in caplog.text
+    assert "names no split: give train=" in caplog.text
     assert convert(out, f"train={good}", f"train={tmp_path / 'other.jsonl'}") == 1
     assert "[0, 2] negatives" in caplog.text
     assert not out.exists() or not list(out.iterdir())
     assert convert(out, f"val={good}") == 0
     before = (out / "val" / "index.json").read_bytes()
     assert convert(out, f"train={good}", f"val={good}") == 1
-    assert "val is there already" in caplog.text
+    assert "val exists already" in caplog.text
     assert not (out / "train").exists() and (out / "val" / "index.json").read_bytes() == before
 
 

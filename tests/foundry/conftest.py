@@ -18,7 +18,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def sentences():
-    """Sentences in which each word tells the next, so that a tiny model can learn from them."""
+    """Make sentences in which each word determines the next, so that a tiny model can learn."""
     vocabulary = (TOKENIZER / "vocab.txt").read_text().split()
     words = [word for word in vocabulary if word.isalpha() and len(word) > 2][:60]
     rng = random.Random(0)
@@ -49,7 +49,7 @@ def mds(tmp_path_factory, sentences, tokenizer):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny models: more threads only wait for each other, terribly so on a busy machine."""
+    """Use one thread: with tiny models, more threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

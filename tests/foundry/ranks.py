@@ -1,11 +1,11 @@
-"""Runs jobs of the host's `train` in ranks forked from one process, which imports the host once.
+"""Run llm-foundry's `train` in forked ranks, so that one import of llm-foundry serves all jobs.
 
     python -m tests.foundry.ranks jobs.json
 
-Each job has a `world_size` and the `config` of a training run, or the arguments of `sharding.run`
-as `shard`. `to_file` is a sharded checkpoint and the file to make of it before. Jobs of one size
-that follow each other share their ranks. The launcher itself is tested elsewhere: it costs an
-import in each rank.
+Each job has a `world_size`, and either the `config` of a training run or, as `shard`, the arguments
+of `sharding.run`. `to_file` names a sharded checkpoint and a file: the one is converted to the
+other before the run. Successive jobs of one size share their ranks. Other tests cover the launcher,
+which needs an import in each rank.
 """
 
 import json

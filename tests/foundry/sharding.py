@@ -1,4 +1,4 @@
-"""A rank that shards a small M2-BERT by torch's own FSDP, where Composer's path needs CUDA.
+"""One rank that shards a small M2-BERT with torch's own FSDP; Composer's needs CUDA.
 
 What Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parameters and
 `param_init_fn`, checkpointing by `activation_checkpointing_fn`. `ranks.py` runs it.
@@ -96,7 +96,7 @@ def shard2(model: Any, policy: MixedPrecisionPolicy) -> None:
 def train(
     model: Any, optimizer: torch.optim.Optimizer, steps: int, low_precision: bool, clip: float = 0
 ) -> list[float]:
-    """Train, each rank on its rows of the same batch; the mean loss of each step."""
+    """Train each rank on its rows of the same batch; return the mean loss of each step."""
     ids = torch.randint(1, 1000, (BATCH, 32), generator=torch.Generator().manual_seed(0))
     rows = ids.chunk(dist.get_world_size())[dist.get_global_rank()]
     found = []
@@ -117,7 +117,7 @@ def train(
 
 
 def resume(model: Any, low_precision: bool) -> tuple[list[float], list[float]]:
-    """Losses of an optimizer that goes on, and of one that has been saved and loaded."""
+    """Return the losses of an optimizer that continues, and of one that was saved and loaded."""
     found = []
     optimizer = DecoupledAdamW(model.parameters(), lr=3e-3, weight_decay=1e-5)
     train(model, optimizer, 2, low_precision, clip=0.1)

@@ -41,7 +41,7 @@ def read_csv(path):
 
 @pytest.fixture
 def make_trainer(mds, tokenizer):
-    """A trainer of eight batches, built through the host, with dropout and evaluations."""
+    """Build a trainer of eight batches through llm-foundry, with dropout and evaluations."""
 
     def make(folder, duration=BATCHES, eval_interval="2ba", load_path=None, baseline=True):
         cfg = {"name": "mlm_text", "drop_last": True, "num_workers": 0, "pin_memory": False}
@@ -85,7 +85,7 @@ def make_trainer(mds, tokenizer):
 
 
 def test_resumed_run_is_the_unbroken_run(make_trainer, tmp_path):
-    """Weights to the last bit, curve to the last digit; evaluation changes neither."""
+    """Weights are equal to the last bit, curves to the last digit; evaluation changes neither."""
     trainer, whole, memory = make_trainer(tmp_path / "whole")
     trainer.fit()
     trainer.close()

@@ -1,7 +1,7 @@
-"""What goes wrong in a run, what it then says, and that nothing is lost.
+"""Faults during a run: the message names the cause, and nothing is lost.
 
-Each run is the quickstart's in small, by the host's own `train` in a process of its own. Most start
-again after their fault and must end as the unbroken one, bit for bit.
+Each run is a small version of the quickstart's, by llm-foundry's `train` in its own process. Most
+runs start again after their fault, and must then end like the unbroken run, bit for bit.
 """
 
 import os
@@ -39,7 +39,7 @@ FIRST = "ep0-ba6-rank0.pt"
 
 
 class Run:
-    """One run's folder, and how to start it there."""
+    """A run: its folder, and methods that start it."""
 
     def __init__(self, out: Path, mds: Path, keys: dict[str, Any] | None = None):
         self.config = config(out, mds, keys)
@@ -55,12 +55,12 @@ class Run:
         return [self.start(rank=rank, size=size, port=port) for rank in range(size)]
 
     def fails(self) -> str:
-        """Start it, to end with an error; what it wrote."""
+        """Start it, expect an error, and return what it wrote."""
         assert wait(self.start()) == 1, self.log()
         return self.log()
 
     def ends(self) -> dict[str, Any]:
-        """Start it, to end well; what it leaves."""
+        """Start it, expect success, and return the files."""
         assert wait(self.start()) == 0, self.log()
         return result(self.folder)
 
@@ -188,7 +188,7 @@ def test_two_runs_in_one_folder(mds, whole, tmp_path):
 
 
 def test_dead_rank(mds, whole, tmp_path):
-    """The other one ends by itself, and a rerun goes on from the last checkpoint."""
+    """The other rank ends by itself, and a rerun continues from the last checkpoint."""
     run = Run(tmp_path, mds, {"device_train_microbatch_size": 4})
     ranks = run.start_ranks(2)
     assert wait_for(ranks[0], (run.folder / "latest-rank0.pt").is_symlink), run.log()
@@ -203,7 +203,7 @@ def test_dead_rank(mds, whole, tmp_path):
 
 
 def test_killed_while_a_sharded_checkpoint_is_written(mds, tmp_path):
-    """Both ranks at once; a rerun goes on from the one before, and keeps as many as it should."""
+    """Both ranks are killed; a rerun continues from the checkpoint before, and counts it."""
     keys = {
         "fsdp_config": {"state_dict_type": "sharded"},
         "device_train_microbatch_size": 4,
@@ -255,7 +255,7 @@ def test_wrong_checkpoint_at_load_path(mds, unbroken, tmp_path):
 
 
 def test_older_checkpoint_at_load_path(mds, unbroken, whole, tmp_path):
-    """A new run begins there; one that has checkpoints of its own goes on from these."""
+    """A new run begins there; a run that has its own checkpoints continues from them."""
     keys = {"load_path": str(unbroken.folder / FIRST), "save_num_checkpoints_to_keep": -1}
     run = Run(tmp_path, mds, keys)
     left = run.ends()

@@ -1,8 +1,8 @@
-"""One training run on 1, 2 and 4 processes, sharded and not: the same losses, each other's files.
+"""A training run on 1, 2 and 4 processes, sharded or not, has the same losses and checkpoints.
 
-By FSDP2, which the host runs on CPU ranks. FSDP1, and what the host does on a GPU only, are tested
-with torch's own FSDP on what the model tells the host. On one process the host ignores fsdp_config,
-so that a sharded checkpoint comes there by torch's conversion to a file.
+The runs use FSDP2, which llm-foundry runs on CPU ranks. FSDP1, and what llm-foundry does on GPUs
+only, are tested with torch's own FSDP and the settings that the model gives to llm-foundry. On one
+process llm-foundry ignores fsdp_config: there, torch first converts a sharded checkpoint to a file.
 """
 
 import csv
@@ -169,13 +169,13 @@ def test_the_same_losses_however_many_and_sharded_or_not(runs):
 
 
 def test_m2_gpt_is_sharded_and_saved_for_transformers(runs):
-    """Losses as on one process; the host's folder holds the trained weights and generates."""
+    """Losses equal those on one process; the folder has the trained weights, and generates."""
     one = curve(runs["gpt_one"])
     assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
     assert curve(runs["gpt_sharded2"]) == pytest.approx(one, rel=2e-6)
 
     folder = runs["gpt_one"] / "huggingface" / f"ba{BATCHES}"
-    # The folder has the host's files, which import the host and by it the plugin.
+    # The folder has files of llm-foundry, which import llm-foundry and thereby the plugin.
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     file = checkpoint(runs["gpt_one"], BATCHES, sharded=False)
     trained = torch.load(file, weights_only=False)["state"]["model"]
@@ -189,7 +189,7 @@ def test_m2_gpt_is_sharded_and_saved_for_transformers(runs):
 
 
 def test_checkpoints_load_into_each_other(runs):
-    """From batch 2 on, in another world, the losses of the unbroken run."""
+    """After batch 2, another number of processes continues with the losses of the unbroken run."""
     one = curve(runs["one"])
     for name in LOADED:
         found = curve(runs[name])

@@ -1,4 +1,4 @@
-"""The host's own MPT with Monarch layers: an M2-GPT, by names."""
+"""llm-foundry's own MPT with Monarch layers, set by their names: an M2-GPT."""
 
 import copy
 import math
@@ -166,8 +166,8 @@ def test_generates_what_whole_forward_passes_give():
     ],
     ids=lambda init: init["name"],
 )
-def test_every_initialisation_of_the_host(init):
-    """On the meta device and then given storage, as FSDP does, it draws the same weights."""
+def test_every_initialisation_of_llm_foundry(init):
+    """A model on the meta device that gets storage, as with FSDP, draws the same weights."""
     on_cpu = build(fc_type=MONARCH, init_config=init).model
     torch.manual_seed(5)
     on_cpu.apply(on_cpu.param_init_fn)
@@ -269,7 +269,7 @@ def test_refuses_what_a_convolution_cannot_do(config, kwargs, message):
 
 
 def test_refuses_packed_documents_of_flash_attention():
-    """There MPT tells its layers by where sequences start: more of them than rows."""
+    """There MPT gives its layers the starts of sequences: more of them than rows."""
     layer = build().model.transformer.blocks[0].attn
     x = torch.randn(2, 8, 16)
     one_each = {"cu_seqlens_q": torch.tensor([0, 8, 16])}
@@ -290,5 +290,5 @@ def test_filters_are_units_of_fsdp1_that_stay_in_fp32():
     model = build().model
     units = [module for module in model.modules() if model.fsdp_wrap_fn(module)]
     filters = [module for module in units if isinstance(module, HyenaFilter)]
-    assert len(filters) == 2 and len(units) == 2 + 2  # and the host's blocks
+    assert len(filters) == 2 and len(units) == 2 + 2  # and MPT's blocks
     assert all(model.fsdp_wrap_fn(f) == {"mixed_precision": MixedPrecision()} for f in filters)

@@ -157,7 +157,7 @@ def test_text_and_tokens_in_one_batch(tokenizer, sentences):
     ("lengths", "width"), [((20, 20), 20), ((20, 21), 24), ((31, 32), 32), ((29, 30), 30)]
 )
 def test_padded_width(tokenizer, lengths, width):
-    """Rows of one length keep it; others go to a multiple of 8 within max_seq_len."""
+    """Rows of one length keep it; others are padded to a multiple of 8, at most max_seq_len."""
     max_seq_len = 30 if max(lengths) == 30 else 32
     samples = [torch.full((n,), 1000) for n in lengths]
     assert MLMCollator(tokenizer, 0.3, max_seq_len)(samples)["input_ids"].shape[1] == width
@@ -219,8 +219,8 @@ def test_resume_is_exact(mds, tokenizer, num_workers):
     assert not torch.equal(first[0]["input_ids"], second[0]["input_ids"])
 
 
-def test_host_yaml_of_text_loader_works(mds, tokenizer):
-    """Every key that the host's `text` loader takes, and no key of ours."""
+def test_yaml_of_llm_foundrys_text_loader_works(mds, tokenizer):
+    """It has every key of llm-foundry's `text` loader, and of ours only `mlm_probability`."""
     cfg = loader_cfg(
         mds, eos_token_id=tokenizer.eos_token_id, shuffle_seed=3, shuffle_block_size=64,
         num_canonical_nodes=1, validate_hash=None, keep_zip=False, remote=None, streams=None,
@@ -307,7 +307,7 @@ def test_corrupt_index_is_named(mds, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_drop_last_needs_a_whole_batch(mds, tokenizer, num_workers):
-    """Composer would train for ever on nothing, or save a model that was never trained."""
+    """Without a batch, Composer would run for ever, or save an untrained model."""
     cfg = loader_cfg(mds, "val", num_workers, drop_last=True)
     with pytest.raises(ValueError, match=r"no batch: .* 64 samples .* batch has 65\. Set"):
         build(cfg, tokenizer, batch_size=65)
@@ -324,7 +324,7 @@ def test_ids_beyond_the_vocabulary(tokenizer):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("ahead", [4, 12, 40])
 def test_shards_that_vanish_end_the_epoch_with_an_error(mds, tokenizer, tmp_path, ahead):
-    """Whoever meets the gap first, the reader or a thread ahead of it: no hang, no silent end."""
+    """The reader or a thread ahead of it finds the gap first; neither hangs or ends silently."""
     shutil.copytree(mds / "train", tmp_path / "train")
     dataset = MLMTextDataset(
         tokenizer=tokenizer, max_seq_len=32, local=str(tmp_path), split="train", shuffle=False,

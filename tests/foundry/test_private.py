@@ -1,4 +1,4 @@
-"""What we use of the hosts without their promise: it is there, and one module names it."""
+"""The private interfaces that we use exist, and only one module names them."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ import m2_plugin
 from m2_plugin.foundry import private
 
 PACKAGE = Path(m2_plugin.__file__).parent
-HOSTS = {"llmfoundry", "composer", "streaming"}
+LIBRARIES = {"llmfoundry", "composer", "streaming"}
 
 
 def test_what_is_overridden_is_called():
@@ -23,7 +23,7 @@ def test_what_is_overridden_is_called():
     assert issubclass(FinetuneEmbeddingModel, ContrastiveModel)
 
 
-def test_attributes_are_read_by_the_hosts():
+def test_attributes_are_read_by_llm_foundry():
     sources = {
         "_is_residual": Path(modeling_mpt.__file__).parents[1] / "layers/ffn.py",
         private.FSDP_SETTINGS: Path(modeling_mpt.__file__),
@@ -45,6 +45,6 @@ def test_no_other_module_imports_private_names(path):
     if path == Path(private.__file__):
         return
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in HOSTS:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
             assert not [name for name in names if name.startswith("_")], ast.unparse(node)

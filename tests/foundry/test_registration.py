@@ -28,25 +28,25 @@ OTHERS = {  # registered as they are
 
 
 @pytest.mark.parametrize("group", list(NAMES))
-def test_host_finds_our_names(group):
+def test_llm_foundry_finds_our_names(group):
     for name in NAMES[group]:
         assert name in getattr(registry, group)
         assert getattr(registry, group).get(name).__module__.startswith("m2_plugin.foundry")
 
 
-def test_host_finds_torchs_adamw():
+def test_llm_foundry_finds_torchs_adamw():
     assert registry.optimizers.get("torch_adamw") is torch.optim.AdamW
 
 
-def test_host_finds_our_fully_connected_layers():
+def test_llm_foundry_finds_our_fully_connected_layers():
     for name in OTHERS["fcs"]:
         layer = registry.fcs.get(name)
         assert layer.__module__.startswith("m2_plugin.layers")
-        assert isinstance(layer, type)  # the host's initialisation asks for instances of each
+        assert isinstance(layer, type)  # llm-foundry's initialisation checks for instances of each
 
 
-def test_no_name_is_one_of_the_hosts():
-    """An entry point of the same name would override the host's, for every run of anybody."""
+def test_no_name_is_one_of_llm_foundrys():
+    """An entry point of the same name would override llm-foundry's in every run of every user."""
     for group, names in (NAMES | OTHERS).items():
         namespace = tuple(getattr(registry, group).namespace)
         registered = {key[-1] for key in catalogue.REGISTRY if key[:-1] == namespace}
@@ -54,7 +54,7 @@ def test_no_name_is_one_of_the_hosts():
         assert not registered & set(names)
 
 
-def test_host_command_line_lists_our_models():
+def test_llm_foundrys_command_line_lists_our_models():
     out = subprocess.run(
         [sys.executable, "-m", "llmfoundry.cli.cli", "registry", "get", "--group", "models"],
         capture_output=True, text=True, timeout=240, check=True, env={"COLUMNS": "200"},

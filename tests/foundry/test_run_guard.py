@@ -1,4 +1,4 @@
-"""What the guard makes of a folder that a killed run has left, without a run."""
+"""`run_guard` on a folder that a killed run left behind, without a run."""
 
 import os
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ def test_an_empty_folder_has_no_newest(tmp_path):
     [
         ("ep0-ba6-rank0.pt", False, None),
         ("ep0-ba6", True, None),
-        ("nowhere.pt", False, None),  # the host says it
+        ("nowhere.pt", False, None),  # Composer raises the error
         ("ep0-ba6", False, "is a sharded checkpoint, but the checkpoints of this run are files"),
         ("ep0-ba6-rank0.pt", True, "is a file, but the checkpoints of this run are sharded"),
         ("ep0-ba18-rank0.pt", False, "is not a whole checkpoint"),
@@ -97,7 +97,7 @@ def test_what_cannot_be_loaded(folder, name, sharded, message):
 
 @pytest.mark.parametrize(("batches", "refused"), [(0, True), (1, False), (None, False)])
 def test_a_loader_without_batches_is_refused(batches, refused):
-    """Whatever loader it is: Composer would go on from epoch to epoch for ever."""
+    """With any loader, Composer would start epochs for ever."""
     length = None if batches is None else Time(batches, "ba")
     state = SimpleNamespace(dataloader_len=length, callbacks=[])
     guard = RunGuard({"save_interval": "1ep"})

@@ -249,7 +249,7 @@ def test_a_file_is_refused_alike_by_every_route(names, change, message, tmp_path
 
 @families
 def test_load_path(family, tmp_path, caplog):
-    """The host's own way: weights only, a head for other classes."""
+    """llm-foundry's own way: weights only, a head for other classes."""
     mnli = build(family, "classification", num_labels=3)
     path = save(mnli, tmp_path)
     two = build(family, "classification", num_labels=2)

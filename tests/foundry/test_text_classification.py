@@ -206,7 +206,7 @@ def order(spec, epoch):
 
 
 def test_order_depends_on_seed_and_epoch_only(tokenizer):
-    """What a resumed run needs: Composer sets the epoch and skips the batches it has seen."""
+    """A resumed run needs this: Composer sets the epoch and skips the batches before."""
     first = glue(tokenizer, "sst2")
     assert isinstance(first.dataloader.sampler, DistributedSampler)
     epochs = [order(first, epoch) for epoch in (0, 1)]
@@ -298,7 +298,7 @@ def test_names_that_are_numbers(tokenizer, tmp_path):
 
 
 def test_yaml_for_own_texts(tokenizer, tmp_path):
-    """It is in the host's schema; its loaders build, and give its model a loss."""
+    """It is in llm-foundry's schema, and its model computes a loss on batches of its loaders."""
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.builders import build_composer_model, build_optimizer
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
@@ -410,7 +410,7 @@ OWN = {"text": "x", "label": 0}
         ([OWN, {"text": "y"}], {}, r"a.jsonl:2: label None is out of range"),
         ([OWN | {"label": "pos"}, OWN | {"label": "neg"}], {},
          r'labels are words. .*label_names: \["neg", "pos"\]'),
-        ([OWN], {"label_names": ["a"], "regression": True}, "exclude each other"),
+        ([OWN], {"label_names": ["a"], "regression": True}, "both label_names.*: remove one"),
         ([OWN], {"hf_name": "imdb"}, "either path or hf_name"),
         ([OWN], {"colunm": 1}, "Unknown key 'colunm' in dataset"),
     ],
@@ -472,7 +472,7 @@ def test_the_proposal_of_names_survives_yaml(tokenizer, tmp_path, pair):
     assert names == list(pair)
     assert labels(own(tokenizer, path, label_names=names)) == [1, 0]
     bare = OmegaConf.to_container(OmegaConf.create(line.replace('"', "")))["label_names"]
-    with pytest.raises(ValueError, match=r"label_names: .* is no text: YAML reads yes, no"):
+    with pytest.raises(ValueError, match=r"label_names: .* is not a text: YAML reads yes, no"):
         own(tokenizer, path, label_names=bare)
 
 
@@ -490,7 +490,7 @@ def test_a_label_that_is_no_name_is_no_id_where_names_are_numbers(tokenizer, tmp
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_class_ids_count_by_name(tokenizer, tmp_path, kind):
-    """The names of a saved dataset may stand in another order than GLUE's or the user's."""
+    """The class names of a saved dataset may have another order than GLUE's or the user's."""
     features = {"label": datasets.ClassLabel(names=["not_entailment", "entailment"])}
     features |= {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
     rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}

@@ -1,4 +1,4 @@
-"""A sweep whose jobs are this file instead of the host: quick, and misbehaving on request.
+"""A sweep whose jobs run this file instead of llm-foundry: quick, and with faults on request.
 
 python fake.py sweep CONFIG OUT [KEY=VALUE ...]     the sweep, with --jobs 2
 python fake.py job OUT/NAME/job.yaml                a job; OUT/behaviour.json says what it does

@@ -1,4 +1,4 @@
-"""The sweep with the host's own jobs, and one task by `composer train.py`; on a tiny GLUE."""
+"""The sweep with llm-foundry's jobs, and one task by `composer train.py`, on a tiny GLUE."""
 
 import json
 import os

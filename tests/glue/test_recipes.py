@@ -1,4 +1,4 @@
-"""The sweep files hold the published recipe, and make jobs that the host takes."""
+"""The sweep files have the published recipe, and give jobs that llm-foundry accepts."""
 
 import json
 from pathlib import Path
@@ -171,11 +171,11 @@ def test_a_task_from_mnli_starts_where_the_mnli_yaml_leaves_its_model():
     assert job("m2-bert-base", "cola", "start=x")["model"]["pretrained_model_name_or_path"] == "x"
 
 
-# --- the host ------------------------------------------------------------------------------------
+# --- llm-foundry ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_job_is_in_the_hosts_schema(size):
+def test_every_job_is_in_llm_foundrys_schema(size):
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.registry import callbacks, dataloaders, models, optimizers, schedulers
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config

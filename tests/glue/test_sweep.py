@@ -1,4 +1,4 @@
-"""Which jobs run, when, and what is left of them; with jobs that are a small script."""
+"""The order of jobs, their failures and their files, with a small script as each job."""
 
 import json
 import logging
@@ -154,7 +154,7 @@ def test_tasks_that_start_from_a_failed_mnli_are_blocked(out):
     assert blocked == {"rte-seed1", "mrpc-seed1", "stsb-seed1"}
     assert statuses["cola-seed1"] == "finished"
     assert not blocked & set(started(out))
-    assert result(out, "rte-seed1")["problem"] == "mnli-seed19, from which it starts, failed"
+    assert result(out, "rte-seed1")["problem"] == "it starts from mnli-seed19, which failed"
     table = to_text(load_report(out))
     assert table.count("blocked") >= 3 and "incomplete: 4 of 8 tasks" in table
 

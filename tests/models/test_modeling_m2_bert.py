@@ -326,7 +326,7 @@ def test_torch_compile_agrees():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
 def test_inductor_trains_alike():
-    """The host's `compile_config` uses Inductor, which meets neither our FFT nor its gradients."""
+    """llm-foundry's `compile_config` uses Inductor, which sees neither our FFT nor its gradient."""
     model = M2BertForMaskedLM(small(num_hidden_layers=1, hidden_dropout_prob=0.0))
     x = ids()
     results = []

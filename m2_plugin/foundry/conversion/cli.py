@@ -1,4 +1,4 @@
-"""The arguments of data_prep/convert_c4.py and convert_text.py, and what they mean."""
+"""The commands convert-c4 and convert-text: read the arguments, and build the jobs."""
 
 import argparse
 import json
@@ -40,10 +40,10 @@ _LABEL = re.compile(r"([A-Za-z0-9_\-]+)=(.+)")
 
 LOCAL_FILES_HELP = f"""files, folders or patterns on disk, instead of the hub: {ENDINGS}. A path
 that exists is that file, otherwise it is a pattern. SPLIT=PATH gives a file to one split
-(train=a.jsonl val=b.jsonl). Without SPLIT= the files serve the splits named; naming both training
-and validation splits then needs --val_fraction."""
+(train=a.jsonl val=b.jsonl). Without SPLIT= the files are for all of --splits; for training and
+validation splits together, --val_fraction is then needed."""
 VAL_FRACTION_HELP = """hold out this share of the documents for validation; a hash of the text
-decides, so that no document is in both splits and copies of a document are in the same one."""
+decides, so that no document is in both splits, and copies of a document are in the same split."""
 CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":
 ndarray:int32}. Without it a sample is a document, {"text": str}, tokenised while training."""
 
@@ -67,7 +67,7 @@ def _add_io(parser: argparse.ArgumentParser, splits: dict[str, Split]) -> None:
     parser.add_argument("--text_column", "--text-column", default="text", metavar="KEY")
     parser.add_argument(
         "--txt_documents", "--txt-documents", choices=TXT_DOCUMENTS, default="file",
-        help="a document in a text file: the whole file, a line, or what empty lines separate",
+        help="a document in a text file: the whole file, a line, or lines between empty lines",
     )  # fmt: skip
     parser.add_argument(
         "--max_chars_per_doc", "--max-chars-per-doc", type=int, metavar="N",
@@ -89,7 +89,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--no_wrap", "--no-wrap", action="store_true",
         help="drop the rest of a document in which a sample ended",
     )  # fmt: skip
-    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, e.g. zstd")
+    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, such as zstd")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +161,7 @@ def _native_label(path: str) -> str | None:
 
 
 class LocalFiles:
-    """The files of --local_files, and their splits."""
+    """The files of --local_files, and the splits that they are for."""
 
     def __init__(self, arguments: argparse.Namespace, splits: dict[str, Split]):
         self.splits = splits
@@ -196,14 +196,14 @@ class LocalFiles:
             if not any(_label_fits(label, name, self.splits) for name in self.requested)
         ]
 
-    def of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
+    def files_of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
         """Return the files of a split, and whether it takes their held-out documents."""
         files = tuple(f for label, f in self.labelled if _label_fits(label, name, self.splits))
         if files:
             return files, None
         if not self.plain:
             raise ConversionError(
-                f"--local_files has nothing for the split {name!r}: give {name}=PATH"
+                f"--local_files has no file for the split {name!r}: give {name}=PATH"
             )
         if self.fraction:
             return tuple(self.plain), is_held_out(name)
@@ -276,7 +276,7 @@ def _job(
     files: tuple[InputFile, ...] = ()
     held_out: bool | None = None
     if local is not None:
-        files, held_out = local.of(name)
+        files, held_out = local.files_of(name)
     else:
         hub = _hub_source(arguments, split, name)
         held_out = is_held_out(name) if arguments.val_fraction else None
@@ -336,7 +336,7 @@ def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[
         return 1
     except OSError as error:  # no permission, a failing disk; the error names the file
         log.error("%s", error)
-        log.debug("where it came from", exc_info=True)
+        log.debug("the traceback:", exc_info=True)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; run the same command again to continue")

@@ -1,4 +1,4 @@
-"""The corpora known by name: their splits on the hub, as llm-foundry names and cuts them."""
+"""The corpora with short names, and their splits, which are those of llm-foundry."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Split:
     """One split of a corpus.
 
     Args:
-        hub_split: The split on the hub that it is read from.
-        documents: How many documents are read of it; None if unknown.
-        max_samples: How many samples are kept, from the first; None keeps all.
+        hub_split: The name of the split on the hub.
+        documents: The number of documents to read; None if unknown.
+        max_samples: The number of samples to keep, from the first on; None keeps all.
     """
 
     hub_split: str
@@ -18,7 +18,7 @@ class Split:
     max_samples: int | None = None
 
 
-# Equal to llmfoundry's CONSTS["allenai/c4"] (a test compares them), whose import costs 25 s.
+# A copy of llm-foundry's CONSTS["allenai/c4"], whose import takes 25 s. A test compares them.
 C4_SPLITS = {
     "train": Split("train", 364_868_892),
     "train_small": Split("train", 100_000, 100_000),
@@ -40,5 +40,5 @@ TEXT_CORPORA: dict[str, tuple[str, str | None]] = {
 
 
 def is_held_out(split_name: str) -> bool:
-    """Whether a split evaluates (val, val_small, test ...) rather than trains."""
+    """Return whether a split is for evaluation (val, val_small, test ...), not for training."""
     return split_name.startswith(("val", "test", "eval", "dev"))

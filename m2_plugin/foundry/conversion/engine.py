@@ -1,4 +1,4 @@
-"""The conversion of one split: the main process gives blocks to workers, in order."""
+"""Convert one split: the main process gives blocks to workers, and keeps their order."""
 
 import logging
 import multiprocessing
@@ -40,7 +40,7 @@ from m2_plugin.foundry.conversion.worker import Output, Placement, Summary, work
 
 log = logging.getLogger(__name__)
 
-# Streams read at once. Reading is decompression or the network; the workers do the rest.
+# Streams to read at once. Reading is only decompression or the network; workers do the rest.
 MAX_STREAMS_AT_ONCE = 4
 # Blocks that a worker may hold while it waits for earlier blocks.
 MAX_HELD = 2
@@ -53,8 +53,8 @@ class Job:
 
     Args:
         out: The split's folder.
-        files: The input files in order, or
-        hub: the data set on the hub to stream.
+        files: The input files in order, if `hub` is None.
+        hub: The data set of the hub to stream instead of files.
         options: How documents are read.
         tokenizer: A name or folder, for `concat_tokens`.
         tokenizer_kwargs: More arguments of `AutoTokenizer.from_pretrained`.
@@ -118,7 +118,7 @@ class Job:
 class StreamReader:
     """Read the blocks of a stream in a thread, at most one ahead.
 
-    Finished blocks come as None: a compressed stream must be read past them.
+    A finished block is given as None; a compressed stream must still be read through it.
     """
 
     def __init__(self, index: int, stream: Stream, blocks: int | None, wake: Connection):
@@ -172,7 +172,7 @@ class StreamReader:
 
 @dataclass
 class StreamState:
-    """The state of a stream: which of its blocks have their place in the output."""
+    """The state of a stream: which of its blocks have been given their place in the output."""
 
     reader: StreamReader
     rest: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
@@ -189,7 +189,7 @@ class StreamState:
 
 @dataclass
 class WorkerHandle:
-    """A worker process, seen from the main one."""
+    """What the main process knows about a worker process."""
 
     process: BaseProcess
     connection: Connection
@@ -286,7 +286,7 @@ class Conversion:
 
     @property
     def full(self) -> bool:
-        """Whether the split has all the samples it may have."""
+        """Whether the split has `max_samples` samples."""
         return self.job.max_samples is not None and self.samples >= self.job.max_samples
 
     def _loop(self) -> None:
@@ -324,7 +324,7 @@ class Conversion:
             self._send(worker, "prepare", *found)
 
     def _send(self, worker: WorkerHandle, action: str, key: Key, content: Any) -> None:
-        # Only to a waiting worker: if both sides sent at once, both could block.
+        # Send to an idle worker only: if both sides sent at once, both could block.
         assert not worker.busy_with
         worker.busy_with = action
         try:
@@ -469,22 +469,22 @@ class Conversion:
         for worker in self.workers:
             worker.process.join()
             worker.connection.close()
-        for stream in self.active.values():  # the next split's fork is safer without
+        for stream in self.active.values():  # so that the next split forks without threads
             stream.reader.thread.join(timeout=1)
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- the split -----------------------------------------------------------------------------------
 
 
 def _finished_already(job: Job) -> bool:
-    """Whether the split is finished with these settings; raise if the folder has other content."""
+    """Return whether the split is finished; raise if the folder has other settings or content."""
     if not job.out.exists() or (job.out.is_dir() and not any(job.out.iterdir())):
         return False
     manifest = read_manifest(job.out)
     if manifest is None:
         raise ConversionError(
             f"{job.out} exists, is not empty, and was not written by this program. Choose another "
-            "--out_root, or remove it (--overwrite does)"
+            "--out_root, or pass --overwrite to remove it"
         )
     if manifest["settings"] != job.settings():
         changed = differences(manifest["settings"], job.settings())
@@ -507,11 +507,14 @@ def _out_of_space(job: Job, partial: Path) -> ConversionError:
     free = shutil.disk_usage(partial if partial.exists() else job.out.parent).free
     written = sum(p.stat().st_size for p in partial.glob("part-*"))
     text = text_bytes_estimate(list(job.files))
-    need = f"about {max(text - written, 0) / 1e6:,.0f} MB more for {text / 1e6:,.0f} MB of input"
+    need = "some space"
+    if text:
+        more = max(text - written, 0)
+        need = f"about {more / 1e6:,.0f} MB more for {text / 1e6:,.0f} MB of input"
     return ConversionError(
         f"no space left on the disk of {partial} ({free / 1e6:,.1f} MB free, "
-        f"{written / 1e6:,.1f} MB written). Nothing is lost: free {need if text else 'some'}, then "
-        "run the same command again to continue"
+        f"{written / 1e6:,.1f} MB written). Nothing is lost: free {need}, then run the same "
+        "command again to continue"
     )
 
 
@@ -525,10 +528,14 @@ def convert(
         num_workers: The worker processes; None means one per core. The output does not depend on
             it.
         overwrite: Whether to remove an existing split, finished or not.
-        alone: Whether to import only the needed modules of `streaming`; for a process of its own.
+        alone: Whether to import only some modules of `streaming`, in a process that needs no
+            others.
 
     Returns:
         The number of samples in the split.
+
+    Raises:
+        ConversionError: If the conversion cannot continue; the message says what to do.
     """
     folder = PartialFolder(job.out, {})
     if overwrite:

@@ -12,5 +12,5 @@ class BadDocumentError(ConversionError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error means that the disk is full."""
+    """Return whether the error means that the disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,13 +1,13 @@
 """The folder of a split during its conversion; it gets its final name when it is complete.
 
     out_root/.train.partial/        renamed to out_root/train at the end
-        settings.json               the settings; a conversion with others may not continue it
-        records/00000-00012.json    block 12 of stream 0 is finished; has the index entries
+        settings.json               the settings; only the same settings can continue
+        records/00000-00012.json    exists if block 12 of stream 0 is finished: its index entries
         streams/00000.json          the number of blocks in stream 0
         part-00000-00012.00000.mds  the first shard of that block
         tmp/                        shards being written
 
-A record is renamed to its final name after its shards: the process may be killed at any point.
+A record gets its final name after its shards, so the process may be killed at any point.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Not *.json: Streaming's merge_index takes every .json below a folder for an index.
 MANIFEST = "conversion.manifest"
-# Workers of a killed run hold the lock until they notice, at the latest after their block.
+# Workers of a killed run hold the lock until they notice this, at the latest after their block.
 LOCK_WAIT_S = 120
 
 Key = tuple[int, int]  # (stream, block)
@@ -118,12 +118,12 @@ class PartialFolder:
         records = {}
         for path in sorted(self.records_path.glob("*.json")):
             record = json.loads(path.read_text())
-            if self._shards_are_there(record):
+            if self._has_shards(record):
                 stream, block = path.stem.split("-")
                 records[int(stream), int(block)] = record
         return records
 
-    def _shards_are_there(self, record: dict[str, Any]) -> bool:
+    def _has_shards(self, record: dict[str, Any]) -> bool:
         if self.is_indexed():
             return True
         for shard in record["shards"]:
@@ -145,7 +145,7 @@ class PartialFolder:
     # --- finishing ---
 
     def is_indexed(self) -> bool:
-        """Whether all shards are written, so that only renaming is left."""
+        """Return whether all shards are written, so that only renaming is left."""
         return (self.path / INDEX).exists()
 
     def finish(self, records: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class PartialFolder:
         self.publish()
 
     def publish(self) -> None:
-        """Number the shards and rename the folder; may be repeated after a kill."""
+        """Number the shards and rename the folder; safe to repeat after a kill."""
         shards = [
             shard for _, record in sorted(self.records().items()) for shard in record["shards"]
         ]
@@ -172,7 +172,7 @@ class PartialFolder:
                 os.replace(source, self.path / _rename_entry(shard["entry"], number))
         for path in (self.tmp_path, self.streams_path):
             shutil.rmtree(path, ignore_errors=True)
-        # In one step: with some of the records only, a repetition would number wrongly.
+        # Remove the records in one step: from only some of them, a repetition would number wrongly.
         self.clean()
         if self.records_path.exists():
             os.replace(self.records_path, self.used_records_path)
@@ -212,5 +212,5 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         old, new = found.get(key), wanted.get(key)
         if old != new:
             short = len(f"{old}{new}") < 80
-            changed.append(f"{key}: {old!r} there, {new!r} now" if short else f"other {key}")
+            changed.append(f"{key}: {old!r} before, {new!r} now" if short else f"other {key}")
     return "; ".join(changed)

@@ -58,8 +58,8 @@ def mds(alone: bool = False) -> Any:
     """Return `MDSWriter`, `MDSReader`, `get_hash` and `decompress` of `streaming`.
 
     Args:
-        alone: Whether not to import the rest of `streaming`; for a process of its own. The first
-            call decides.
+        alone: Whether to skip the rest of `streaming`, in a process that needs nothing else of it.
+            Later calls ignore this argument.
     """
     if not _parts:
         _parts.append(_import_quickly() if alone else _import_parts())
@@ -71,6 +71,6 @@ def _import_quickly() -> types.SimpleNamespace:
         return _import_parts()
     try:
         return _import_parts_alone()
-    except Exception as error:  # another layout of the package: slow, but right
+    except Exception as error:  # the package has another layout: import all of it, slowly
         log.debug("importing the whole of streaming: %r", error)
         return _import_parts()

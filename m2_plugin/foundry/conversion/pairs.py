@@ -1,6 +1,7 @@
-"""Pairs of query and passage to MDS, as llm-foundry's `contrastive_pairs` dataloader reads them.
+"""Convert pairs of query and passage to MDS for llm-foundry's dataloader `contrastive_pairs`.
 
-One process is enough: pairs are few beside a pretraining corpus, and are not tokenised here.
+One process is enough: there are few pairs compared with a pretraining corpus, and this step does
+not tokenise them.
 """
 
 import argparse
@@ -23,20 +24,24 @@ from m2_plugin.foundry.conversion.sources import input_files
 
 log = logging.getLogger(__name__)
 
-# As llm-foundry's own converter (of Delta tables) writes them; the negatives are a JSON list.
+# The columns of llm-foundry's own converter (for Delta tables); the negatives are a JSON list.
 COLUMNS = {"query_text": "str", "positive_passage": "str", "negative_passages": "str"}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of the columns in the input; `negatives` holds a list, and is optional."""
+    """The names of the input columns; `negatives` contains lists, and is optional."""
 
     query: str = "query"
     passage: str = "passage"
     negatives: str = "negatives"
 
     def sample(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row's query, passage and list of negatives, or say why it is no pair."""
+        """Return a row's query, passage and list of negatives.
+
+        Raises:
+            ValueError: If the row is not a pair; the message gives the reason.
+        """
         query = text_of(row, self.query, "--query_column")
         passage = text_of(row, self.passage, "--passage_column")
         negatives = row.get(self.negatives) or []
@@ -54,8 +59,8 @@ def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
     """Yield the samples of a file.
 
     Raises:
-        BadDocumentError: At a row that is no pair, or has another number of negatives than the
-            first: llm-foundry makes one tensor of a batch.
+        BadDocumentError: If a row is not a pair, or if the number of its negatives differs from
+            the first row's, since llm-foundry makes one tensor of a batch.
     """
     first = None
     for row in read_rows(path):
@@ -66,7 +71,7 @@ def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
             count = len(sample["negatives"])
             first = count if first is None else first
             if count != first:
-                raise ValueError(f"{count} negatives, but the rows before have {first}")
+                raise ValueError(f"{count} negatives, but the rows before it have {first}")
         except ValueError as error:
             raise BadDocumentError(f"{row.place}: {error}") from error
         texts = (sample["query"], sample["passage"], json.dumps(sample["negatives"]))
@@ -74,7 +79,7 @@ def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
 
 
 def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | None) -> int:
-    """Write one split, which gets its name once it is whole, and return the number of pairs."""
+    """Write one split, under its name only if it is complete; return the number of pairs."""
     counts = set()
     pairs = 0
     with whole(out) as folder:
@@ -90,7 +95,8 @@ def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | 
             raise ConversionError(f"no pairs for {str(out)!r} in {', '.join(paths)}")
         if len(counts) > 1:
             raise ConversionError(
-                f"{', '.join(paths)} have {sorted(counts)} negatives: make it one"
+                f"{', '.join(paths)} have {sorted(counts)} negatives per row: all rows of a split "
+                "need the same number"
             )
         writer.finish()
     return pairs
@@ -114,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--negatives_column", "--negatives-column", default=names.negatives, metavar="KEY",
-        help="a list of texts that do not, as many in every row; optional",
+        help="a list of texts that do not answer it, the same number in every row; optional",
     )  # fmt: skip
-    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, e.g. zstd")
+    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, such as zstd")
     return parser
 
 
@@ -125,7 +131,7 @@ def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
     for item in arguments.local_files:
         name, found, path = item.partition("=")
         if not found or not name:
-            raise ConversionError(f"--local_files {item!r}: which split? Give train={item}")
+            raise ConversionError(f"--local_files {item!r} names no split: give train={item}")
         files = input_files([path])
         for file in files:
             if file_format(file.path) == "text":
@@ -133,7 +139,7 @@ def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
         splits.setdefault(name, []).extend(file.path for file in files)
     for name in splits:
         if (arguments.out_root / name).exists():
-            raise ConversionError(f"{arguments.out_root / name} is there already: remove it first")
+            raise ConversionError(f"{arguments.out_root / name} exists already: remove it first")
     return splits
 
 
@@ -151,6 +157,6 @@ def main_pairs(argv: list[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("interrupted; nothing of the split that was being written is left")
+        log.error("interrupted; the unfinished split is removed")
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""A block of input into samples: parse, select, tokenise, cut to length."""
+"""Turn a block of input into samples: parse, select, tokenise, cut to length."""
 
 import codecs
 import json
@@ -21,22 +21,22 @@ log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.int32]
 
-# Text handed to the tokenizer at once: large enough for its call to cost nothing, small in memory.
+# Characters per call of the tokenizer: enough to make the call itself cheap, and little memory.
 BATCH_CHARS = 1 << 20
-# Bad documents a block remembers by file and line; the others are only counted.
+# Bad documents that a block names by file and line; it only counts the others.
 MAX_BAD_NAMED = 20
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What is read of the input.
+    """How to read documents, and which of them to keep.
 
     Args:
         text_column: The key or column that holds the text.
-        max_chars_per_doc: Documents are cut to their first so many characters.
+        max_chars_per_doc: The number of characters to keep of each document; None keeps all.
         held_out: Keep only the held-out documents (True), only the others (False), or all (None).
         val_fraction: The share of documents that is held out, chosen by a hash of their text.
-        skip_bad: Count bad documents and go on, instead of raising.
+        skip_bad: Whether to count bad documents and continue, instead of raising an error.
     """
 
     text_column: str = "text"
@@ -48,13 +48,13 @@ class TextOptions:
 
 # --- reading -------------------------------------------------------------------------------------
 
-# Where a document stands (or how to find out), and the document or what is wrong with it.
+# The place of a document (or a function that finds it), and the document or its error.
 Place = str | Callable[[], str]
 Item = tuple[Place, Any]
 
 
 class _LineCounter:
-    """Counts the lines before a byte of a file, going on from the last place asked for."""
+    """Count the lines before a byte of a file, from the byte of the previous call on."""
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[int, int]] = {}
@@ -80,10 +80,10 @@ def _place_at(path: str, offset: int) -> str:
 
 
 def _range_lines(documents: Documents) -> Iterator[tuple[Place, bytes]]:
-    """Yield the lines that begin in a byte range; their numbers are counted only if asked for."""
+    """Yield the lines that begin in a byte range; their numbers are counted only if needed."""
     with open(documents.path, "rb") as file:
         position = documents.start
-        if position:  # the line that began before belongs to the range before
+        if position:  # a line that began before `start` is in the previous range
             file.seek(position - 1)
             position += len(file.readline()) - 1
         while position < documents.end and (line := file.readline()):
@@ -170,18 +170,18 @@ def _items(documents: Documents, column: str) -> Iterator[Item]:
 
 
 def _utf8(text: Any, column: str) -> bytes:
-    """Encode a document, or say why it is none."""
+    """Encode a document; raise its error if it has one."""
     if isinstance(text, ValueError):
         raise text
     data = text_bytes(text, column)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"a document of {len(data)} bytes; the most is {MAX_DOCUMENT_BYTES}")
+        raise ValueError(f"document has {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}")
     return data
 
 
 @dataclass
 class Counts:
-    """What went into a block."""
+    """The documents of a block, counted; `text_bytes` are bytes of UTF-8."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -223,13 +223,13 @@ def read_texts(block: Block, options: TextOptions, counts: Counts) -> Iterator[s
 
 
 class Tokenizer:
-    """Documents to token ids, with the host's bos and eos texts around each.
+    """Turn documents into token ids, with bos and eos texts as in llm-foundry's converter.
 
     Args:
         name: A name on the hub or a folder, as for `AutoTokenizer`.
         kwargs: Further arguments of `AutoTokenizer.from_pretrained`.
-        bos_text: Put before each document; it is tokenised without special tokens.
-        eos_text: Put after each document.
+        bos_text: A text before each document; it is tokenised without special tokens.
+        eos_text: A text after each document; likewise.
     """
 
     def __init__(self, name: str, kwargs: dict[str, Any], bos_text: str, eos_text: str):
@@ -237,7 +237,7 @@ class Tokenizer:
             tokenizer: Any = load_tokenizer(name, **kwargs)
         except DataError as error:
             raise ConversionError(f"--tokenizer: {error}") from error
-        tokenizer.model_max_length = int(1e30)  # lengths are ours to cut: no warnings
+        tokenizer.model_max_length = int(1e30)  # no warnings: we cut to length
         self._tokenizer = tokenizer
         self.bos = self._plain(bos_text)
         self.eos = self._plain(eos_text)
@@ -249,13 +249,13 @@ class Tokenizer:
                 )
         elif bos_text + eos_text:
             log.warning(
-                "the tokenizer adds special tokens itself; --bos_text and --eos_text come on top"
+                "the tokenizer adds special tokens itself, besides --bos_text and --eos_text"
             )
         if tokenizer.is_fast:
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()
-            # The call without offsets; older versions of tokenizers do not have it.
+            # `encode_batch_fast` computes no offsets; older versions of tokenizers lack it.
             self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
 
     def _plain(self, text: str) -> Tokens:
@@ -284,19 +284,19 @@ class Tokenizer:
 def cut_tokens(
     documents: list[int], left_over: int, length: int, no_wrap: bool
 ) -> tuple[list[int], int]:
-    """Say where sequences of a given length begin in a stream of documents.
+    """Find where sequences of a given length begin in a stream of documents.
 
-    With wrapping they follow each other. Without, the rest of the document in which one ended is
-    dropped, as llm-foundry's `ConcatTokensDataset` does.
+    With wrapping, a sequence begins where the last one ended. Without, it begins at the next
+    document: the rest of the document is dropped, as in llm-foundry's `ConcatTokensDataset`.
 
     Args:
-        documents: Tokens in each document.
-        left_over: Tokens left over from before, which come first.
-        length: Tokens in a sequence.
+        documents: The number of tokens in each document.
+        left_over: The number of tokens left over from earlier documents; they come first.
+        length: The number of tokens in a sequence.
         no_wrap: Whether a sequence must begin where a document begins.
 
     Returns:
-        The starts, and how many tokens are left over at the end.
+        The starts, and the number of tokens left over at the end.
     """
     total = left_over + sum(documents)
     if not no_wrap:
@@ -315,7 +315,7 @@ def cut_tokens(
 
 @dataclass
 class Prepared:
-    """A block read and tokenised, before it is known what was left over by the block before."""
+    """A block after reading and tokenising; the tokens left over before it are not known yet."""
 
     counts: Counts
     texts: list[str] = field(default_factory=list)

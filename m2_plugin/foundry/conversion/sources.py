@@ -1,9 +1,10 @@
-"""Inputs: what the files and hub shards are, and how they are cut into blocks of documents.
+"""Find the input files and the shards of the hub, and cut them into blocks of documents.
 
 A *stream* is an ordered sequence of documents: plain files, a compressed file, a shard on the hub.
-It is cut into *blocks* of about `block_bytes`; a block lists runs of documents, each of one file.
-Plain files are only cut here and read by the workers. What has to be read from its beginning (a
-compressed file, a CSV, a JSON array) is read by the main process, which hands out the documents.
+It is cut into *blocks* of about `block_bytes` bytes; a block is a list of `Documents`, each from
+one file. Workers read plain files; this module only chooses the bytes. The main process reads the
+files that must be read from their beginning (compressed files, CSV, JSON arrays), and sends the
+documents to the workers.
 """
 
 import functools
@@ -27,17 +28,17 @@ from m2_plugin.data.formats import (
 from m2_plugin.data.rows import is_json_stream, open_parquet, read_rows, text_of
 from m2_plugin.foundry.conversion.errors import ConversionError
 
-# A document in these layouts never crosses a line end, so that a file can be cut at any.
+# In these layouts a document is one line, so a file can be cut at any line end.
 LINE_LAYOUTS = ("json", "line")
-# Read from the beginning, row by row.
+# These layouts are read from the beginning, row by row.
 ROW_LAYOUTS = ("csv", "tsv", "arrow", "dataset")
 TXT_DOCUMENTS = ("file", "line", "paragraph")
 
-# Small files share a stream until it has this much; a full C4 file (320 MB) is a stream alone.
+# Small files share a stream until it has this many bytes; a full C4 file has 320 MB.
 STREAM_BYTES = 64 << 20
-# What compressed English text expands to; only the choice of the block size depends on it.
+# How much compressed English text expands: an estimate for block sizes and progress only.
 EXPANSION = 3
-# One document may not fill a shard: MDS stores 32-bit offsets.
+# A document must be smaller than a shard can be: MDS has 32-bit offsets.
 MAX_DOCUMENT_BYTES = 1 << 31
 
 
@@ -46,11 +47,11 @@ class InputFile:
     """A file on disk, or a folder that `datasets` saved.
 
     Args:
-        path: The file.
-        layout: How documents lie in it: "json", "line", "paragraph", "file", "rows" (Parquet), or
-            one of `ROW_LAYOUTS`.
-        size: Bytes on disk.
-        mtime_ns: When it was changed last.
+        path: The path of the file or folder.
+        layout: The way it stores documents: "json", "line", "paragraph", "file", "rows" (Parquet),
+            or one of `ROW_LAYOUTS`.
+        size: The bytes on disk.
+        mtime_ns: The time of the last change, in nanoseconds.
     """
 
     path: str
@@ -73,7 +74,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Documents:
-    """A run of documents of one file.
+    """Successive documents of one file.
 
     Args:
         kind: "range" (bytes start..end of a plain file), "lines" (`data`, of which line `start` is
@@ -82,10 +83,10 @@ class Documents:
             rest of the file cannot be read; `start` is the line).
         path: The file, or the name of the hub shard.
         layout: As in `InputFile`.
-        start: First byte, line or row group, by kind.
-        end: One past the last.
-        data: The documents themselves, where the main process had to read them.
-        stored: How much of the input on disk this accounts for, in bytes.
+        start: The first byte, line or row group, depending on `kind`.
+        end: The byte or row group after the last.
+        data: The documents, if the main process had to read them.
+        stored: The bytes on disk that these documents take, for the progress bar.
     """
 
     kind: str
@@ -171,7 +172,7 @@ def _row_groups(file: InputFile, text_column: str) -> _Sized:
 
 
 def _texts(file: InputFile, column: str, block_bytes: int) -> _Sized:
-    """Read a file that only a reader of the whole can cut."""
+    """Read a file that cannot be cut before it is read."""
     texts: list[tuple[str, str | ValueError]] = []
     size = 0
     reported = 0
@@ -231,7 +232,7 @@ def _lines(file: InputFile, block_bytes: int) -> _Sized:
 
 
 class _Cutter:
-    """Cuts the bytes of a file where a line (or a paragraph) ends."""
+    """Cut the bytes of a file where a line (or a paragraph) ends."""
 
     def __init__(self, file: InputFile):
         self.end_mark = b"\n\n" if file.layout == "paragraph" else b"\n"
@@ -254,7 +255,7 @@ class _Cutter:
             self.pending += data
 
     def _read(self, stream: BinaryIO) -> bytes:
-        # read1 hands over what was decompressed before the place where a broken file breaks.
+        # read1 returns the data before the damage in a broken file.
         read = getattr(stream, "read1", stream.read)
         data = read(READ_BYTES)
         if self.file.layout == "paragraph":
@@ -270,7 +271,7 @@ class _Cutter:
         return data.replace(b"\r\n", b"\n")
 
     def rest_of_whole_lines(self) -> bytes:
-        """Return what was read before the break, without the line that the break cut."""
+        """Return the complete lines that were read before the damage."""
         return self._take(self.pending.rfind(b"\n") + 1)
 
     def _take(self, size: int) -> bytes:
@@ -279,7 +280,7 @@ class _Cutter:
         return taken
 
     def stored_since_last(self) -> int:
-        """Estimate the bytes on disk behind what was handed out since the last call."""
+        """Estimate the bytes on disk that were used since the last call."""
         if not self.file.compressed:
             stored = self.produced
         else:
@@ -290,7 +291,7 @@ class _Cutter:
 
 @functools.lru_cache(maxsize=1)
 def _load_stream(load_args: str) -> Any:
-    """Open a data set once, not once for each of its shards: every time asks the hub."""
+    """Open a data set once for all of its shards, since each time asks the hub."""
     import datasets
 
     return datasets.load_dataset(**json.loads(load_args), streaming=True)
@@ -316,8 +317,8 @@ class HubSource:
         name = dict(self.load_args)["path"]
         if os.path.isdir(name):  # `datasets` would read it, and guess types
             raise ConversionError(
-                f"--dataset {name}: there is a folder of this name here. To read it give "
-                "--local_files; for the hub run from another folder"
+                f"--dataset {name}: there is a folder of this name here. To read it, give "
+                "--local_files; to use the hub, run in another folder"
             )
         try:
             shards = self._load().num_shards
@@ -338,7 +339,7 @@ class HubSource:
         except Exception as error:  # mostly the network, in one of many classes
             raise ConversionError(
                 f"{name}: reading stopped ({type(error).__name__}: {error}). Run the same command "
-                "again to go on"
+                "again to continue"
             ) from error
 
     def _blocks(self, name: str, shard: int, block_bytes: int) -> Iterator[Block]:
@@ -371,7 +372,7 @@ def _layout_of(path: str, txt_documents: str) -> str:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Yield the files of a folder and of those in it; a data set that is saved there is one."""
+    """Yield the files of a folder and its subfolders; a saved data set counts as one file."""
     if is_saved_dataset(folder):
         yield folder
         return
@@ -383,7 +384,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _matches(pattern: Path) -> list[str]:
-    """Return what a pattern matches; folders that exist under their literal name are no pattern."""
+    """Return what a pattern matches; its leading folders are taken literally if they exist."""
     there = next((p for p in pattern.parents if p.exists()), Path())
     rest = str(pattern.relative_to(there))
     return sorted(glob.glob(os.path.join(glob.escape(str(there)), rest), recursive=True))
@@ -403,9 +404,12 @@ def _expand(pattern: str) -> list[str]:
 
 
 def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputFile]:
-    """Find the input files: files, folders and patterns, in the order given.
+    """Find the input files of files, folders and patterns, in the order given.
 
-    A path that exists is that file or folder, whatever characters it has.
+    A path that exists is never read as a pattern, whatever characters it has.
+
+    Raises:
+        ConversionError: If a path or pattern matches nothing, or a file has an unknown format.
     """
     files = []
     for path in dict.fromkeys(p for pattern in patterns for p in _expand(pattern)):
@@ -414,7 +418,7 @@ def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputF
         if layout == "dataset" and not there:
             splits = sorted(p.name for p in Path(path).iterdir() if p.is_dir())
             raise ConversionError(
-                f"{path}: a data set of several splits; give the folder of one: {splits}"
+                f"{path} is a data set of several splits: give the folder of one of {splits}"
             )
         status = [p.stat() for p in there]
         size, mtime_ns = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status)
@@ -423,7 +427,7 @@ def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputF
 
 
 def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
-    """Group files into streams: a new one after STREAM_BYTES that must be read in order."""
+    """Group files to streams; each ends after STREAM_BYTES that must be read in order."""
     streams: list[Stream] = []
     group: list[InputFile] = []
     in_order = 0
@@ -439,15 +443,15 @@ def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stre
 
 
 def text_bytes_estimate(files: list[InputFile]) -> int:
-    """Estimate how much text the files hold."""
+    """Estimate the bytes of text in the files."""
     return sum(f.size * (EXPANSION if f.compressed else 1) for f in files)
 
 
 def choose_block_bytes(text_bytes: int | None) -> int:
-    """Choose a block size: at least some 128 blocks to share out, and no tiny or huge shards.
+    """Choose a block size of 2 to 48 MiB, which gives about 128 blocks or more if possible.
 
-    The last block keeps one worker alone, so small inputs get blocks of 2 MiB. 48 MiB leave room
-    below streaming's 64 MiB for a shard.
+    At the end, one worker converts the last block while the others wait, so small inputs get small
+    blocks. 48 MiB leave room below Streaming's limit of 64 MiB for a shard.
     """
     largest, smallest = 48 << 20, 2 << 20
     if text_bytes is None:

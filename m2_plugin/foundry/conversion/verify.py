@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def _read_samples(data: bytes, entry: dict[str, Any], folder: Path) -> list[Any]:
     count = int(np.frombuffer(data, np.uint32, 1)[0])
     if count != entry["samples"]:
-        raise ValueError(f"{count} samples, the index says {entry['samples']}")
+        raise ValueError(f"it has {count} samples, the index says {entry['samples']}")
     offsets = np.frombuffer(data, np.uint32, count + 1, offset=4).astype(np.int64)
     if (np.diff(offsets) < 0).any() or offsets[-1] != len(data):
         raise ValueError("its table of samples does not fit its size")
@@ -53,7 +53,7 @@ def _check_shard(folder: Path, entry: dict[str, Any], digest: str | None) -> str
             check_hashes(path, data, raw, raw["hashes"], mds().get_hash)
         samples = _read_samples(data, entry, folder)
         if digest is not None and samples_digest(samples) != digest:
-            raise ValueError("its samples are not those of the conversion")
+            raise ValueError("its samples differ from those that the conversion wrote")
     except ShardError as error:
         return str(error)
     except Exception as error:  # decoding a broken file can raise anything
@@ -64,7 +64,7 @@ def _check_shard(folder: Path, entry: dict[str, Any], digest: str | None) -> str
 def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
-        log.warning("%s has no manifest: only its index is compared", folder)
+        log.warning("%s has no manifest: it is compared with its index only", folder)
         return []
     problems = []
     samples = sum(entry["samples"] for entry in entries)
@@ -73,9 +73,9 @@ def _check_manifest(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
             f"{folder / INDEX}: {samples} samples, the conversion wrote {manifest['samples']}"
         )
     if [shard_file(entry)["basename"] for entry in entries] != list(manifest["shards"]):
-        problems.append(f"{folder / INDEX}: not the shards that the conversion wrote")
+        problems.append(f"{folder / INDEX}: its shards are not those that the conversion wrote")
     if content_digest(list(manifest["shards"].values())) != manifest["content_digest"]:
-        problems.append(f"{folder}: the manifest's digest is not that of its shards")
+        problems.append(f"{folder}: the manifest's digest does not match its shards")
     return problems
 
 
@@ -83,14 +83,14 @@ def verify(folder: Path, num_workers: int | None = None) -> int:
     """Read all shards of a folder and compare them with its index and manifest.
 
     Args:
-        folder: The folder of a split, of this program or any MDS folder with one column.
+        folder: The folder of a split, from this program, or any MDS folder with one column.
         num_workers: The processes that read; None means one per core.
 
     Returns:
         The number of samples.
 
     Raises:
-        ConversionError: If anything is wrong; names every damaged shard.
+        ConversionError: If anything differs; the message names every damaged shard.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:

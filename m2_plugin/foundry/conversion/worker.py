@@ -59,7 +59,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Summary:
-    """The facts about a prepared block with which the main process places it."""
+    """What the main process needs to know about a prepared block to find its place."""
 
     counts: Counts
     tail: Tokens  # the last tokens, at most one fewer than a sample
@@ -68,11 +68,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Placement:
-    """The place of a block: tokens left over by the blocks before it, and after it."""
+    """The place of a block: the tokens that are left over before it and after it."""
 
     rest_before: Tokens
     rest_after: Tokens
-    samples: int  # how many of its samples are written: fewer than all at the end of the split
+    samples: int  # the number of its samples to write: fewer than all at the end of the split
     stored: int  # bytes of input, for the progress bar
 
 
@@ -80,7 +80,7 @@ class Placement:
 
 
 def token_samples(prepared: Prepared, placement: Placement, output: Output) -> list[Tokens]:
-    """Cut a prepared block, after the tokens left over before it, into samples."""
+    """Cut the tokens left over before a block, and its own tokens, into samples."""
     assert output.concat_tokens is not None
     length = output.concat_tokens
     starts, _ = cut_tokens(prepared.lengths, len(placement.rest_before), length, output.no_wrap)
@@ -110,7 +110,7 @@ def samples_digest(samples: list[Any]) -> str:
 def write_block(
     key: Key, samples: list[Any], counts: Counts, rest_after: Tokens, stored: int, output: Output
 ) -> dict[str, Any]:
-    """Write the shards of a block, and then its record, with which the block counts."""
+    """Write the shards of a block, and then its record; without the record it does not count."""
     name = f"{key[0]:05}-{key[1]:05}"
     tmp = output.partial / "tmp" / name
     shutil.rmtree(tmp, ignore_errors=True)
@@ -231,14 +231,14 @@ def worker_main(
 
     Args:
         connection: The connection to the main process.
-        others: The main process's ends, which the fork inherits. While they are open here, this
-            worker and earlier ones cannot notice that the main process has ended.
+        others: The main process's ends of the pipes, which the fork inherits. While they are open
+            here, this worker and earlier ones cannot notice that the main process has ended.
         options: How documents are read.
         tokenizer: The tokenizer, for samples of tokens.
         output: How samples are written.
     """
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes run in parallel already
     for other in others:
         other.close()
