@@ -113,7 +113,7 @@ class _Fields:
 
     @property
     def takes_ids(self) -> bool:
-        """Whether a label may be an id; false if the name of a class is the number of another."""
+        """Whether a label may be an id; false if a class name is a number other than its id."""
         spellings = self.spellings or {}
         return all(name == str(i) for name, i in spellings.items() if _is_number(name))
 
