@@ -250,6 +250,7 @@ class M2BertModel(M2BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Tensor, ...]:
@@ -262,6 +263,8 @@ class M2BertModel(M2BertPreTrainedModel):
             token_type_ids: (B, L) int64, all 0 by default.
             position_ids: (B, L) or (1, L) int64, 0 … L−1 by default.
             inputs_embeds: (B, L, D) word embeddings.
+            output_attentions: For callers that pass it to every model; there are no attention
+                weights to return.
             output_hidden_states: Whether to return the embeddings and every layer's output too.
             return_dict: Whether to return a `BaseModelOutput` (the default) and not a tuple.
 
@@ -349,6 +352,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         masked_logits_only: bool = False,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
@@ -439,6 +443,7 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> M2BertEmbeddingOutput | tuple[Tensor, ...]:
@@ -516,6 +521,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
