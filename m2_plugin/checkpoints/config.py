@@ -20,8 +20,11 @@ from m2_plugin.models.configuration_m2_bert import (
 )
 from m2_plugin.models.modeling_m2_bert import (
     M2BertForMaskedLM,
+    M2BertForMultipleChoice,
+    M2BertForQuestionAnswering,
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
+    M2BertForTokenClassification,
     M2BertModel,
 )
 
@@ -38,13 +41,16 @@ __all__ = [
 TOKEN_TYPE_IDS = "bert.embeddings.token_type_ids"
 WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
-# Prefix of a tensor's name → the model that has such tensors. The first prefix that occurs counts.
-HEADS: list[tuple[str, type[PreTrainedModel]]] = [
-    ("head.", M2BertForMaskedLM),
-    ("decoder.", M2BertForMaskedLM),
-    ("classifier.", M2BertForSequenceClassification),
-    ("pooler.", M2BertForTextEmbedding),
-    ("", M2BertModel),
+# How names begin in models with each head. The first entry of which all beginnings occur counts.
+HEADS: list[tuple[tuple[str, ...], type[PreTrainedModel]]] = [
+    (("head.",), M2BertForMaskedLM),
+    (("decoder.",), M2BertForMaskedLM),
+    (("qa_outputs.",), M2BertForQuestionAnswering),
+    (("choice_scorer.",), M2BertForMultipleChoice),
+    (("classifier.", "pooler."), M2BertForSequenceClassification),
+    (("classifier.",), M2BertForTokenClassification),
+    (("pooler.",), M2BertForTextEmbedding),
+    ((), M2BertModel),
 ]
 OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
 LABEL_FIELDS = ("problem_type", "id2label", "label2id")
@@ -119,13 +125,23 @@ class Resolved:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The class of the model, found by the names of its weights."""
-        return model_class_of(self.weights)
+        found = model_class_of(self.weights)
+        if found is M2BertForTokenClassification and (
+            _are_references(self.mapped)
+            or self.config.architectures == [M2BertForSequenceClassification.__name__]
+        ):
+            return M2BertForSequenceClassification  # that has lost its pooler
+        return found
 
 
 def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
     """Find the model class whose tensors have these names (ours)."""
     names = list(names)
-    return next(c for part, c in HEADS if any(name.startswith(part) for name in names))
+    return next(
+        model_class
+        for parts, model_class in HEADS
+        if all(any(name.startswith(part) for name in names) for part in parts)
+    )
 
 
 def holds_m2_bert(names: Iterable[str]) -> bool:
@@ -219,8 +235,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
+def _are_references(names: Iterable[str]) -> bool:
+    return any(name.startswith("bert.") for name in names)
+
+
 def _translated(weights: Mapping[str, Tensor]) -> Resolved:
-    if any(name.startswith("bert.") for name in weights):
+    if _are_references(weights):
         found = translate(weights)
         return Resolved(
             M2BertConfig(), found.weights, found.mapped, found.derived, unknown=found.unknown

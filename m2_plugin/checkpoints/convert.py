@@ -16,6 +16,7 @@ from m2_plugin.checkpoints.config import (
     Resolved,
     expected_tensors,
     listed,
+    model_class_of,
     reference_config,
     resolve,
 )
@@ -29,6 +30,7 @@ from m2_plugin.checkpoints.names import to_reference
 from m2_plugin.checkpoints.read import read_file
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.models.modeling_m2_bert import M2BertForTokenClassification
 
 __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint"]
 
@@ -165,6 +167,8 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
             f"compute: its filters decay differently (hyena_extended_from: "
             f"{config.hyena_extended_from})"
         )
+    if model_class_of(weights) is M2BertForTokenClassification:
+        raise ValueError(f"{str(folder)!r} classifies tokens, for which the reference has no model")
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)
     integrations = {"huggingface": {"model": {"config": {"content": content}}}}

@@ -24,8 +24,11 @@ AUTO_MAP = {
     "AutoConfig": "configuration_m2_bert.M2BertConfig",
     "AutoModel": "modeling_m2_bert.M2BertModel",
     "AutoModelForMaskedLM": "modeling_m2_bert.M2BertForMaskedLM",
+    "AutoModelForMultipleChoice": "modeling_m2_bert.M2BertForMultipleChoice",
+    "AutoModelForQuestionAnswering": "modeling_m2_bert.M2BertForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_m2_bert.M2BertForSequenceClassification",
     "AutoModelForTextEncoding": "modeling_m2_bert.M2BertForTextEmbedding",
+    "AutoModelForTokenClassification": "modeling_m2_bert.M2BertForTokenClassification",
 }
 # The function that decides whether kernels run, and what it returns in such a folder.
 GATE = "why_no_kernel"

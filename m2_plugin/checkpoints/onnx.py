@@ -5,6 +5,8 @@ Dimension key: B batch, L sequence, D channels, H maximum length.
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.files import whole
 from m2_plugin.layers.long_conv import LongConv
 from m2_plugin.layers.monarch_mixer import MonarchMixer
+from m2_plugin.models.modeling_m2_bert import M2BertForMultipleChoice
 
 __all__ = ["INPUTS", "OPSET", "export_onnx"]
 
@@ -88,9 +91,9 @@ class Positional(nn.Module):
 def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
     """Write the model in a transformers folder as one ONNX file, in fp32.
 
-    The inputs are `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64. All three
-    are required. B is any number, L any up to the model's maximum. The outputs have the names and
-    shapes of the model's outputs in transformers.
+    The inputs are `input_ids`, `attention_mask` and `token_type_ids`, each (B, L) int64, or
+    (B, C, L) for multiple choice. All three are required. B and C are any numbers, L any up to the
+    model's maximum. The outputs have the names and shapes of the model's outputs in transformers.
 
     Args:
         folder: A transformers folder with an M2-BERT.
@@ -131,14 +134,15 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
                 f"{str(folder)!r} would need {size / 2**30:.1f} GiB, but an ONNX file holds at "
                 f"most 2: the filters' taps grow with long_conv_l_max = {config.long_conv_l_max}"
             )
-        # B and L differ and are not 1, so that the tracer does not treat them as constants.
-        ids = torch.zeros(3, min(7, config.long_conv_l_max), dtype=torch.int64)
+        choices = isinstance(model, M2BertForMultipleChoice)
+        axes = ("batch", "choices", "sequence") if choices else ("batch", "sequence")
+        # All sizes differ and are not 1, so that the tracer does not treat them as constants.
+        length = min(6 if config.num_labels == 7 else 7, config.long_conv_l_max)
+        ids = torch.zeros(*(3, 5)[: len(axes) - 1], length, dtype=torch.int64)
         inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
         outputs = positional.outputs(*inputs)
-        axes = {0: "batch", 1: "sequence"}
-        dynamic = dict.fromkeys(INPUTS, axes) | {
-            key: axes if value.shape[:2] == ids.shape else {0: "batch"}
-            for key, value in outputs.items()
+        dynamic = dict.fromkeys(INPUTS, dict(enumerate(axes))) | {
+            key: _shared_axes(value, ids, axes) for key, value in outputs.items()
         }
         with warnings.catch_warnings():
             # The tracer warns that comparisons of sizes become constants. Ours are only checks.
@@ -153,11 +157,19 @@ def export_onnx(folder: str | Path, out: str | Path) -> list[str]:
                 opset_version=OPSET,
                 dynamo=False,  # True needs onnxscript, which llm-foundry does not install
             )
-        _declare_inputs(str(temporary))
+        _declare_inputs(str(temporary), axes)
     return list(outputs)
 
 
-def _declare_inputs(path: str) -> None:
+def _shared_axes(output: Tensor, ids: Tensor, axes: Sequence[str]) -> dict[int, str]:
+    """Name the first dimensions of an output, as far as they are those of the inputs."""
+    shared = takewhile(
+        lambda sizes: sizes[0] == sizes[1], zip(output.shape, ids.shape, strict=False)
+    )
+    return dict(enumerate(axes[: len(list(shared))]))
+
+
+def _declare_inputs(path: str, axes: Sequence[str]) -> None:
     """Add inputs that the model does not read, because the exporter leaves them out."""
     import onnx
 
@@ -165,9 +177,7 @@ def _declare_inputs(path: str) -> None:
     declared = {entry.name for entry in model.graph.input}
     for name in INPUTS:
         if name not in declared:
-            kind = onnx.helper.make_tensor_value_info(
-                name, onnx.TensorProto.INT64, ["batch", "sequence"]
-            )
+            kind = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, list(axes))
             model.graph.input.append(kind)
     if len(model.graph.input) != len(declared):
         onnx.save(model, path)

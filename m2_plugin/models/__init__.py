@@ -4,8 +4,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertTokenizerFast,
 )
@@ -13,25 +16,35 @@ from transformers import (
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.modeling_m2_bert import (
     M2BertForMaskedLM,
+    M2BertForMultipleChoice,
+    M2BertForQuestionAnswering,
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
+    M2BertForTokenClassification,
     M2BertModel,
 )
 
 __all__ = [
     "M2BertConfig",
     "M2BertForMaskedLM",
+    "M2BertForMultipleChoice",
+    "M2BertForQuestionAnswering",
     "M2BertForSequenceClassification",
     "M2BertForTextEmbedding",
+    "M2BertForTokenClassification",
     "M2BertModel",
 ]
 
 AutoConfig.register(M2BertConfig.model_type, M2BertConfig, exist_ok=True)
-AutoModel.register(M2BertConfig, M2BertModel, exist_ok=True)
-AutoModelForMaskedLM.register(M2BertConfig, M2BertForMaskedLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    M2BertConfig, M2BertForSequenceClassification, exist_ok=True
-)
-AutoModelForTextEncoding.register(M2BertConfig, M2BertForTextEmbedding, exist_ok=True)
+for _auto_class, _model_class in (
+    (AutoModel, M2BertModel),
+    (AutoModelForMaskedLM, M2BertForMaskedLM),
+    (AutoModelForMultipleChoice, M2BertForMultipleChoice),
+    (AutoModelForQuestionAnswering, M2BertForQuestionAnswering),
+    (AutoModelForSequenceClassification, M2BertForSequenceClassification),
+    (AutoModelForTextEncoding, M2BertForTextEmbedding),
+    (AutoModelForTokenClassification, M2BertForTokenClassification),
+):
+    _auto_class.register(M2BertConfig, _model_class, exist_ok=True)
 # Pipelines load a tokenizer only for model types that are registered here.
 AutoTokenizer.register(M2BertConfig, fast_tokenizer_class=BertTokenizerFast, exist_ok=True)

@@ -18,7 +18,10 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
@@ -385,7 +388,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
             x, labels = x.flatten(0, 1)[labelled], labels.flatten()[labelled]
         logits = self.decoder(self.head(x))
-        loss = None if labels is None else _masked_lm_loss(logits, labels)
+        loss = None if labels is None else _mean_cross_entropy(logits, labels)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
@@ -506,10 +509,9 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
 
     def __init__(self, config: M2BertConfig):
         super().__init__(config)
-        dropout = config.classifier_dropout
         self.model = M2BertModel(config)
         self.pooler = M2BertPooler(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -571,7 +573,200 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         return F.cross_entropy(logits, labels)
 
 
-def _masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+class M2BertForTokenClassification(M2BertPreTrainedModel):
+    """The encoder with a linear classifier of each token, e.g. for named entities.
+
+    Args:
+        config: The model's configuration; `num_labels` and `classifier_dropout` shape the head.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
+        """Classify tokens.
+
+        Args:
+            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
+            labels: (B, L) class ids, −100 at positions without loss.
+
+        Returns:
+            `loss` if labels are given (0 if all are −100), and `logits` (B, L, num_labels).
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        loss = None if labels is None else _mean_cross_entropy(logits, labels)
+        output = TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class M2BertForQuestionAnswering(M2BertPreTrainedModel):
+    """The encoder with scores of where in the text an answer starts and ends, as for SQuAD.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """Score each position as the start and as the end of the answer.
+
+        Args:
+            input_ids: As in `M2BertModel.forward`, like the other inputs not named here.
+            start_positions: (B,) positions of the answers' first tokens. A position outside of the
+                sequence, as of an answer that was cut off, has no loss.
+            end_positions: (B,) those of their last tokens.
+
+        Returns:
+            `loss` if positions are given, the mean of the two cross-entropies; `start_logits` and
+            `end_logits`, (B, L) each.
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = _position_loss(start_logits, start_positions)
+            loss = (loss + _position_loss(end_logits, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=encoded.hidden_states,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class M2BertForMultipleChoice(M2BertPreTrainedModel):
+    """The encoder with a pooler and a score for each of several texts, as for SWAG.
+
+    Args:
+        config: The model's configuration; `classifier_pooling` and `classifier_dropout` shape the
+            head.
+    """
+
+    def __init__(self, config: M2BertConfig):
+        super().__init__(config)
+        self.model = M2BertModel(config)
+        self.pooler = M2BertPooler(config)
+        self.dropout = _classifier_dropout(config)
+        self.choice_scorer = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
+        """Score choices.
+
+        Args:
+            input_ids: (B, C, L) token ids: C texts to choose from. The other inputs have a
+                dimension of choices too, and are otherwise as in `M2BertModel.forward`.
+            labels: (B,) indices of the right choices.
+
+        Returns:
+            `loss` if labels are given, and `logits` (B, C).
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.ndim != (3 if inputs_embeds is None else 4):
+            raise ValueError(
+                "M2BertForMultipleChoice needs input_ids (batch, choices, length) or "
+                "inputs_embeds (batch, choices, length, hidden_size), not "
+                f"{None if given is None else tuple(given.shape)}"
+            )
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        encoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        pooled = self.pooler(encoded.last_hidden_state, attention_mask)
+        logits = self.choice_scorer(self.dropout(pooled)).view(-1, given.shape[1])
+        output = MultipleChoiceModelOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _classifier_dropout(config: M2BertConfig) -> nn.Dropout:
+    dropout = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+
+
+def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Mean cross-entropy of (B, L) logits; positions (B,) or (B, 1) outside have none."""
+    positions = positions.flatten()
+    inside = (positions >= 0) & (positions < logits.shape[1])
+    return _mean_cross_entropy(logits, positions.where(inside, IGNORE_INDEX))
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of (..., V) logits; 0, with gradients, if there are no labels.
 
     Labelled positions are not indexed: their number would break the graph of `torch.compile`.

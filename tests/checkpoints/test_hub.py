@@ -11,7 +11,13 @@ from transformers import AutoModelForMaskedLM
 
 from m2_plugin.checkpoints.hub import flat_sources
 from m2_plugin.cli import main
-from m2_plugin.models import M2BertForMaskedLM, M2BertForSequenceClassification
+from m2_plugin.models import (
+    M2BertForMaskedLM,
+    M2BertForMultipleChoice,
+    M2BertForQuestionAnswering,
+    M2BertForSequenceClassification,
+    M2BertForTokenClassification,
+)
 from tests.models.test_modeling_m2_bert import ids, small
 from tests.utils import TOKENIZER
 
@@ -35,27 +41,34 @@ else:
 import torch
 import transformers
 
-folders, ids = sys.argv[1:3], torch.load(sys.argv[3])
+*folders, ids, out = sys.argv[1:]
+ids = torch.load(ids)
 remote = {"trust_remote_code": True}
 outputs = []
 for folder, auto, field in (
     (folders[0], transformers.AutoModelForMaskedLM, "logits"),
     (folders[0], transformers.AutoModel, "last_hidden_state"),
     (folders[1], transformers.AutoModelForSequenceClassification, "logits"),
+    (folders[2], transformers.AutoModelForTokenClassification, "logits"),
+    (folders[3], transformers.AutoModelForQuestionAnswering, "end_logits"),
+    (folders[4], transformers.AutoModelForMultipleChoice, "logits"),
 ):
     model = auto.from_pretrained(folder, **remote).eval()
     assert not type(model).__module__.startswith("m2_plugin")
     with torch.no_grad():
-        outputs.append(model(ids)[field])
+        choices = auto is transformers.AutoModelForMultipleChoice
+        outputs.append(model(ids[None] if choices else ids)[field])
 fill = transformers.pipeline("fill-mask", model=folders[0], **remote)
 assert len(fill("He did not [MASK].")) == 5
+tag = transformers.pipeline("token-classification", model=folders[2], ignore_labels=[], **remote)
+assert [found["word"] for found in tag("he did not")] == ["he", "did", "not"]
 try:
     transformers.AutoModel.from_pretrained(folders[0], backend="triton", **remote)(ids)
 except RuntimeError as error:
     assert "plain PyTorch only" in str(error), error
 else:
     raise SystemExit("backend triton ran")
-torch.save(outputs, sys.argv[4])
+torch.save(outputs, out)
 """
 
 
@@ -63,7 +76,13 @@ def test_a_folder_with_its_code(tmp_path):
     from transformers import AutoTokenizer
 
     models = [M2BertForMaskedLM(small(vocab_size=30522, mask_padding=True)).eval()]
-    models.append(M2BertForSequenceClassification(small(vocab_size=30522, num_labels=3)).eval())
+    for cls in (
+        M2BertForSequenceClassification,
+        M2BertForTokenClassification,
+        M2BertForQuestionAnswering,
+        M2BertForMultipleChoice,
+    ):
+        models.append(cls(small(vocab_size=30522, num_labels=3)).eval())
     folders = []
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / f"plain{i}")
@@ -87,7 +106,9 @@ def test_a_folder_with_its_code(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     x = torch.load(tmp_path / "ids.pt")
     with torch.no_grad():
-        expected = [models[0](x).logits, models[0].model(x).last_hidden_state, models[1](x).logits]
+        expected = [models[0](x).logits, models[0].model(x).last_hidden_state]
+        expected += [models[1](x).logits, models[2](x).logits, models[3](x).end_logits]
+        expected += [models[4](x[None]).logits]
     for found, exact in zip(torch.load(tmp_path / "outputs.pt"), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
 

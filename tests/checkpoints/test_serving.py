@@ -10,8 +10,11 @@ from m2_plugin.checkpoints import onnx as onnx_export
 from m2_plugin.cli import main
 from m2_plugin.models import (
     M2BertForMaskedLM,
+    M2BertForMultipleChoice,
+    M2BertForQuestionAnswering,
     M2BertForSequenceClassification,
     M2BertForTextEmbedding,
+    M2BertForTokenClassification,
     M2BertModel,
 )
 from tests.models.test_modeling_m2_bert import ids, small
@@ -42,6 +45,17 @@ MODELS = {
         {"mask_padding": True, "classifier_pooling": "mean", "normalize_embeddings": True},
         ["last_hidden_state", "pooler_output", "sentence_embedding"],
     ),
+    "tokens": (M2BertForTokenClassification, {"num_labels": 7}, ["logits"]),
+    "answers": (
+        M2BertForQuestionAnswering,
+        {"mask_padding": True},
+        ["start_logits", "end_logits"],
+    ),
+    "choices": (
+        M2BertForMultipleChoice,
+        {"mask_padding": True, "classifier_pooling": "mean"},
+        ["logits"],
+    ),
 }
 
 
@@ -52,6 +66,15 @@ def batch(size, length):
     input_ids = ids(size, length) * attention_mask
     types = (torch.arange(length) > length // 3).long().expand(size, -1) * attention_mask
     return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": types}
+
+
+def batch_for(cls, size, length):
+    """`batch`, or for multiple choice one of 2 or of `size` choices."""
+    if cls is not M2BertForMultipleChoice:
+        return batch(size, length)
+    choices = (size, 2) if size > 1 else (2, size)
+    inputs = batch(2 * size, length)
+    return {key: value.unflatten(0, choices) for key, value in inputs.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -74,9 +97,11 @@ def test_onnx_runtime_computes_the_same(name, tmp_path, capsys):
     assert "Dropout" not in {node.op_type for node in onnx.load(path).graph.node}
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert {entry.name for entry in session.get_inputs()} == set(onnx_export.INPUTS)
-    assert [entry.shape for entry in session.get_inputs()] == [["batch", "sequence"]] * 3
+    choices = cls is M2BertForMultipleChoice
+    axes = ["batch", "choices", "sequence"] if choices else ["batch", "sequence"]
+    assert [entry.shape for entry in session.get_inputs()] == [axes] * 3
     for size, length in ((1, 1), (2, 7), (1, 8), (5, 13), (3, 24)):
-        inputs = batch(size, length)
+        inputs = batch_for(cls, size, length)
         found = session.run(outputs, {key: value.numpy() for key, value in inputs.items()})
         with torch.no_grad():
             exact = model(**inputs)
@@ -86,7 +111,7 @@ def test_onnx_runtime_computes_the_same(name, tmp_path, capsys):
     errors = runtime.capi.onnxruntime_pybind11_state
     refused = (errors.RuntimeException, errors.InvalidArgument)
     with pytest.raises(refused, match="while running (Add|Conv) node"):
-        session.run(outputs, {key: value.numpy() for key, value in batch(2, 25).items()})
+        session.run(outputs, {key: value.numpy() for key, value in batch_for(cls, 2, 25).items()})
 
 
 def test_what_is_not_exported(tmp_path, capsys, monkeypatch):
