@@ -54,12 +54,23 @@ def _check_emb_dim(emb_dim: int) -> None:
         )
 
 
-class FilterLinear(nn.Linear):
+class FilterLinear(nn.Module):
     """A linear layer that computes in the dtype of its input, whatever the dtype of its weights.
 
-    Because it is a class of its own, quantisation and adapters for the model's projections do not
-    change it.
+    It is no `nn.Linear`, so that adapters and quantisation for all linear layers leave filters out:
+    they say how a tap depends on its lag, and small errors in them change all taps.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        bias: Whether to add a bias.
     """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias)  # PyTorch's initial values
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

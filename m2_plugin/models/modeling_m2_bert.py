@@ -26,7 +26,7 @@ from transformers.modeling_outputs import (
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
-from m2_plugin.layers.long_conv import HyenaFilter, LongConv
+from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
@@ -202,7 +202,7 @@ class M2BertPreTrainedModel(PreTrainedModel):
             parameter.copy_(value)
 
     def _draw(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | FilterLinear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -184,3 +184,11 @@ def test_question_answering_pipeline(tmp_path):
     context = "Ann met Bob in London, and they went to see a play there."
     found = answer(question="Who met Bob?", context=context, doc_stride=4)
     assert found["answer"] and context[found["start"] : found["end"]] == found["answer"]
+
+
+def test_all_linear_layers_are_the_projections_and_heads():
+    """What adapters and quantisation reach when they are told to take every linear layer."""
+    model = M2BertForMaskedLM(small())
+    linear = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    layers = {f"model.layers.{i}.mixer.{name}" for i in (0, 1) for name in ("in_proj", "out_proj")}
+    assert linear == layers | {"head.dense", "decoder"}
