@@ -3,6 +3,7 @@
 Dimension key: B batch, L sequence, D hidden, V vocabulary.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -188,6 +189,24 @@ class M2BertPreTrainedModel(PreTrainedModel):
                 for parameter in module.parameters():
                     parameter.data = parameter.data.clone()
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, with all modules of a hub folder if the code is from one.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: As in `PreTrainedModel.save_pretrained`; others write nothing.
+            *args: As there.
+            **kwargs: As there.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and not __name__.startswith("m2_plugin."):
+            # transformers 4.51 copies the config's modules only.
+            for module in Path(__file__).parent.glob("*.py"):
+                if module.name != "__init__.py":
+                    shutil.copy(module, save_directory)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

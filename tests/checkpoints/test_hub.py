@@ -24,6 +24,7 @@ from tests.utils import TOKENIZER
 # Run where this package cannot be imported.
 ELSEWHERE = """
 import sys
+from pathlib import Path
 
 class Without:
     def find_spec(self, name, path=None, target=None):
@@ -62,6 +63,16 @@ fill = transformers.pipeline("fill-mask", model=folders[0], **remote)
 assert len(fill("He did not [MASK].")) == 5
 tag = transformers.pipeline("token-classification", model=folders[2], ignore_labels=[], **remote)
 assert [found["word"] for found in tag("he did not")] == ["he", "did", "not"]
+for auto in (transformers.AutoModelForMaskedLM, transformers.AutoModel):
+    model = auto.from_pretrained(folders[0], **remote)
+    model.save_pretrained(auto.__name__)  # the next is loaded from there
+    again = auto.from_pretrained(auto.__name__, **remote)
+    assert type(again).__module__ != type(model).__module__
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    there, saved = (
+        {path.name for path in Path(folder).glob("*.py")} for folder in (folders[0], auto.__name__)
+    )
+    assert saved == there, (saved, there)
 try:
     transformers.AutoModel.from_pretrained(folders[0], backend="triton", **remote)(ids)
 except RuntimeError as error:
