@@ -66,11 +66,29 @@ class FilterLinear(nn.Module):
         bias: Whether to add a bias.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
-        linear = nn.Linear(in_features, out_features, bias)  # PyTorch's initial values
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from U(±1/√in_features), as nn.Linear does."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; one that is there stays if the new one is None.
+
+        llm-foundry's `no_bias` removes the biases of all layers but nn.Linear. Those of filters are
+        not meant: they shift the sines.
+        """
+        if param is not None or self._parameters.get(name) is None:
+            super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
