@@ -41,16 +41,16 @@ __all__ = [
 TOKEN_TYPE_IDS = "bert.embeddings.token_type_ids"
 WORDS, DECODER = "model.embeddings.word_embeddings.weight", "decoder.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
-# How names begin in models with each head. The first entry of which all beginnings occur counts.
-HEADS: list[tuple[tuple[str, ...], type[PreTrainedModel]]] = [
-    (("head.",), M2BertForMaskedLM),
-    (("decoder.",), M2BertForMaskedLM),
-    (("qa_outputs.",), M2BertForQuestionAnswering),
-    (("choice_scorer.",), M2BertForMultipleChoice),
-    (("classifier.", "pooler."), M2BertForSequenceClassification),
-    (("classifier.",), M2BertForTokenClassification),
-    (("pooler.",), M2BertForTextEmbedding),
-    ((), M2BertModel),
+# The beginning of names that only models with this head have; the first that occurs counts. A
+# classifier without a pooler is one of tokens.
+HEADS: list[tuple[str, type[PreTrainedModel]]] = [
+    ("head.", M2BertForMaskedLM),
+    ("decoder.", M2BertForMaskedLM),
+    ("qa_outputs.", M2BertForQuestionAnswering),
+    ("choice_scorer.", M2BertForMultipleChoice),
+    ("classifier.", M2BertForSequenceClassification),
+    ("pooler.", M2BertForTextEmbedding),
+    ("", M2BertModel),
 ]
 OWN_FIELDS = [p for p in signature(M2BertConfig.__init__).parameters if p not in ("self", "kwargs")]
 LABEL_FIELDS = ("problem_type", "id2label", "label2id")
@@ -137,11 +137,14 @@ class Resolved:
 def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
     """Find the model class whose tensors have these names (ours)."""
     names = list(names)
-    return next(
-        model_class
-        for parts, model_class in HEADS
-        if all(any(name.startswith(part) for name in names) for part in parts)
-    )
+
+    def there(part: str) -> bool:
+        return any(name.startswith(part) for name in names)
+
+    found = next(model_class for part, model_class in HEADS if there(part))
+    if found is M2BertForSequenceClassification and not there("pooler."):
+        return M2BertForTokenClassification
+    return found
 
 
 def holds_m2_bert(names: Iterable[str]) -> bool:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from m2_plugin.checkpoints.config import HEADS, expected_tensors, listed, model_class_of, resolve
 from m2_plugin.checkpoints.read import read_file
-from m2_plugin.constants import POOLINGS
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding, M2BertModel
-from m2_plugin.models.sentence_folder import write_modules
+from m2_plugin.models.sentence_folder import read_modules, write_modules
 
 __all__ = ["load_folder", "build_model", "read_json_object", "save_folder", "weights_file"]
 
@@ -26,8 +25,6 @@ WEIGHTS = (  # the first that exists is read
     "pytorch_model.bin.index.json",
     "model.bin",
 )
-# Modules of sentence-transformers that compute what M2BertForTextEmbedding does.
-MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
 
 
 def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
@@ -53,7 +50,14 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         found = resolve(tensors, saved, where=str(path))
     except ValueError as error:
         raise ValueError(f"{str(folder)!r}: {error}") from error
-    if found.model_class is M2BertModel and (embedder := _read_modules(Path(folder))):
+
+    def find(name: str) -> str | None:
+        file = Path(folder) / name
+        return str(file) if file.is_file() else None
+
+    if found.model_class is M2BertModel and (
+        embedder := read_modules(find, lambda file: read_file(file)[0])
+    ):
         found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
         found.weights.update(embedder.weights)
     expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
@@ -115,41 +119,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object")
     return content
-
-
-class _Embedder(NamedTuple):
-    """The part of an M2BertForTextEmbedding that sentence-transformers saves beside the encoder."""
-
-    fields: dict[str, Any]
-    weights: dict[str, Tensor]
-
-
-def _read_modules(folder: Path) -> _Embedder | None:
-    """Read the pooler from the folders of sentence-transformers' modules.
-
-    Returns:
-        The pooler, or None if the folder has no modules or if they do not compute what
-        M2BertForTextEmbedding does.
-    """
-    if not (folder / "modules.json").is_file():
-        return None
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
-    if kinds not in (MODULES, MODULES[:3]) or modules[0]["path"]:
-        return None
-    pooling, dense = (read_json_object(folder / m["path"] / "config.json") for m in modules[1:3])
-    flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
-    read = [pooling["pooling_mode"]] if "pooling_mode" in pooling else []
-    read += [
-        flags.get(k) for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True
-    ]
-    tanh = str(dense.get("activation_function")).endswith(".Tanh")
-    if len(read) != 1 or read[0] not in POOLINGS or not tanh:
-        return None
-    tensors = read_file(weights_file(str(folder / modules[2]["path"])))[0]
-    weights = {name.replace("linear.", "pooler.dense."): t for name, t in tensors.items()}
-    fields = {"classifier_pooling": read[0], "normalize_embeddings": kinds == MODULES}
-    return _Embedder(fields, weights)
 
 
 def _class_of(config: M2BertConfig) -> type[PreTrainedModel] | None:

@@ -3,8 +3,9 @@
 Dimension key: B batch, L sequence, D hidden, V vocabulary.
 """
 
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
@@ -24,6 +26,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import cached_file
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
@@ -31,8 +34,12 @@ from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.sentence_folder import write_modules
+from m2_plugin.models.sentence_folder import read_modules, write_modules
 
+log = logging.getLogger(__name__)
+
+# Arguments of `from_pretrained` that tell where files of the hub are.
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 IGNORE_INDEX = -100  # label of a position without loss, as in torch's cross_entropy
 
 
@@ -176,19 +183,45 @@ class M2BertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["M2BertLayer"]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does, with the filters' weights at aligned addresses.
 
         Weights mapped from a file may be unaligned. Matrix products then round differently, and the
-        filters' sines amplify the difference a hundredfold.
+        filters' sines amplify the difference a hundredfold. A folder that sentence-transformers
+        saved has the pooler beside the encoder; it is read there.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for module in model.modules():
             if isinstance(module, HyenaFilter):
                 for parameter in module.parameters():
                     parameter.data = parameter.data.clone()
-        return loaded
+        if info and "pooler.dense.weight" in info["missing_keys"]:
+            model._read_pooler(name, info, {key: kwargs[key] for key in HUB_KEYS if key in kwargs})
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _read_pooler(self, name: Any, info: dict[str, Any], hub: Mapping[str, Any]) -> None:
+        """Take the pooler of sentence-transformers' modules, if there are any that fit."""
+        find = partial(
+            cached_file,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+        found = None if name is None else read_modules(find, _load_tensors)
+        if found is None:
+            return
+        for key, tensor in found.weights.items():
+            self.get_parameter(key).copy_(tensor)
+        saved = type(self.config).from_pretrained(name, **hub)
+        for key, value in found.fields.items():
+            if getattr(self.config, key) == getattr(saved, key):  # else the user has replaced it
+                setattr(self.config, key, value)
+        self.pooler.pooling = self.config.classifier_pooling
+        info["missing_keys"] = [key for key in info["missing_keys"] if key not in found.weights]
+        log.warning("%s: the pooler was read from sentence-transformers' modules", name)
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -771,6 +804,12 @@ class M2BertForMultipleChoice(M2BertPreTrainedModel):
             hidden_states=encoded.hidden_states,
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _load_tensors(path: str) -> dict[str, Tensor]:
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _classifier_dropout(config: M2BertConfig) -> nn.Dropout:

@@ -1,18 +1,74 @@
-"""Write the files that sentence-transformers reads beside a model: a list of modules."""
+"""Read and write the files that sentence-transformers keeps beside a model: its modules."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m2_plugin.constants import POOLINGS
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 
-__all__ = ["write_modules"]
+__all__ = ["Embedder", "read_modules", "write_modules"]
 
 TYPES = "sentence_transformers.models."
+# Modules of sentence-transformers that compute what M2BertForTextEmbedding does.
+MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
+
+
+class Embedder(NamedTuple):
+    """The part of an M2BertForTextEmbedding that sentence-transformers saves beside the encoder.
+
+    Args:
+        fields: Fields of its config.
+        weights: Its pooler.
+    """
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def read_modules(
+    find: Callable[[str], str | None], read: Callable[[str], Mapping[str, Tensor]]
+) -> Embedder | None:
+    """Read the pooler from the folders of sentence-transformers' modules.
+
+    Args:
+        find: Gives the path of a file by its name in the folder, or None if there is none.
+        read: Reads a file of tensors.
+
+    Returns:
+        The pooler, or None if the folder has no modules or if they do not compute what
+        M2BertForTextEmbedding does.
+
+    Raises:
+        ValueError: If a file of theirs is missing or cannot be read; the message names it.
+    """
+    if find("modules.json") is None:
+        return None
+    modules = _read(find, "modules.json")
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if kinds not in (MODULES, MODULES[:3]) or modules[0]["path"]:
+        return None
+    pooling, dense = (_read(find, f"{module['path']}/config.json") for module in modules[1:3])
+    flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
+    modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else []
+    modes += [
+        flags.get(k) for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True
+    ]
+    tanh = str(dense.get("activation_function")).endswith(".Tanh")
+    square = dense.get("in_features") == dense.get("out_features") and dense.get("bias", True)
+    if len(modes) != 1 or modes[0] not in POOLINGS or not (tanh and square):
+        return None
+    files = [f"{modules[2]['path']}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+    path = find(files[0]) or find(files[1])
+    if path is None:
+        raise ValueError(f"modules.json names a Dense, and there is no {files[0]}")
+    weights = {name.replace("linear.", "pooler.dense."): t for name, t in read(path).items()}
+    fields = {"classifier_pooling": modes[0], "normalize_embeddings": kinds == MODULES}
+    return Embedder(fields, weights)
 
 
 def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
@@ -61,6 +117,14 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
             for i, (path, name) in enumerate(modules)
         ],
     )
+
+
+def _read(find: Callable[[str], str | None], name: str) -> Any:
+    path = find(name)
+    try:
+        return json.loads(Path(path or name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path or name!r} cannot be read as JSON: {error}") from error
 
 
 def _write(path: Path, content: Any) -> None:

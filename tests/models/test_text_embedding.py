@@ -1,11 +1,18 @@
 """Embeddings of texts: pooling, normalisation, padding, and the same from sentence-transformers."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+)
 
 from m2_plugin.checkpoints.convert import import_checkpoint
 from m2_plugin.checkpoints.extend import extend_folder
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.checkpoints.hub import export_hub_folder
 from m2_plugin.models import M2BertForTextEmbedding
 from tests.models.test_modeling_m2_bert import small
@@ -100,3 +107,77 @@ def test_sentence_transformers_gives_the_same(pooling, normalize, tmp_path):
         with torch.no_grad():
             expected = ours(**batch).sentence_embedding
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def saved_by_sentence_transformers(folder, **fields):
+    """A folder whose pooler lies in 2_Dense, changed as by training, and what it computes."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    embedder(initializer_range=0.3, **fields).save_pretrained(folder / "ours")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "ours")
+    model = sentence_transformers.SentenceTransformer(str(folder / "ours"), device="cpu")
+    with torch.no_grad():
+        model[2].linear.weight.mul_(1.5)
+    model.save(str(folder / "theirs"))
+    return torch.from_numpy(model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("pooling, normalize", [("cls", True), ("mean", False)])
+def test_the_pooler_of_sentence_transformers_is_read(pooling, normalize, tmp_path, caplog):
+    """By every model with a pooler; `load_folder`, and so `embed`, read it before."""
+    fields = {"classifier_pooling": pooling, "normalize_embeddings": normalize}
+    expected = saved_by_sentence_transformers(tmp_path, **fields)
+    folder = tmp_path / "theirs"
+    # A config that does not say it: the modules do, as for sentence-transformers.
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"classifier_pooling": "cls", "normalize_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    loaded, info = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert "the pooler was read from sentence-transformers' modules" in caplog.text
+    with torch.no_grad():
+        found = loaded.eval()(**batch_of(TEXTS)).sentence_embedding
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForTextEncoding.from_pretrained(tmp_path / "again")
+    assert all(getattr(again.config, key) == value for key, value in fields.items())
+
+    config, weights = load_folder(folder)
+    with torch.no_grad():
+        found = build_model(M2BertForTextEmbedding, config, weights)(**batch_of(TEXTS))
+    torch.testing.assert_close(found.sentence_embedding, expected, rtol=0, atol=1e-5)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(classifier.pooler.dense.weight, loaded.pooler.dense.weight)
+    if pooling == "cls":
+        other = AutoModelForTextEncoding.from_pretrained(folder, classifier_pooling="mean")
+        assert other.pooler.pooling == other.config.classifier_pooling == "mean"
+
+
+@pytest.mark.parametrize("change", ["activation", "width", "modules"])
+def test_other_modules_are_no_pooler(change, tmp_path):
+    """Then the pooler is new, as transformers says, and load_folder finds none."""
+    saved_by_sentence_transformers(tmp_path)
+    folder = tmp_path / "theirs"
+    if change == "modules":
+        modules = json.loads((folder / "modules.json").read_text())[:2]
+        (folder / "modules.json").write_text(json.dumps(modules))
+    else:
+        path = folder / "2_Dense" / "config.json"
+        config = json.loads(path.read_text())
+        key = "activation_function" if change == "activation" else "out_features"
+        path.write_text(json.dumps(config | {key: "torch.nn.GELU" if key[0] == "a" else 8}))
+    _, info = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert not any(name.startswith("pooler.") for name in load_folder(folder)[1])
+
+
+def test_a_module_that_is_not_whole_is_named(tmp_path):
+    saved_by_sentence_transformers(tmp_path)
+    (tmp_path / "theirs" / "2_Dense" / "model.safetensors").unlink()
+    for load in (AutoModelForTextEncoding.from_pretrained, load_folder):
+        with pytest.raises(ValueError, match="names a Dense, and there is no 2_Dense/model.safe"):
+            load(tmp_path / "theirs")
+    (tmp_path / "theirs" / "1_Pooling" / "config.json").write_text("{")
+    for load in (AutoModelForTextEncoding.from_pretrained, load_folder):
+        with pytest.raises(ValueError, match="1_Pooling/config.json' cannot be read as JSON"):
+            load(tmp_path / "theirs")
