@@ -27,6 +27,7 @@ TRANSFORMERS_KEYS = {
     "model_type",
     "name_or_path",
     "num_labels",
+    "quantization_config",
     "tokenizer_class",
     "torch_dtype",
     "transformers_version",

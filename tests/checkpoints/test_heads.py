@@ -62,7 +62,7 @@ def test_a_classifier_without_its_pooler_is_none_of_tokens(names, tmp_path):
     save_file(weights, tmp_path / "m2" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks pooler\.dense\.weight"):
         import_checkpoint(tmp_path / "m2", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"not whole: its weights lack pooler\.dense\.weight"):
+    with pytest.raises(ValueError, match=r"not complete: its weights lack pooler\.dense\.weight"):
         load_folder(tmp_path / "m2")
     # A config that names no head leaves it to the weights.
     config = json.loads((tmp_path / "m2" / "config.json").read_text()) | {"architectures": None}

@@ -10,14 +10,22 @@ import torch
 from composer import Trainer
 from llmfoundry.utils.builders import build_composer_model, build_dataloader
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+)
 
 from m2_plugin.checkpoints.convert import import_checkpoint
 from m2_plugin.checkpoints.names import from_reference, to_reference
 from m2_plugin.cli import main
+from m2_plugin.foundry.starting_points import build_from_keys
+from m2_plugin.models import M2BertForTextEmbedding
 from tests.foundry.test_models import TINY, build, mlm_batch
 from tests.models.test_golden import NAMES
-from tests.utils import load_golden, max_error, relative_error, with_prefix
+from tests.models.test_modeling_m2_bert import small
+from tests.utils import TOKENIZER, load_golden, max_error, relative_error, with_prefix
 
 GLUE = Path(__file__).parent / "data" / "glue"
 families = pytest.mark.parametrize("family", list(TINY))
@@ -433,3 +441,27 @@ def test_data_and_model_disagree_on_the_classes(name, num_labels, message, token
         model(batch)
     with pytest.raises(ValueError, match=message):
         model.eval_forward(batch)
+
+
+def test_a_contrastive_model_starts_from_what_sentence_transformers_saved(tmp_path, caplog):
+    """With the pooler and the pooling that lie beside the encoder."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = M2BertForTextEmbedding(small(vocab_size=30522, classifier_pooling="mean"))
+    model.save_pretrained(tmp_path / "ours")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "ours")
+    sentence_transformers.SentenceTransformer(str(tmp_path / "ours"), device="cpu").save(
+        str(tmp_path / "theirs")
+    )
+    started = build_from_keys(
+        AutoModelForTextEncoding,
+        None,
+        "m2_bert",
+        tokenizer=None,
+        path=str(tmp_path / "theirs"),
+        pretrained=None,
+        config_overrides=None,
+        init_device="cpu",
+    )
+    assert "Newly initialised" not in caplog.text
+    assert started.pooler.pooling == "mean"
+    assert_same([name for name, _ in model.named_parameters()], started, model)

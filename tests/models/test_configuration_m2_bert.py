@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.models import M2BertConfig, M2BertForMaskedLM
 from m2_plugin.models.configuration_m2_bert import KINDS
 from tests.models.test_modeling_m2_bert import small
@@ -56,6 +57,51 @@ def test_a_saved_config_may_have_keys_of_other_tools(tmp_path, caplog):
         M2BertConfig.from_dict(saved | {"hyena_emb_dim": 4})
     with pytest.raises(ValueError, match="vocab_size must be a positive integer, not 'many'"):
         M2BertConfig.from_dict(saved | {"vocab_size": "many"})
+
+
+# Key → value, and who writes it beside the fields of the config.
+WRITTEN_BY_OTHERS = {
+    "bos_token_id": 101,  # transformers 5's Trainer
+    "eos_token_id": 102,
+    "sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"},  # its CrossEncoder
+    "adapters": {"adapters": {}, "config_map": {}},
+    "transformers.js_config": {"dtype": "q8"},
+    "unsloth_version": "2025.1",
+    "gradient_checkpointing": False,  # older transformers, this one and those that follow
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "finetuning_task": "mnli",
+    "use_cache": True,
+    "is_decoder": False,
+    "output_attentions": True,
+    "layer_types": ["full_attention"],
+}
+
+
+@pytest.mark.parametrize("key", WRITTEN_BY_OTHERS)
+def test_what_clients_write_is_loaded_and_kept(key, tmp_path):
+    """By transformers and by our commands; also from a file to the next."""
+    model = M2BertForMaskedLM(small()).eval()
+    model.save_pretrained(tmp_path / "0")
+    path = tmp_path / "0" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: WRITTEN_BY_OTHERS[key]}))
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "0").eval()
+    again.save_pretrained(tmp_path / "1")
+    config, weights = load_folder(tmp_path / "1")
+    assert getattr(again.config, key) == getattr(config, key) == WRITTEN_BY_OTHERS[key]
+    ids = torch.randint(5, 90, (2, 20))
+    with torch.no_grad():
+        built = build_model(M2BertForMaskedLM, config, weights)
+        for other in (again, built):
+            assert max_error(other(ids).logits, model(ids).logits) < 1e-6
+
+
+def test_the_description_of_a_quantised_model_is_for_transformers(caplog):
+    """It reads this key from the config; so the key is none that is without effect."""
+    described = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+    saved = M2BertConfig().to_dict() | {"quantization_config": described}
+    assert M2BertConfig.from_dict(saved).quantization_config == described
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("size", [107, 104, 93])
