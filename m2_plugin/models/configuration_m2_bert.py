@@ -22,12 +22,15 @@ SEQUENCE_MIXERS = ("monarch_mixer", "alibi_attention")
 TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
+    "bos_token_id",  # the Trainer writes a tokenizer's; transformers 5 has no such fields
     "dtype",
+    "eos_token_id",
     "experts_implementation",
     "model_type",
     "name_or_path",
     "num_labels",
     "quantization_config",
+    "sep_token_id",
     "tokenizer_class",
     "torch_dtype",
     "transformers_version",

@@ -63,6 +63,7 @@ def test_a_saved_config_may_have_keys_of_other_tools(tmp_path, caplog):
 WRITTEN_BY_OTHERS = {
     "bos_token_id": 101,  # transformers 5's Trainer
     "eos_token_id": 102,
+    "sep_token_id": 102,
     "sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"},  # its CrossEncoder
     "adapters": {"adapters": {}, "config_map": {}},
     "transformers.js_config": {"dtype": "q8"},
@@ -74,7 +75,6 @@ WRITTEN_BY_OTHERS = {
     "use_cache": True,
     "is_decoder": False,
     "output_attentions": True,
-    "layer_types": ["full_attention"],
 }
 
 
