@@ -16,7 +16,6 @@ from tests.utils import max_error
 peft = pytest.importorskip("peft")
 
 PROJECTIONS = ["in_proj", "out_proj"]
-MONARCH_MLP = ["mlp.up_proj.weight", "mlp.down_proj.weight"]
 # Task → the model, and the labels of a batch of two.
 TASKS = {
     "SEQ_CLS": (M2BertForSequenceClassification, {"labels": torch.tensor([0, 1])}),
@@ -103,8 +102,33 @@ def test_other_methods_train(kind):
     train(model, inputs() | labels)
 
 
-def test_all_linear_reaches_projections_and_pooler():
+@pytest.mark.parametrize("monarch", [True, False])
+def test_all_linear_reaches_projections_and_pooler(monarch):
+    """And a dense MLP; not a Monarch MLP, and no filter."""
+    base = M2BertForSequenceClassification(small(use_monarch_mlp=monarch))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
-    model = peft.get_peft_model(M2BertForSequenceClassification(small()), config)
-    mixers = {f"model.layers.{i}.mixer.{name}" for i in (0, 1) for name in PROJECTIONS}
-    assert adapted(model) == mixers | {"pooler.dense"}
+    names = [f"mixer.{name}" for name in PROJECTIONS]
+    names += [] if monarch else ["mlp.up_proj", "mlp.down_proj"]
+    layers = {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
+    assert adapted(peft.get_peft_model(base, config)) == layers | {"pooler.dense"}
+
+
+def test_a_new_pooler_is_trained_whole(tmp_path):
+    """It is saved with the adapter, as PEFT does with the classifier."""
+    cls, labels = TASKS["SEQ_CLS"]
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["pooler"]
+    )
+    base, batch = cls(small(num_labels=2)), inputs()
+    base.save_pretrained(tmp_path / "base")
+    model = train(peft.get_peft_model(base, config), batch | labels)
+    assert not any("pooler" in name for name in adapted(model))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(
+        cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        assert max_error(loaded.eval()(**batch).logits, model(**batch).logits) < 1e-6
+    pooler = model.base_model.model.pooler
+    trained, first = pooler.modules_to_save["default"].dense, pooler.original_module.dense
+    assert max_error(trained.weight, first.weight) > 1e-4
