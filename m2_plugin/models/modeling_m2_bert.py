@@ -3,7 +3,6 @@
 Dimension key: B batch, L sequence, D hidden, V vocabulary.
 """
 
-import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
@@ -36,7 +35,7 @@ from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.sentence_folder import read_modules, write_modules
 
-log = logging.getLogger(__name__)
+log = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that tell where files of the hub are.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
