@@ -41,6 +41,14 @@ def main_import(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="names or patterns of tensors to leave out",
     )
+    parser.add_argument(
+        "--allow-different",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names or patterns (*.deltas) of tensors that M2-BERT computes, and whose values in "
+        "the source may differ",
+    )
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
     args = parser.parse_args(argv)
 
@@ -54,6 +62,7 @@ def main_import(argv: Sequence[str] | None = None) -> int:
             tokenizer=args.tokenizer,
             allow_missing=args.allow_missing,
             allow_unused=args.allow_unused,
+            allow_different=args.allow_different,
         )
         return [*report.lines(args.verbose), args.out]
 

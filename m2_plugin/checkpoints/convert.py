@@ -70,6 +70,10 @@ class ImportReport:
             width = max(map(len, found.mapped), default=0)
             yield from (f"  {name:{width}}  {ours}" for name, ours in found.mapped.items())
             yield from (f"  {name:{width}}  derived" for name in found.derived)
+        for reason in dict.fromkeys(found.dropped.values()):
+            names = [name for name, why in found.dropped.items() if why == reason]
+            yield f"{len(names)} dropped, {reason}: {listed(names)}"
+        yield from (f"  {name}: not what M2-BERT computes, as allowed" for name in found.different)
         if found.rounded:
             yield (
                 f"{len(found.rounded)} derived differ in their last bits from the values that "
@@ -77,6 +81,11 @@ class ImportReport:
             )
         yield from (f"  {name}: unused" for name in found.unknown)
         yield from (f"  {name}: missing, starts with random values" for name in self.missing)
+        if config.padded_length is not None and found.of_reference:
+            yield (
+                f"pad_inputs true: the model pads every text to {config.padded_length} tokens "
+                f"itself, as the reference pads all that it is given"
+            )
         if self.tokenizer is None:
             yield "the source has no tokenizer: give one with --tokenizer"
         if found.unread:
@@ -93,12 +102,14 @@ def import_checkpoint(
     tokenizer: str | None = None,
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
+    allow_different: Sequence[str] = (),
 ) -> ImportReport:
     """Convert a checkpoint to a transformers folder, without running code in it.
 
     Args:
         source: A Composer checkpoint or bare weights, of the M2 reference or of this package; or a
-            folder with `config.json` and weights. Tensors have the reference's names or ours.
+            folder with weights and perhaps `config.json`; or the name or URL of such a file or
+            folder on the hub (see `fetch`). Tensors have the reference's names or ours.
         out: The folder to write. It appears when it is complete.
         config: A JSON file with the reference's fields or ours. It replaces the folder's
             `config.json` or the config that Composer saved. It gives fields that the weights do not
@@ -107,6 +118,8 @@ def import_checkpoint(
             in the source, if it has one.
         allow_missing: Patterns (`cls.*`) of names, as in the source, of tensors that it may lack.
         allow_unused: Patterns of names of tensors that may be left out.
+        allow_different: Patterns of names of tensors that the reference stores and our model
+            computes, and whose values may differ.
 
     Returns:
         The config, and what happened to each tensor.
@@ -121,7 +134,7 @@ def import_checkpoint(
     if given is None and saved.config is not None:
         given, where = saved.config, f"the config saved in {file}"
     try:
-        found = resolve(raw, given, where=where)
+        found = resolve(raw, given, where=where, allow_different=allow_different)
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
     report = ImportReport(source, found)
@@ -167,7 +180,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
             f"compute: its filters decay differently (hyena_extended_from: "
             f"{config.hyena_extended_from})"
         )
-    if model_class_of(weights) is M2BertForTokenClassification:
+    if model_class_of(weights, config) is M2BertForTokenClassification:
         raise ValueError(f"{str(folder)!r} classifies tokens, for which the reference has no model")
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)
@@ -195,8 +208,8 @@ def _check_names(
     found = report.found
     expected = expected_tensors(found.model_class, found.config)
     # Report names in the naming of the source, also for tensors that it lacks.
-    reference = any(name.startswith("bert.") for name in found.mapped)
-    names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
+    named = to_reference(expected) if found.of_reference else expected
+    names = dict(zip(expected, named, strict=False))
     report.missing = [names[ours] for ours in expected if ours not in found.weights]
     for theirs in [name for name, ours in found.mapped.items() if ours not in expected]:
         del found.weights[found.mapped.pop(theirs)]

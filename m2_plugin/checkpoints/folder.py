@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from m2_plugin.checkpoints.config import HEADS, expected_tensors, listed, model_class_of, resolve
 from m2_plugin.checkpoints.read import read_file
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding, M2BertModel
+from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding
 from m2_plugin.models.sentence_folder import read_modules, write_modules
 
 __all__ = ["load_folder", "build_model", "read_json_object", "save_folder", "weights_file"]
@@ -25,6 +25,9 @@ WEIGHTS = (  # the first that exists is read
     "pytorch_model.bin.index.json",
     "model.bin",
 )
+
+
+HEAD_NAMES = tuple(part for part, _ in HEADS if part)
 
 
 def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
@@ -55,9 +58,8 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         file = Path(folder) / name
         return str(file) if file.is_file() else None
 
-    if found.model_class is M2BertModel and (
-        embedder := read_modules(find, lambda file: read_file(file)[0])
-    ):
+    bare = not any(name.startswith(HEAD_NAMES) for name in found.weights)
+    if bare and (embedder := read_modules(find, lambda file: read_file(file)[0])):
         found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
         found.weights.update(embedder.weights)
     expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
@@ -90,7 +92,7 @@ def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
-    if model_class_of(weights) is M2BertForTextEmbedding:
+    if model_class_of(weights, config) is M2BertForTextEmbedding:
         write_modules(folder, config, tensors)
 
 

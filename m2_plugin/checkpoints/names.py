@@ -72,6 +72,9 @@ DERIVED = re.compile(
     + r"attention\.filter_fn2?\.(pos_emb\.t|modulation\.deltas|implicit_filter(_rev)?\.[135]\.freq)"
 )
 
+# Buffers of FlashFFTConv (twiddle factors and the like), which is how the reference was run.
+FLASH_FFT = re.compile(r"(^|\.)flashfftconv")
+
 
 @dataclass
 class Translation:
@@ -81,12 +84,14 @@ class Translation:
         weights: Tensors under our names; views of those in the state dict.
         mapped: Reference name → our name.
         derived: Reference names of tensors that our model computes.
+        flash_fft: Names of FlashFFTConv's buffers, which no model here has.
         unknown: Names that the reference does not have.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     mapped: dict[str, str] = field(default_factory=dict)
     derived: list[str] = field(default_factory=list)
+    flash_fft: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
 
@@ -109,6 +114,8 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
             result.weights[ours] = _without_extra_dim(ours, tensor)
         elif DERIVED.fullmatch(name):
             result.derived.append(name)
+        elif FLASH_FFT.search(name):
+            result.flash_fft.append(name)
         else:
             result.unknown.append(name)
     return result

@@ -77,6 +77,13 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
         if found.assumed:
             values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
             log.warning("%s: weights and config do not give these, so by default: %s", path, values)
+        if found.of_reference and (full := found.config.padded_length) is not None:
+            log.warning(
+                "%s: the model pads every text to %d tokens itself, as the reference does "
+                "(pad_inputs in config_overrides; mask_padding: true needs no padding)",
+                path,
+                full,
+            )
         return Weights(path, found.weights, found.config)
     saved_type = (saved.config or {}).get("model_type")
     if saved.config is None or saved_type is None:
