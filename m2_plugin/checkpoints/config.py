@@ -89,6 +89,7 @@ IGNORED_FIELDS = {
 }
 # Our fields that the reference does not have.
 NOT_EXPORTED = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Fields that change the model's outputs and that no tensor shows. If no config gives them, their
 # defaults are assumed.
 ASSUMED_FIELDS = (
@@ -208,6 +209,7 @@ def resolve(
             f"it is no M2-BERT: it has weights with other names, {', '.join(other[:3])} ..."
         )
     result = _translated(weights)
+    _check_numbers(result)
     saved_config = saved_config or {}
     result.unread = _unread(saved_config)
     raw = _drop_spare_heads(result, saved_config, where)
@@ -271,6 +273,23 @@ def _translated(weights: Mapping[str, Tensor]) -> Resolved:
         )
     ours = with_prefix(weights)
     return Resolved(M2BertConfig(), ours, dict(zip(weights, ours, strict=True)))
+
+
+def _check_numbers(result: Resolved) -> None:
+    """Refuse weights that are no numbers a model can compute with, or that claim to be larger."""
+    for name, ours in result.mapped.items():
+        tensor = result.weights[ours]
+        if tensor.dtype not in WEIGHT_DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {dtype} there, and weights must be one of {kinds}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} there, with values for less")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name} has NaN or infinite values: the training that wrote it had diverged, or "
+                f"the file is damaged"
+            )
 
 
 def _drop_spare_heads(result: Resolved, saved: Mapping[str, Any], where: str) -> bool:
@@ -370,7 +389,10 @@ def _config(
     for name in ("classifier.bias", "classifier.weight"):
         if name in weights:
             fields["num_labels"] = len(weights[name])
-    config = M2BertConfig.from_dict(fields)
+    try:
+        config = M2BertConfig.from_dict(fields)
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # of transformers
+        raise ValueError(f"{where} cannot be read as a config: {error}") from error
     assumed = [*ASSUMED_FIELDS, "num_attention_heads"]
     if config.sequence_mixer != "alibi_attention":
         assumed.pop()
@@ -380,8 +402,9 @@ def _config(
 def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a saved config, with the reference's fields or ours, to our fields."""
     if saved.get("model_type") == M2BertConfig.model_type and not is_reference_config(saved):
-        # Keys that begin with _ are state of the process that saved the config.
-        left_out = ("model_type", "transformers_version")
+        # Keys that begin with _ are state of the process that saved the config. The last two keys
+        # name code in the folder.
+        left_out = ("model_type", "transformers_version", "auto_map", "custom_pipelines")
         return {k: v for k, v in saved.items() if k not in left_out and not k.startswith("_")}
     fields = {k: v for k, v in saved.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
     for theirs, (ours, true, false) in REFERENCE_FLAGS.items():

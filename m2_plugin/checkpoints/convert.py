@@ -20,7 +20,10 @@ from m2_plugin.checkpoints.config import (
     reference_config,
     resolve,
 )
+from m2_plugin.checkpoints.fetch import fetch
 from m2_plugin.checkpoints.folder import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
     load_folder,
     read_json_object,
     save_folder,
@@ -34,7 +37,7 @@ from m2_plugin.models.modeling_m2_bert import M2BertForTokenClassification
 
 __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint"]
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "vocab.txt")  # a tokenizer needs one of them
 
 
 @dataclass
@@ -129,7 +132,8 @@ def import_checkpoint(
             contradicts another; the message names it. Nothing is written then.
     """
     source, out = str(source), Path(out)
-    file, given, where = _find(source, config)
+    local = fetch(source)
+    file, given, where = _find(local, config)
     raw, saved = read_file(file)
     if given is None and saved.config is not None:
         given, where = saved.config, f"the config saved in {file}"
@@ -142,8 +146,8 @@ def import_checkpoint(
     found.config.architectures = [found.model_class.__name__]
     dtypes = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
     found.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    report.tokenizer, files = tokenizer or _own_tokenizer(source), {}
-    if report.tokenizer is None and any(name in saved.tokenizer for name in TOKENIZER_FILES):
+    report.tokenizer, files = tokenizer or _own_tokenizer(local), {}
+    if report.tokenizer is None and any(name in saved.tokenizer for name in VOCABULARIES):
         report.tokenizer, files = file, saved.tokenizer
     with whole(out) as temporary:
         temporary.mkdir()
@@ -197,8 +201,10 @@ def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] |
     if not os.path.isdir(source):
         given = None if config is None else read_json_object(Path(config))
         return source, given, str(config)
-    config = Path(config or os.path.join(source, "config.json"))
-    return weights_file(source), read_json_object(config), str(config)
+    weights, own = weights_file(source), os.path.join(source, "config.json")
+    if config is None and not os.path.exists(own):
+        return weights, None, own
+    return weights, read_json_object(Path(config or own)), str(config or own)
 
 
 def _check_names(
@@ -227,22 +233,30 @@ def _check_names(
 
 
 def _own_tokenizer(source: str) -> str | None:
-    there = any(os.path.isfile(os.path.join(source, name)) for name in TOKENIZER_FILES)
+    there = any(os.path.isfile(os.path.join(source, name)) for name in VOCABULARIES)
     return source if there else None
 
 
 def _save_tokenizer(
     name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
 ) -> None:
-    """Save the tokenizer that `files` make, or if there are none the one called `name`."""
+    """Save the tokenizer that `files` make, or if there are none the one called `name`.
+
+    Only data is read from files and folders, whatever they name: no code, and no other files.
+    """
     try:
-        with TemporaryDirectory() as scratch:
-            for file, content in files.items():
-                text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
-                (Path(scratch) / os.path.basename(file)).write_text(text, encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(
-                scratch if files else name, trust_remote_code=False
-            )
+        with TemporaryDirectory() as made, TemporaryDirectory() as scratch:
+            for file in TOKENIZER_FILES:
+                if file in files:
+                    content = files[file]
+                    text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
+                    (Path(made) / file).write_text(text, encoding="utf-8")
+            where = Path(made) if files else Path(name)
+            if where.is_dir():
+                copy_tokenizer(where, Path(scratch))
+                tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the files may hold anything, so any error can occur
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error

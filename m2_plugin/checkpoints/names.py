@@ -288,11 +288,14 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
         return any(part in name for name in shapes)
 
     vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
-    layers = [int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))]
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if layers and max(layers) >= len(layers):
+        lost = next(i for i in range(max(layers)) if i not in layers)
+        raise ValueError(f"there is a layer {max(layers)}, and no tensor of layer {lost}")
     fields: dict[str, int | bool | str] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": max(layers, default=-1) + 1,
+        "num_hidden_layers": len(layers),
         "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
         "use_positional_encodings": has("embeddings.position_embeddings.weight"),
     }
