@@ -284,7 +284,7 @@ def _check_numbers(result: Resolved) -> None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{name} is {dtype} there, and weights must be one of {kinds}")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} is {tuple(tensor.shape)} there, with values for less")
+            raise ValueError(f"{name} is {tuple(tensor.shape)} there, but stores fewer values")
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{name} has NaN or infinite values: the training that wrote it had diverged, or "

@@ -1,4 +1,4 @@
-"""Find a checkpoint by its name on the hub or its URL there, and bring its files here."""
+"""Fetch a checkpoint by its name or URL on the hub."""
 
 import os
 import re
@@ -22,19 +22,19 @@ PAGE = re.compile(
 def fetch(source: str) -> str:
     """Return the local path of a checkpoint.
 
-    Files of the hub come through `huggingface_hub`: from its cache, or into it. If it is offline
-    (`HF_HUB_OFFLINE=1`), the cache must have them. Only weights, `config.json` and files of the
-    tokenizer are fetched, no code.
+    `huggingface_hub` fetches files of the hub and keeps them in its cache. If it is offline
+    (`HF_HUB_OFFLINE=1`), the cache must have them. Only weights, `config.json` and the tokenizer's
+    files are fetched, no code.
 
     Args:
-        source: A file or folder; a name on the hub (`owner/name`); or the URL of a repository, or
-            of a file in one, on the hub. What exists as a path is that path.
+        source: A file or folder; a name on the hub (`owner/name`); or the URL of a repository
+            there or of a file in one. A path that exists is that path.
 
     Returns:
         `source` itself; or a file or folder in the cache.
 
     Raises:
-        ValueError: If it is the URL of something else, or cannot be fetched.
+        ValueError: If it is another URL, or cannot be fetched.
     """
     if os.path.exists(source):
         return source
@@ -43,31 +43,31 @@ def fetch(source: str) -> str:
         match = PAGE.fullmatch(source.removeprefix(f"{constants.ENDPOINT}/"))
         if match is None:
             raise ValueError(
-                f"{source!r} is no repository on {constants.ENDPOINT} and no file in one: download "
-                f"it, and give the path of the file"
+                f"{source!r} is not on {constants.ENDPOINT}: download it, and give the path of the "
+                f"file"
             )
         name, revision, file = match.groups()
     elif NAME.fullmatch(source) and not is_checkpoint_file(source):
         name = source
     else:
-        return source  # a path of a file that is not there, which the reader will say
+        return source  # a path that does not exist: reading it raises the error
     if file is not None:
         return _download(name, unquote(file), revision)
     return _fetch_folder(name, revision)
 
 
 def _fetch_folder(name: str, revision: str | None) -> str:
-    """Bring the first kind of weights that a repository has, and what belongs to them."""
+    """Fetch the first weights in `WEIGHTS` that a repository has, their config and tokenizer."""
     for weights in WEIGHTS:
         path = _download_if_there(name, weights, revision)
         if path is not None:
             break
     else:
-        # Once more for the reason, which may be that there is no network.
+        # Again, for the error that tells why, for example that there is no network.
         _download(name, WEIGHTS[0], revision)
         raise ValueError(f"{name!r} on the hub has none of {', '.join(WEIGHTS)}")
     folder = os.path.dirname(path)
-    revision = os.path.basename(folder)  # of the cache's snapshots, so that all are of one commit
+    revision = os.path.basename(folder)  # the commit: all files are from the same one
     if weights.endswith(SHARD_INDEX):
         for shard in shard_names(path):
             _download(name, shard, revision)
@@ -95,6 +95,5 @@ def _download(name: str, file: str, revision: str | None) -> str:
 def _refusal(name: str, file: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:200]
     return ValueError(
-        f"{name!r} is no file or folder here, and {file} of it cannot be fetched from the hub: "
-        f"{reason}"
+        f"{name!r} is not a path, and {file} of it cannot be fetched from the hub: {reason}"
     )

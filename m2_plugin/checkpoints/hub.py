@@ -35,7 +35,7 @@ ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load with
 
 
 def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Copy a transformers folder with an M2-BERT, and add the code that it needs; other code is left out.
+    """Copy a transformers folder with an M2-BERT, and add the code that it needs, no other.
 
     Args:
         folder: A transformers folder with an M2-BERT.

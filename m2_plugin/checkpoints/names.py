@@ -291,7 +291,7 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
     layers = {int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     if layers and max(layers) >= len(layers):
         lost = next(i for i in range(max(layers)) if i not in layers)
-        raise ValueError(f"there is a layer {max(layers)}, and no tensor of layer {lost}")
+        raise ValueError(f"there is a layer {max(layers)}, but no layer {lost}")
     fields: dict[str, int | bool | str] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

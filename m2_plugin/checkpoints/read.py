@@ -107,7 +107,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise ValueError(f"{path!r}: {name} must be a dense tensor with values")
-    return _unwrapped(state), saved
+    return _unwrapped(path, state), saved
 
 
 def _saved(state: Mapping[str, Any]) -> Saved:
@@ -137,15 +137,17 @@ def _are_weights(value: Any) -> bool:
     return tensors and len(value) > 0
 
 
-def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(path: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the parts that wrappers add to the names of a model's tensors."""
     names = {name: INNER_WRAPPERS.sub("", name) for name in weights}
     for wrapper in OUTER_WRAPPERS:
         if all(name.startswith(wrapper) for name in names.values()):
             names = {name: inner.removeprefix(wrapper) for name, inner in names.items()}
-    unwrapped = {names[name]: tensor for name, tensor in weights.items()}
-    if len(unwrapped) < len(weights):
-        raise ValueError("it has two tensors of one name, once with a wrapper's prefix")
+    unwrapped: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if names[name] in unwrapped:
+            raise ValueError(f"{path!r} has two tensors {names[name]}, one with a wrapper's prefix")
+        unwrapped[names[name]] = tensor
     return unwrapped
 
 
