@@ -405,6 +405,9 @@ def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
         # Keys that begin with _ are state of the process that saved the config. The last two keys
         # name code in the folder.
         left_out = ("model_type", "transformers_version", "auto_map", "custom_pipelines")
+        names = saved.get("architectures") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"architectures must be a list of names, not {names!r}")
         return {k: v for k, v in saved.items() if k not in left_out and not k.startswith("_")}
     fields = {k: v for k, v in saved.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
     for theirs, (ours, true, false) in REFERENCE_FLAGS.items():

@@ -184,7 +184,8 @@ def _weight_map(index: str) -> dict[str, str]:
 
 
 def _read_shards(index: str) -> dict[str, Tensor]:
-    files, weights = _weight_map(index), {}
+    files = _weight_map(index)
+    weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         weights |= _load(os.path.join(os.path.dirname(index), name))
     if lost := sorted(files.keys() - weights.keys()):

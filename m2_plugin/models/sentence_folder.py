@@ -47,15 +47,23 @@ def read_modules(
     Raises:
         ValueError: If a file of theirs is missing or cannot be read; the message names it.
     """
-    if find("modules.json") is None:
+    file = find("modules.json")
+    if file is None:
         return None
-    modules = _read(find, "modules.json")
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    try:
+        modules = _read(find, "modules.json", list)
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        paths = [Path(module["path"]) for module in modules]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file!r} must be a JSON list of modules: {error!r}") from error
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{file!r} names {str(path)!r}, which is not in its folder")
     if kinds[:2] != MODULES[:2] or kinds[2:] not in (MODULES[2:], ["Dense"], ["Normalize"], []):
         return None
-    if modules[0]["path"]:
+    if paths[0] != Path():
         return None
-    pooling = _read(find, f"{modules[1]['path']}/config.json")
+    pooling = _read(find, f"{paths[1]}/config.json", dict)
     flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
     modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else []
     modes += [
@@ -65,17 +73,16 @@ def read_modules(
         return None
     weights: dict[str, Tensor] = {}
     if "Dense" in kinds:
-        path = modules[2]["path"]
-        dense = _read(find, f"{path}/config.json")
+        dense = _read(find, f"{paths[2]}/config.json", dict)
         tanh = str(dense.get("activation_function")).endswith(".Tanh")
         square = dense.get("in_features") == dense.get("out_features") and dense.get("bias", True)
         if not (tanh and square):
             return None
-        files = [f"{path}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
-        file = find(files[0]) or find(files[1])
-        if file is None:
+        files = [f"{paths[2]}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+        tensors = find(files[0]) or find(files[1])
+        if tensors is None:
             raise ValueError(f"modules.json names a Dense, and there is no {files[0]}")
-        weights = {name.replace("linear.", "pooler.dense."): t for name, t in read(file).items()}
+        weights = {n.replace("linear.", "pooler.dense."): t for n, t in read(tensors).items()}
     fields = {
         "classifier_pooling": modes[0],
         "normalize_embeddings": "Normalize" in kinds,
@@ -134,12 +141,15 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
     )
 
 
-def _read(find: Callable[[str], str | None], name: str) -> Any:
+def _read(find: Callable[[str], str | None], name: str, kind: type) -> Any:
     path = find(name)
     try:
-        return json.loads(Path(path or name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path or name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path or name!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path or name!r} must be a JSON {kind.__name__} of modules or fields")
+    return content
 
 
 def _write(path: Path, content: Any) -> None:

@@ -152,6 +152,10 @@ def test_every_route_gives_the_vectors_of_the_reference(pooling, tmp_path, monke
             for batch in batches
         ]
         found[f"onnx {name}"] = np.concatenate(rows)
+    longer = {k: np.ones((1, 33), np.int64) for k in together}
+    errors = pytest.importorskip("onnxruntime").capi.onnxruntime_pybind11_state
+    with pytest.raises((errors.RuntimeException, errors.InvalidArgument, errors.Fail)):
+        runtime.run(["sentence_embedding"], longer)
     for name, vectors in found.items():
         np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5, err_msg=name)
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from m2_plugin.checkpoints.read import read_file
 from m2_plugin.cli import main
-from m2_plugin.models import M2BertForMaskedLM, M2BertForTextEmbedding
+from m2_plugin.models import M2BertForMaskedLM, M2BertForTextEmbedding, M2BertModel
 from tests.checkpoints.test_convert import composer_file, refused
 from tests.models.test_modeling_m2_bert import small
 from tests.utils import TOKENIZER
@@ -137,6 +137,7 @@ def test_odd_things_beside_the_weights_are_passed_over(state, weights, tmp_path)
         ({"model_type": "m2_bert", "hidden_size": "16"}, "hidden_size must be"),
         ({"model_type": "m2_bert", "sequence_mixer": [1]}, "sequence_mixer"),
         ({"model_type": [1], "pad_token_id": None}, "pad_token_id"),
+        ({"model_type": "m2_bert", "architectures": 5}, "architectures must be a list of names"),
         ([1], "JSON object"),
         ("[" * 200_000, "cannot be read as JSON"),
         ("\xff\xfe", "cannot be read as JSON"),
@@ -303,3 +304,20 @@ def test_embed_runs_no_code_of_a_folder(tmp_path, capsys, monkeypatch):
     command = ["embed", str(tmp_path / "texts.txt"), "--model", str(folder), "--out"]
     assert main([*command, str(tmp_path / "vectors.npy")]) == 1
     assert "has no tokenizer that can be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (5, "must be a JSON list of modules or fields"),
+        ([{"path": ""}], "must be a JSON list of modules"),
+        ([{"type": "a.Transformer", "path": "../other"}], "names '../other', which is not in its"),
+        ([{"type": "a.Transformer", "path": "/etc"}], "names '/etc', which is not in its folder"),
+    ],
+)
+def test_odd_modules_are_refused_in_a_line(modules, message, tmp_path, capsys):
+    M2BertModel(small()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
+    assert main(["export", str(tmp_path / "model"), "--hub", str(tmp_path / "hub")]) == 1
+    found = capsys.readouterr().err
+    assert message in found and found.count("\n") == 1
