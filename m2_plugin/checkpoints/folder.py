@@ -90,6 +90,8 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
     if bare and (embedder := read_modules(find, lambda file: read_file(file)[0])):
         found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
         found.weights.update(embedder.weights)
+    if not found.config.architectures:
+        found.config.architectures = [found.model_class.__name__]
     expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
     if missing := listed([name for name in expected if name not in found.weights]):
         raise ValueError(f"{str(folder)!r} is not complete: its weights lack {missing}")

@@ -339,6 +339,9 @@ def test_a_hub_folder_that_has_our_model_type_and_the_reference_s_fields(tmp_pat
     assert AutoConfig.from_pretrained(tmp_path / "m2").pad_inputs
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(texts_of(tensors)))
+    longer = tmp_path / "longer"
+    assert main(["extend", str(source), "--max-seq-len", "64", "--out", str(longer)]) == 0
+    assert type(AutoModelForTextEncoding.from_pretrained(longer)) is M2BertForTextEmbedding
     for folder in (source, tmp_path / "m2"):  # embed goes the same way
         out = tmp_path / f"{folder.name}.npy"
         assert main(["embed", str(file), "--model", str(folder), "--out", str(out)]) == 0
