@@ -22,7 +22,8 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         help="a Composer checkpoint or bare weights (.pt, .bin, .safetensors) of the M2 reference "
-        "or of this package, or a folder with config.json and weights",
+        "or of this package; or a folder with weights and perhaps config.json; or the name or "
+        "URL of one on the hub",
     )
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--config", help="a JSON file with the fields that the weights do not show")

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -158,6 +159,13 @@ def test_every_route_gives_the_vectors_of_the_reference(pooling, tmp_path, monke
         runtime.run(["sentence_embedding"], longer)
     for name, vectors in found.items():
         np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5, err_msg=name)
+
+    extract = pipeline("feature-extraction", model=str(folder))
+    with torch.no_grad():
+        hidden = plain.model(**full).last_hidden_state
+    for text, row, mask in zip(texts, hidden, full["attention_mask"], strict=True):
+        features = torch.tensor(extract(text)[0])
+        torch.testing.assert_close(features, row[mask.bool()], rtol=0, atol=1e-5)
 
     # And with the golden types, the reference's own vectors.
     model = AutoModelForTextEncoding.from_pretrained(folder).eval()
