@@ -44,8 +44,9 @@ def embed_file(
 ) -> tuple[int, int]:
     """Write the embeddings of all texts of a file. If a run was killed, a new one continues it.
 
-    1024 texts at a time are sorted by length and batched by tokens. For a Monarch mixer without
-    `mask_padding`, all texts of a batch have the same length, since padding would change vectors.
+    1024 texts at a time are sorted by length and batched by tokens. If padding would change vectors
+    (a Monarch mixer with neither `mask_padding` nor `pad_inputs`), all texts of a batch have the
+    same length.
 
     Args:
         file: A file of any format in `m2_plugin.data.formats`; in a text file each line is a text.
@@ -99,9 +100,9 @@ def embed_file(
             tokens = tokenizer(
                 rows, truncation=True, max_length=encoder.config.max_sequence_length
             )["input_ids"]
-            for batch in batches(
-                [len(ids) for ids in tokens], batch_tokens, _padding_counts(encoder)
-            ):
+            full = encoder.config.padded_length
+            lengths = [full or len(ids) for ids in tokens]
+            for batch in batches(lengths, batch_tokens, _padding_counts(encoder)):
                 inputs = tokenizer.pad(
                     {"input_ids": [tokens[i] for i in batch]}, return_tensors="pt"
                 )
@@ -140,8 +141,10 @@ def batches(lengths: Sequence[int], tokens: int, equal: bool) -> Iterator[list[i
 
 
 def _padding_counts(model: M2BertForTextEmbedding) -> bool:
-    """Tell whether padding changes outputs: without a mask, long convolutions read it as text."""
-    return model.config.sequence_mixer == "monarch_mixer" and not model.config.mask_padding
+    """Tell whether the padding of a batch changes outputs."""
+    config = model.config
+    padding_is_seen = config.sequence_mixer == "monarch_mixer" and not config.mask_padding
+    return padding_is_seen and config.padded_length is None
 
 
 def _read_texts(file: str | Path, column: str) -> Iterator[str]:
@@ -175,7 +178,7 @@ def _survey(file: str | Path, column: str) -> tuple[int, str]:
 
 def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
     config, weights = load_folder(folder)
-    if "pooler.dense.weight" not in weights:
+    if config.embedding_pooler and "pooler.dense.weight" not in weights:
         advice = "fine-tune it for retrieval first (yamls/finetune/retrieval)"
         if (Path(folder) / "modules.json").is_file():
             advice = (

@@ -53,7 +53,7 @@ PACKAGES = {
     "ops": {"torch"},
     "layers": {"torch"},
     "models": TENSORS,
-    "checkpoints": TENSORS | {"onnx"},
+    "checkpoints": TENSORS | {"huggingface_hub", "onnx"},
     "data": {"datasets", "fsspec", "numpy", "pyarrow", "transformers", "zstandard"},
     "glue": {"matplotlib", "numpy", "omegaconf", "torch", "tqdm", "yaml"},
     "train_report": {"google", "matplotlib", "numpy", "tensorboard", "wandb", "yaml"},

@@ -22,7 +22,8 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         help="a Composer checkpoint or bare weights (.pt, .bin, .safetensors) of the M2 reference "
-        "or of this package, or a folder with config.json and weights",
+        "or of this package; or a folder with weights and perhaps config.json; or the name or "
+        "URL of one on the hub",
     )
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--config", help="a JSON file with the fields that the weights do not show")
@@ -41,6 +42,14 @@ def main_import(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="names or patterns of tensors to leave out",
     )
+    parser.add_argument(
+        "--allow-different",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names or patterns (*.deltas) of tensors that M2-BERT computes, and whose values in "
+        "the source may differ",
+    )
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
     args = parser.parse_args(argv)
 
@@ -54,6 +63,7 @@ def main_import(argv: Sequence[str] | None = None) -> int:
             tokenizer=args.tokenizer,
             allow_missing=args.allow_missing,
             allow_unused=args.allow_unused,
+            allow_different=args.allow_different,
         )
         return [*report.lines(args.verbose), args.out]
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from inspect import signature
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from m2_plugin.checkpoints.names import config_fields, derived_tensors, our_name, translate
 from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.models.configuration_m2_bert import (
+    REFERENCE_KEYS,
     M2BertConfig,
     check_values,
     padded_size,
@@ -32,6 +34,7 @@ __all__ = [
     "Resolved",
     "expected_tensors",
     "holds_m2_bert",
+    "is_reference_config",
     "listed",
     "model_class_of",
     "reference_config",
@@ -66,9 +69,8 @@ REQUIRED_VALUES = {
     "attention_pooling": False,
     "sequence_token_planting": False,
 }
-# Fields of the reference that do not change what a trained model computes. use_cls_token and
-# gather_sentence_embeddings ask for the pooler's output (of the first token unless pool_all), which
-# our models always compute.
+# Fields of the reference that do not change what a trained model computes. For use_cls_token and
+# gather_sentence_embeddings see `_drop_spare_heads`.
 IGNORED_FIELDS = {
     "alibi_starting_size",
     "expand_positional_embeddings",
@@ -87,6 +89,7 @@ IGNORED_FIELDS = {
 }
 # Our fields that the reference does not have.
 NOT_EXPORTED = ("pad_vocab_size_multiple", "backend", "hyena_extended_from")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Fields that change the model's outputs and that no tensor shows. If no config gives them, their
 # defaults are assumed.
 ASSUMED_FIELDS = (
@@ -108,9 +111,12 @@ class Resolved:
         mapped: Name in the checkpoint → our name.
         derived: Names in the checkpoint of tensors that our model computes, with equal values.
         rounded: Names in `derived` whose values differ from ours in the last bits.
+        different: Names in `derived` whose values differ by more, which the caller allows.
+        dropped: Name in the checkpoint → why the model does not use this tensor.
         unknown: Names in the checkpoint that no M2-BERT has.
         unread: Keys of the saved config that no M2-BERT has, such as misspelt ones.
         assumed: Field → default value, for fields that neither weights nor config show.
+        of_reference: Whether the names in the checkpoint are the reference's.
     """
 
     config: M2BertConfig
@@ -118,23 +124,26 @@ class Resolved:
     mapped: dict[str, str]
     derived: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     assumed: dict[str, Any] = field(default_factory=dict)
+    of_reference: bool = False
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The class of the model, found by the names of its weights."""
-        found = model_class_of(self.weights)
+        found = model_class_of(self.weights, self.config)
         if found is M2BertForTokenClassification and (
-            _are_references(self.mapped)
+            self.of_reference
             or self.config.architectures == [M2BertForSequenceClassification.__name__]
         ):
             return M2BertForSequenceClassification  # that has lost its pooler
         return found
 
 
-def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
+def model_class_of(names: Iterable[str], config: M2BertConfig) -> type[PreTrainedModel]:
     """Find the model class whose tensors have these names (ours)."""
     names = list(names)
 
@@ -144,7 +153,13 @@ def model_class_of(names: Iterable[str]) -> type[PreTrainedModel]:
     found = next(model_class for part, model_class in HEADS if there(part))
     if found is M2BertForSequenceClassification and not there("pooler."):
         return M2BertForTokenClassification
-    return found
+    embeds = found is M2BertModel and not config.embedding_pooler
+    return M2BertForTextEmbedding if embeds else found
+
+
+def is_reference_config(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config is the M2 reference's; its `model_type` may be `bert` or `m2_bert`."""
+    return bool((REFERENCE_KEYS | REFERENCE_FLAGS.keys()) & config.keys())
 
 
 def holds_m2_bert(names: Iterable[str]) -> bool:
@@ -163,6 +178,7 @@ def resolve(
     saved_config: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     where: str = "the saved config",
+    allow_different: Sequence[str] = (),
 ) -> Resolved:
     """Decide which model a checkpoint holds.
 
@@ -176,6 +192,8 @@ def resolve(
         overrides: Fields to replace, in our names. They also give fields that neither weights nor
             config show.
         where: The name of the saved config in error messages.
+        allow_different: Patterns (`*.deltas`) of names of tensors that the reference stores and our
+            model computes, and whose values may differ.
 
     Returns:
         The config, and the weights under our names.
@@ -191,10 +209,12 @@ def resolve(
             f"it is no M2-BERT: it has weights with other names, {', '.join(other[:3])} ..."
         )
     result = _translated(weights)
-    result.unread = _unread(saved_config or {})
-    result.config, result.assumed = _config(
-        result.weights, saved_config or {}, overrides or {}, where
-    )
+    _check_numbers(result)
+    saved_config = saved_config or {}
+    result.unread = _unread(saved_config)
+    raw = _drop_spare_heads(result, saved_config, where)
+    told = _reference_defaults(result, saved_config, raw) | dict(overrides or {})
+    result.config, result.assumed = _config(result.weights, saved_config, told, where)
     computed = derived_tensors(result.weights)
     # Buffers of a module that the model lacks have no place in the model.
     for name in [n for n in result.derived if n not in computed and n != TOKEN_TYPE_IDS]:
@@ -202,7 +222,7 @@ def resolve(
         result.unknown.append(name)
     _untie(result)
     _check_shapes(result)
-    _check_derived(result, weights, computed)
+    _check_derived(result, weights, computed, allow_different)
     if overrides:
         result.config = result.config.with_overrides(overrides)
     return result
@@ -214,6 +234,7 @@ def reference_config(config: M2BertConfig) -> dict[str, Any]:
     fields["monarch_mixer_sequence_mixing"] = fields.pop("sequence_mixer") == "monarch_mixer"
     fields["pool_all"] = fields.pop("classifier_pooling") == "mean"
     fields["use_normalized_embeddings"] = fields.pop("normalize_embeddings")
+    fields["use_cls_token"] = not fields.pop("embedding_pooler")
     return fields | {"model_type": "bert"}
 
 
@@ -238,18 +259,83 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _are_references(names: Iterable[str]) -> bool:
-    return any(name.startswith("bert.") for name in names)
-
-
 def _translated(weights: Mapping[str, Tensor]) -> Resolved:
-    if _are_references(weights):
+    if any(name.startswith("bert.") for name in weights):
         found = translate(weights)
         return Resolved(
-            M2BertConfig(), found.weights, found.mapped, found.derived, unknown=found.unknown
+            M2BertConfig(),
+            found.weights,
+            found.mapped,
+            found.derived,
+            dropped=dict.fromkeys(found.flash_fft, "a buffer of FlashFFTConv"),
+            unknown=found.unknown,
+            of_reference=True,
         )
     ours = with_prefix(weights)
     return Resolved(M2BertConfig(), ours, dict(zip(weights, ours, strict=True)))
+
+
+def _check_numbers(result: Resolved) -> None:
+    """Refuse weights that are no numbers a model can compute with, or that claim to be larger."""
+    for name, ours in result.mapped.items():
+        tensor = result.weights[ours]
+        if tensor.dtype not in WEIGHT_DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {dtype} there, and weights must be one of {kinds}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} there, but stores fewer values")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name} has NaN or infinite values: the training that wrote it had diverged, or "
+                f"the file is damaged"
+            )
+
+
+def _drop_spare_heads(result: Resolved, saved: Mapping[str, Any], where: str) -> bool:
+    """Drop what a text embedder of the reference does not use: see `Resolved.dropped`.
+
+    `gather_sentence_embeddings: true` says that the model is one: a classifier is left over from
+    its training. `use_cls_token: true` says that its embeddings are the first token's hidden
+    states, not the pooler's output; in the config of a model with another head it says nothing.
+
+    Returns:
+        Whether embeddings are raw hidden states.
+
+    Raises:
+        ValueError: If `pool_all` says something else.
+    """
+    if not result.of_reference:
+        return False
+    gathers, raw = (saved.get(k) is True for k in ("gather_sentence_embeddings", "use_cls_token"))
+    others = ("head.", "decoder.") if gathers else ("head.", "decoder.", "classifier.")
+    if any(name.startswith(others) for name in result.weights):
+        return False
+    if raw and saved.get("pool_all") is True:
+        raise ValueError(
+            f"{where}: use_cls_token and pool_all are both true: set one of them to false, so that "
+            f"embeddings are of the first token, or means"
+        )
+    spare = {"classifier.": "left over from training (gather_sentence_embeddings: true)"}
+    if raw:
+        spare["pooler."] = "embeddings are raw hidden states (use_cls_token: true)"
+    for theirs, ours in list(result.mapped.items()):
+        if (head := ours.partition(".")[0] + ".") in spare:
+            result.dropped[theirs] = spare[head]
+            del result.mapped[theirs], result.weights[ours]
+    return raw
+
+
+def _reference_defaults(result: Resolved, saved: Mapping[str, Any], raw: bool) -> dict[str, Any]:
+    """What is true of a checkpoint of the reference unless its config, or a user, says otherwise.
+
+    The reference pads every text to the full length, and its convolutions see that padding.
+    """
+    of_ours = saved.get("model_type") == M2BertConfig.model_type and not is_reference_config(saved)
+    if not result.of_reference or of_ours:
+        return {}
+    fields = {"pad_inputs": saved.get("mask_padding") is not True, "embedding_pooler": not raw}
+    return {key: value for key, value in fields.items() if key not in saved}
 
 
 def _config(
@@ -303,7 +389,10 @@ def _config(
     for name in ("classifier.bias", "classifier.weight"):
         if name in weights:
             fields["num_labels"] = len(weights[name])
-    config = M2BertConfig.from_dict(fields)
+    try:
+        config = M2BertConfig.from_dict(fields)
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # of transformers
+        raise ValueError(f"{where} cannot be read as a config: {error}") from error
     assumed = [*ASSUMED_FIELDS, "num_attention_heads"]
     if config.sequence_mixer != "alibi_attention":
         assumed.pop()
@@ -312,9 +401,13 @@ def _config(
 
 def _our_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a saved config, with the reference's fields or ours, to our fields."""
-    if saved.get("model_type") == M2BertConfig.model_type and not REFERENCE_FLAGS.keys() & saved:
-        # Keys that begin with _ are state of the process that saved the config.
-        left_out = ("model_type", "transformers_version")
+    if saved.get("model_type") == M2BertConfig.model_type and not is_reference_config(saved):
+        # Keys that begin with _ are state of the process that saved the config. The last two keys
+        # name code in the folder.
+        left_out = ("model_type", "transformers_version", "auto_map", "custom_pipelines")
+        names = saved.get("architectures") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"architectures must be a list of names, not {names!r}")
         return {k: v for k, v in saved.items() if k not in left_out and not k.startswith("_")}
     fields = {k: v for k, v in saved.items() if k in (*OWN_FIELDS, *LABEL_FIELDS)}
     for theirs, (ours, true, false) in REFERENCE_FLAGS.items():
@@ -339,10 +432,13 @@ def _untie(result: Resolved) -> None:
     both = DECODER in result.weights and WORDS in result.weights
     if not (both and result.config.tie_word_embeddings):
         return
-    if _equal(result.weights[DECODER], result.weights[WORDS]):
+    decoder, words = result.weights[DECODER], result.weights[WORDS]
+    if _equal(*_in_coarser(decoder, words)):
         theirs = next(name for name, ours in result.mapped.items() if ours == DECODER)
         del result.weights[DECODER], result.mapped[theirs]
         result.derived.append(theirs)
+        if decoder.dtype != words.dtype:
+            result.rounded.append(theirs)
     else:
         result.config.tie_word_embeddings = False
 
@@ -359,7 +455,10 @@ def _check_shapes(result: Resolved) -> None:
 
 
 def _check_derived(
-    result: Resolved, raw: Mapping[str, Tensor], computed: Mapping[str, Tensor]
+    result: Resolved,
+    raw: Mapping[str, Tensor],
+    computed: Mapping[str, Tensor],
+    allowed: Sequence[str],
 ) -> None:
     """Check that derived tensors in the file equal those that our model computes."""
     for name in result.derived:
@@ -367,17 +466,40 @@ def _check_derived(
             continue
         found = raw[name]
         right = torch.zeros_like(found) if name == TOKEN_TYPE_IDS else computed[name]
-        if found.shape != right.shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(found.shape)}, but the other tensors make a model "
-                f"where it has {tuple(right.shape)}"
-            )
         if _equal(found, right):
             continue
-        bound = 4 * torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
-        if not torch.allclose(found.float(), right.float(), rtol=bound, atol=1e-6):
-            raise ValueError(f"{name} has other values than those that M2-BERT computes for it")
-        result.rounded.append(name)
+        if _near(found, right):
+            result.rounded.append(name)
+        elif any(fnmatch(name, pattern) for pattern in allowed):
+            result.different.append(name)
+        else:
+            is_other = "has other values than those that M2-BERT computes for it"
+            if found.shape != right.shape:
+                is_other = (
+                    f"has the shape {tuple(found.shape)}, but the other tensors make a model where "
+                    f"it has {tuple(right.shape)}"
+                )
+            raise ValueError(
+                f"{name} {is_other}. To import the rest without it: "
+                f"m2-plugin import --allow-different {name!r}"
+            )
+
+
+def _near(found: Tensor, right: Tensor) -> bool:
+    """Tell whether tensors differ in their last bits only, in the coarser of their dtypes."""
+    if found.shape != right.shape:
+        return False
+    found, right = _in_coarser(found, right)
+    bound = 4 * torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    return torch.allclose(found.float(), right.float(), rtol=bound, atol=1e-6)
+
+
+def _in_coarser(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both tensors in the less exact of their dtypes, if both are floating-point."""
+    if not (one.is_floating_point() and other.is_floating_point()):
+        return one, other
+    coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return one.to(coarser), other.to(coarser)
 
 
 def _equal(found: Tensor, other: Tensor) -> bool:

@@ -20,7 +20,10 @@ from m2_plugin.checkpoints.config import (
     reference_config,
     resolve,
 )
+from m2_plugin.checkpoints.fetch import fetch
 from m2_plugin.checkpoints.folder import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
     load_folder,
     read_json_object,
     save_folder,
@@ -34,7 +37,7 @@ from m2_plugin.models.modeling_m2_bert import M2BertForTokenClassification
 
 __all__ = ["ImportReport", "export_checkpoint", "import_checkpoint"]
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "vocab.txt")  # a tokenizer needs one of them
 
 
 @dataclass
@@ -70,6 +73,10 @@ class ImportReport:
             width = max(map(len, found.mapped), default=0)
             yield from (f"  {name:{width}}  {ours}" for name, ours in found.mapped.items())
             yield from (f"  {name:{width}}  derived" for name in found.derived)
+        for reason in dict.fromkeys(found.dropped.values()):
+            names = [name for name, why in found.dropped.items() if why == reason]
+            yield f"{len(names)} dropped, {reason}: {listed(names)}"
+        yield from (f"  {name}: not what M2-BERT computes, as allowed" for name in found.different)
         if found.rounded:
             yield (
                 f"{len(found.rounded)} derived differ in their last bits from the values that "
@@ -77,6 +84,11 @@ class ImportReport:
             )
         yield from (f"  {name}: unused" for name in found.unknown)
         yield from (f"  {name}: missing, starts with random values" for name in self.missing)
+        if config.padded_length is not None and found.of_reference:
+            yield (
+                f"pad_inputs true: the model pads every text to {config.padded_length} tokens "
+                f"itself, as the reference pads all that it is given"
+            )
         if self.tokenizer is None:
             yield "the source has no tokenizer: give one with --tokenizer"
         if found.unread:
@@ -93,12 +105,14 @@ def import_checkpoint(
     tokenizer: str | None = None,
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
+    allow_different: Sequence[str] = (),
 ) -> ImportReport:
     """Convert a checkpoint to a transformers folder, without running code in it.
 
     Args:
         source: A Composer checkpoint or bare weights, of the M2 reference or of this package; or a
-            folder with `config.json` and weights. Tensors have the reference's names or ours.
+            folder with weights and perhaps `config.json`; or the name or URL of such a file or
+            folder on the hub (see `fetch`). Tensors have the reference's names or ours.
         out: The folder to write. It appears when it is complete.
         config: A JSON file with the reference's fields or ours. It replaces the folder's
             `config.json` or the config that Composer saved. It gives fields that the weights do not
@@ -107,6 +121,8 @@ def import_checkpoint(
             in the source, if it has one.
         allow_missing: Patterns (`cls.*`) of names, as in the source, of tensors that it may lack.
         allow_unused: Patterns of names of tensors that may be left out.
+        allow_different: Patterns of names of tensors that the reference stores and our model
+            computes, and whose values may differ.
 
     Returns:
         The config, and what happened to each tensor.
@@ -116,12 +132,13 @@ def import_checkpoint(
             contradicts another; the message names it. Nothing is written then.
     """
     source, out = str(source), Path(out)
-    file, given, where = _find(source, config)
+    local = fetch(source)
+    file, given, where = _find(local, config)
     raw, saved = read_file(file)
     if given is None and saved.config is not None:
         given, where = saved.config, f"the config saved in {file}"
     try:
-        found = resolve(raw, given, where=where)
+        found = resolve(raw, given, where=where, allow_different=allow_different)
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
     report = ImportReport(source, found)
@@ -129,8 +146,8 @@ def import_checkpoint(
     found.config.architectures = [found.model_class.__name__]
     dtypes = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
     found.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    report.tokenizer, files = tokenizer or _own_tokenizer(source), {}
-    if report.tokenizer is None and any(name in saved.tokenizer for name in TOKENIZER_FILES):
+    report.tokenizer, files = tokenizer or _own_tokenizer(local), {}
+    if report.tokenizer is None and any(name in saved.tokenizer for name in VOCABULARIES):
         report.tokenizer, files = file, saved.tokenizer
     with whole(out) as temporary:
         temporary.mkdir()
@@ -167,7 +184,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
             f"compute: its filters decay differently (hyena_extended_from: "
             f"{config.hyena_extended_from})"
         )
-    if model_class_of(weights) is M2BertForTokenClassification:
+    if model_class_of(weights, config) is M2BertForTokenClassification:
         raise ValueError(f"{str(folder)!r} classifies tokens, for which the reference has no model")
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)
@@ -184,8 +201,10 @@ def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] |
     if not os.path.isdir(source):
         given = None if config is None else read_json_object(Path(config))
         return source, given, str(config)
-    config = Path(config or os.path.join(source, "config.json"))
-    return weights_file(source), read_json_object(config), str(config)
+    weights, own = weights_file(source), os.path.join(source, "config.json")
+    if config is None and not os.path.exists(own):
+        return weights, None, own
+    return weights, read_json_object(Path(config or own)), str(config or own)
 
 
 def _check_names(
@@ -195,8 +214,8 @@ def _check_names(
     found = report.found
     expected = expected_tensors(found.model_class, found.config)
     # Report names in the naming of the source, also for tensors that it lacks.
-    reference = any(name.startswith("bert.") for name in found.mapped)
-    names = dict(zip(expected, to_reference(expected) if reference else expected, strict=False))
+    named = to_reference(expected) if found.of_reference else expected
+    names = dict(zip(expected, named, strict=False))
     report.missing = [names[ours] for ours in expected if ours not in found.weights]
     for theirs in [name for name, ours in found.mapped.items() if ours not in expected]:
         del found.weights[found.mapped.pop(theirs)]
@@ -214,22 +233,30 @@ def _check_names(
 
 
 def _own_tokenizer(source: str) -> str | None:
-    there = any(os.path.isfile(os.path.join(source, name)) for name in TOKENIZER_FILES)
+    there = any(os.path.isfile(os.path.join(source, name)) for name in VOCABULARIES)
     return source if there else None
 
 
 def _save_tokenizer(
     name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
 ) -> None:
-    """Save the tokenizer that `files` make, or if there are none the one called `name`."""
+    """Save the tokenizer that `files` make, or if there are none the one called `name`.
+
+    Only data is read from files and folders, whatever they name: no code, and no other files.
+    """
     try:
-        with TemporaryDirectory() as scratch:
-            for file, content in files.items():
-                text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
-                (Path(scratch) / os.path.basename(file)).write_text(text, encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(
-                scratch if files else name, trust_remote_code=False
-            )
+        with TemporaryDirectory() as made, TemporaryDirectory() as scratch:
+            for file in TOKENIZER_FILES:
+                if file in files:
+                    content = files[file]
+                    text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
+                    (Path(made) / file).write_text(text, encoding="utf-8")
+            where = Path(made) if files else Path(name)
+            if where.is_dir():
+                copy_tokenizer(where, Path(scratch))
+                tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the files may hold anything, so any error can occur
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error

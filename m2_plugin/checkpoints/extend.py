@@ -6,7 +6,6 @@ Dimension key: L old length, H new length, E positional features of the filters.
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m2_plugin.checkpoints.folder import load_folder, save_folder
+from m2_plugin.checkpoints.folder import copy_beside_model, load_folder, save_folder
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 
@@ -128,8 +127,8 @@ def extend_folder(
     """
     config, weights = extend(*load_folder(folder), length, method)
     with whole(Path(out)) as temporary:
-        rewritten = shutil.ignore_patterns("config.json", "*.safetensors", "*.bin", "*.index.json")
-        shutil.copytree(folder, temporary, ignore=rewritten)
+        temporary.mkdir()
+        copy_beside_model(Path(folder), temporary)
         save_folder(temporary, config, weights)
         path = temporary / "tokenizer_config.json"
         if path.is_file():

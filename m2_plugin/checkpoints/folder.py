@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m2_plugin.checkpoints.config import HEADS, expected_tensors, listed, model_class_of, resolve
-from m2_plugin.checkpoints.read import read_file
+from m2_plugin.checkpoints.read import SHARD_INDEX, read_file
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
-from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding, M2BertModel
+from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding
 from m2_plugin.models.sentence_folder import read_modules, write_modules
 
-__all__ = ["load_folder", "build_model", "read_json_object", "save_folder", "weights_file"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "WEIGHTS",
+    "build_model",
+    "copy_beside_model",
+    "copy_tokenizer",
+    "load_folder",
+    "read_json_object",
+    "save_folder",
+    "weights_file",
+]
 
 WEIGHTS = (  # the first that exists is read
     "model.safetensors",
@@ -25,6 +37,25 @@ WEIGHTS = (  # the first that exists is read
     "pytorch_model.bin.index.json",
     "model.bin",
 )
+# Files of a tokenizer that hold data.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+# Other files of a folder that are data, and go where a copy of it goes: by name or ending.
+DATA = (".json", ".txt", ".md", ".model", ".safetensors", ".jinja", "LICENSE", "pytorch_model.bin")
+# Keys with which a tokenizer's config names code, or files anywhere.
+POINTERS = re.compile(r"auto_map|init_inputs|name_or_path|\w+_file")
+
+
+HEAD_NAMES = tuple(part for part, _ in HEADS if part)
 
 
 def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
@@ -55,11 +86,12 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         file = Path(folder) / name
         return str(file) if file.is_file() else None
 
-    if found.model_class is M2BertModel and (
-        embedder := read_modules(find, lambda file: read_file(file)[0])
-    ):
+    bare = not any(name.startswith(HEAD_NAMES) for name in found.weights)
+    if bare and (embedder := read_modules(find, lambda file: read_file(file)[0])):
         found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
         found.weights.update(embedder.weights)
+    if not found.config.architectures:
+        found.config.architectures = [found.model_class.__name__]
     expected = expected_tensors(_class_of(found.config) or found.model_class, found.config)
     if missing := listed([name for name in expected if name not in found.weights]):
         raise ValueError(f"{str(folder)!r} is not complete: its weights lack {missing}")
@@ -90,7 +122,7 @@ def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
-    if model_class_of(weights) is M2BertForTextEmbedding:
+    if model_class_of(weights, config) is M2BertForTextEmbedding:
         write_modules(folder, config, tensors)
 
 
@@ -106,6 +138,51 @@ def weights_file(folder: str) -> str:
     return found[0]
 
 
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the files of a tokenizer that are data; its config names neither code nor other files.
+
+    Raises:
+        ValueError: If a file is a link out of the folder, or its config is not JSON.
+    """
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            _copy(folder, Path(name), target)
+
+
+def copy_beside_model(folder: Path, target: Path) -> None:
+    """Copy what lies beside a folder's config and weights, as far as it is data; no code.
+
+    Raises:
+        ValueError: As `copy_tokenizer`.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        of_model = str(name) == "config.json" or (
+            name.parent == Path(".") and path.name.endswith((".safetensors", ".bin", SHARD_INDEX))
+        )
+        if path.is_file() and path.name.endswith(DATA) and not of_model:
+            _copy(folder, name, target)
+
+
+def _copy(folder: Path, name: Path, target: Path) -> None:
+    path, home = (folder / name).resolve(), folder.resolve()
+    # The hub's cache keeps files in one folder, and links to them in another.
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (path.is_relative_to(home) or path.is_relative_to(cache)):
+        raise ValueError(
+            f"{str(folder / name)!r} is a link out of its folder, to {str(path)!r}: if that file "
+            f"belongs to the folder, copy it there"
+        )
+    out = target / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if str(name) == "tokenizer_config.json":
+        content = read_json_object(path)
+        content = {key: value for key, value in content.items() if not POINTERS.fullmatch(key)}
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(path, out)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
@@ -114,7 +191,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object")

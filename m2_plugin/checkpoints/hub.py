@@ -7,11 +7,10 @@ become relative. Kernels are left out: in such a folder plain PyTorch computes e
 
 import ast
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from m2_plugin.checkpoints.folder import load_folder
+from m2_plugin.checkpoints.folder import copy_beside_model, load_folder, save_folder
 from m2_plugin.files import whole
 
 __all__ = ["export_hub_folder", "flat_sources"]
@@ -36,7 +35,7 @@ ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load with
 
 
 def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Copy a transformers folder with an M2-BERT, and add the code that it needs.
+    """Copy a transformers folder with an M2-BERT, and add the code that it needs, no other.
 
     Args:
         folder: A transformers folder with an M2-BERT.
@@ -48,9 +47,11 @@ def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
     Raises:
         ValueError: If the folder has no complete M2-BERT, or if `out` exists.
     """
-    load_folder(folder)  # raises an error if the folder is not complete
+    config, weights = load_folder(folder)  # raises an error if the folder is not complete
     with whole(Path(out)) as temporary:
-        shutil.copytree(folder, temporary)
+        temporary.mkdir()
+        copy_beside_model(Path(folder), temporary)
+        save_folder(temporary, config, weights)
         path, tokenizer = temporary / "config.json", temporary / "tokenizer_config.json"
         content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
         if tokenizer.is_file():

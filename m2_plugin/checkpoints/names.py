@@ -72,6 +72,9 @@ DERIVED = re.compile(
     + r"attention\.filter_fn2?\.(pos_emb\.t|modulation\.deltas|implicit_filter(_rev)?\.[135]\.freq)"
 )
 
+# Buffers of FlashFFTConv (twiddle factors and the like), which is how the reference was run.
+FLASH_FFT = re.compile(r"(^|\.)flashfftconv")
+
 
 @dataclass
 class Translation:
@@ -81,12 +84,14 @@ class Translation:
         weights: Tensors under our names; views of those in the state dict.
         mapped: Reference name → our name.
         derived: Reference names of tensors that our model computes.
+        flash_fft: Names of FlashFFTConv's buffers, which no model here has.
         unknown: Names that the reference does not have.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     mapped: dict[str, str] = field(default_factory=dict)
     derived: list[str] = field(default_factory=list)
+    flash_fft: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
 
@@ -109,6 +114,8 @@ def translate(state_dict: Mapping[str, Tensor]) -> Translation:
             result.weights[ours] = _without_extra_dim(ours, tensor)
         elif DERIVED.fullmatch(name):
             result.derived.append(name)
+        elif FLASH_FFT.search(name):
+            result.flash_fft.append(name)
         else:
             result.unknown.append(name)
     return result
@@ -281,11 +288,14 @@ def config_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool | st
         return any(part in name for name in shapes)
 
     vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
-    layers = [int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))]
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if layers and max(layers) >= len(layers):
+        lost = next(i for i in range(max(layers)) if i not in layers)
+        raise ValueError(f"there is a layer {max(layers)}, but no layer {lost}")
     fields: dict[str, int | bool | str] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": max(layers, default=-1) + 1,
+        "num_hidden_layers": len(layers),
         "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
         "use_positional_encodings": has("embeddings.position_embeddings.weight"),
     }

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.serialization import (
 
 from m2_plugin.constants import CHECKPOINT_SUFFIXES
 
-__all__ = ["Saved", "is_checkpoint_file", "read_file"]
+__all__ = ["Saved", "is_checkpoint_file", "read_file", "shard_names"]
 
 SHARD_INDEX = ".index.json"  # transformers writes it if weights are in several files
 # Keys under which common training loops save the weights.
@@ -97,34 +98,57 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Saved]:
     state, saved = content, Saved()
     if isinstance(content, Mapping) and isinstance(content.get("state"), Mapping):
         state = content["state"].get("model")
-        kept = (content["state"].get("integrations") or {}).get("huggingface") or {}
-        files = {}
-        for name, file in (kept.get("tokenizer") or {}).items():
-            ending = file.get("file_extension")  # older versions leave it out of the name
-            if ending in (".json", ".txt"):
-                files[name.removesuffix(ending) + ending] = file.get("content")
-        config = ((kept.get("model") or {}).get("config") or {}).get("content")
-        saved = Saved(config, files)
+        saved = _saved(content["state"])
     elif isinstance(content, Mapping):
         state = next((content[key] for key in STATE_KEYS if _are_weights(content.get(key))), state)
     if not _are_weights(state):
         found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{path!r} must hold the state dict of a model, but holds {found}")
-    return _unwrapped(state), saved
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ValueError(f"{path!r}: {name} must be a dense tensor with values")
+    return _unwrapped(path, state), saved
+
+
+def _saved(state: Mapping[str, Any]) -> Saved:
+    """Read what Composer saves beside the weights, as far as it is what it should be."""
+
+    def inner(value: Any, *keys: str) -> Any:
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    kept = inner(state, "integrations", "huggingface")
+    config = inner(kept, "model", "config", "content")
+    tokenizer, files = inner(kept, "tokenizer"), {}
+    for name, file in tokenizer.items() if isinstance(tokenizer, Mapping) else ():
+        ending = inner(file, "file_extension")  # which older versions leave out of the name
+        content = inner(file, "content")
+        is_text = ending == ".txt" and isinstance(content, list | tuple)
+        if ending == ".json" or (is_text and all(isinstance(line, str) for line in content)):
+            files[str(name).removesuffix(ending) + ending] = content
+    return Saved(config if isinstance(config, dict) else None, files)
 
 
 def _are_weights(value: Any) -> bool:
-    tensors = isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values())
+    tensors = isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
     return tensors and len(value) > 0
 
 
-def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(path: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the parts that wrappers add to the names of a model's tensors."""
     names = {name: INNER_WRAPPERS.sub("", name) for name in weights}
     for wrapper in OUTER_WRAPPERS:
         if all(name.startswith(wrapper) for name in names.values()):
             names = {name: inner.removeprefix(wrapper) for name, inner in names.items()}
-    return {names[name]: tensor for name, tensor in weights.items()}
+    unwrapped: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if names[name] in unwrapped:
+            raise ValueError(f"{path!r} has two tensors {names[name]}, one with a wrapper's prefix")
+        unwrapped[names[name]] = tensor
+    return unwrapped
 
 
 def _load(path: str) -> Any:
@@ -139,11 +163,28 @@ def _load(path: str) -> Any:
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
 
 
-def _read_shards(index: str) -> dict[str, Tensor]:
+def shard_names(index: str) -> list[str]:
+    """Read the names of the files that the index of weights in several files lists.
+
+    Raises:
+        ValueError: If it is no such index, or a name is not that of a file beside it.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: str) -> dict[str, str]:
     try:
-        files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    except Exception as error:  # the file may hold anything
         raise ValueError(f"{index!r} must be a JSON object with a weight_map") from error
+    for name in files.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name:
+            raise ValueError(f"{index!r} names {name!r}, but must name files in its own folder")
+    return files
+
+
+def _read_shards(index: str) -> dict[str, Tensor]:
+    files = _weight_map(index)
     weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         weights |= _load(os.path.join(os.path.dirname(index), name))
@@ -152,24 +193,50 @@ def _read_shards(index: str) -> dict[str, Tensor]:
     return weights
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts and their containers, and calls nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it would call {module}.{name}, which no checkpoint needs")
+
+
 def _unpickle(path: str) -> Any:
     if not zipfile.is_zipfile(path):
-        older = pickle.dumps(MAGIC_NUMBER, protocol=2)  # how torch's older format begins
-        with open(path, "rb") as file:
-            start = file.read(len(older))
-        if start.startswith(b"PK\x03\x04"):
-            raise ValueError("it is truncated: the end of the archive is missing")
-        if start != older:
-            raise ValueError("torch.save did not write it")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickle_older(path)
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # torch.load does not look at the checksums
-    if damaged:
-        raise ValueError(f"{damaged} in it is damaged: its checksum does not match")
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged: its checksum does not match")
+        entries = archive.infolist()
+        orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("its archive has two files of one name")
+    # torch would map compressed data, or another byte order, as if they were plain.
+    as_it_is = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+    mapped = as_it_is and set(orders) <= {sys.byteorder.encode()}
     names = get_unsafe_globals_in_checkpoint(path)
     for name in names:
         if name.split(".")[0] not in PICKLED:
             raise ValueError(f"it would call {name}, which no checkpoint needs")
     inert = [(_Inert, name) for name in names]
     with safe_globals(inert):  # type: ignore[arg-type]
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _unpickle_older(path: str) -> Any:
+    """Read a file in the format that torch.save wrote before it wrote archives."""
+    older = pickle.dumps(MAGIC_NUMBER, protocol=2)
+    with open(path, "rb") as file:
+        start = file.read(len(older))
+        if start.startswith(b"PK\x03\x04"):
+            raise ValueError("it is truncated: the end of the archive is missing")
+        if start != older:
+            raise ValueError("torch.save did not write it")
+        _PlainUnpickler(file).load()  # the version of the format
+        system = _PlainUnpickler(file).load()
+    # torch does not look at it.
+    if not isinstance(system, dict) or system.get("little_endian") is not (
+        sys.byteorder == "little"
+    ):
+        raise ValueError(f"its bytes are in another order than here ({sys.byteorder}-endian)")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -35,15 +35,40 @@ def read_index(folder: str | Path, hint: str = "") -> list[dict[str, Any]]:
         hint: A text for the end of the message if there is no index.
 
     Raises:
-        ValueError: If there is no index, or it cannot be read.
+        ValueError: If there is no index, it cannot be read, names files outside the folder, or has
+            a pickled column: reading such a shard would run code in it.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
         raise ValueError(f"{path}: missing{hint}")
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["shards"])
-    except (ValueError, KeyError, TypeError) as error:
+        entries = list(json.loads(path.read_text(encoding="utf-8"))["shards"])
+        for entry in entries:
+            _check_entry(entry)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: empty, corrupt or not an MDS index: {error!r}") from error
+    for entry in entries:
+        columns = zip(entry.get("column_names", []), entry.get("column_encodings", []), strict=True)
+        for column, encoding in columns:
+            if "pkl" in encoding:
+                raise ValueError(
+                    f"{path}: column {column!r} is pickled (encoding {encoding!r}), and to read it "
+                    f"would run code in the shards: write it as str, bytes or ndarray"
+                )
+    return entries
+
+
+def _check_entry(entry: Any) -> None:
+    """Check the entry of a shard as far as it is used here."""
+    files = [entry["raw_data"], *filter(None, [entry.get("zip_data")])]
+    for name in [file["basename"] for file in files]:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"shard {name!r} is not in its folder")
+    if not isinstance(entry["samples"], int):
+        raise TypeError(f"samples is {entry['samples']!r}")
+    names, encodings = entry.get("column_names", []), entry.get("column_encodings", [])
+    if len(names) != len(encodings) or not all(isinstance(e, str) for e in encodings):
+        raise ValueError("column_names and column_encodings do not fit each other")
 
 
 def shard_file(entry: Mapping[str, Any], folder: str | Path | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from m2_plugin.checkpoints.config import holds_m2_bert, listed, resolve
+from m2_plugin.checkpoints.config import holds_m2_bert, is_reference_config, listed, resolve
+from m2_plugin.checkpoints.folder import read_json_object, weights_file
 from m2_plugin.checkpoints.names import our_name
-from m2_plugin.checkpoints.read import is_checkpoint_file, read_file
+from m2_plugin.checkpoints.read import Saved, is_checkpoint_file, read_file
 from m2_plugin.constants import VOCAB_MULTIPLE
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
@@ -52,17 +54,21 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> Weights:
-    """Read a checkpoint file, and decide which model it holds.
+    """Read a checkpoint file, or a folder of the reference's, and decide which model it holds.
 
     Args:
-        path: The file.
+        path: The file or folder.
         model_type: The default model type of the model that the YAML names.
         overrides: Config fields to replace.
 
     Raises:
         ValueError: If the file cannot be read, holds another model type, or `resolve` refuses it.
     """
-    tensors, saved = read_file(path)
+    if os.path.isdir(path):
+        tensors, _ = read_file(weights_file(path))
+        saved = Saved(read_json_object(Path(path) / "config.json"))
+    else:
+        tensors, saved = read_file(path)
     if holds_m2_bert(tensors):
         _check_fields(M2BertConfig(), overrides)
         try:
@@ -77,6 +83,13 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
         if found.assumed:
             values = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
             log.warning("%s: weights and config do not give these, so by default: %s", path, values)
+        if found.of_reference and (full := found.config.padded_length) is not None:
+            log.warning(
+                "%s: the model pads every text to %d tokens itself, as the reference does "
+                "(pad_inputs in config_overrides; mask_padding: true needs no padding)",
+                path,
+                full,
+            )
         return Weights(path, found.weights, found.config)
     saved_type = (saved.config or {}).get("model_type")
     if saved.config is None or saved_type is None:
@@ -108,7 +121,12 @@ def build_config(
         _check_fields(AutoConfig.for_model(model_type), overrides)
         return AutoConfig.for_model(model_type, **overrides)
     _check_folder(source)
-    return _replaced(AutoConfig.from_pretrained(source), overrides)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if is_reference_config(config.to_dict()):
+        raise ValueError(
+            f"{source!r} is a model of the M2 reference: make a folder of it with m2-plugin import"
+        )
+    return _replaced(config, overrides)
 
 
 def _replaced(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
@@ -131,6 +149,11 @@ def _check_folder(path: str) -> None:
             f"pretrained_model_name_or_path: {path!r} is not a transformers folder: it has no "
             f"config.json.{hint}"
         )
+
+
+def _is_folder_of_reference(path: str) -> bool:
+    file = os.path.join(path, "config.json")
+    return os.path.isfile(file) and is_reference_config(read_json_object(Path(file)))
 
 
 def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
@@ -164,6 +187,7 @@ def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> Pre
         torch_dtype=torch.float32,  # master weights; the trainer's precision casts
         ignore_mismatched_sizes=True,  # the head may have another number of labels; checked below
         output_loading_info=True,
+        trust_remote_code=False,
     )
     # In some versions of transformers the entries are names, in others tuples of name and shapes.
     names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
@@ -310,7 +334,7 @@ def build_from_keys(
         raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
     source: str | Weights | None = path
     overrides = config_overrides or {}
-    if path is not None and is_checkpoint_file(path):
+    if path is not None and (is_checkpoint_file(path) or _is_folder_of_reference(path)):
         source = read_weights(path, default_model_type, overrides)
         config = source.config
     else:

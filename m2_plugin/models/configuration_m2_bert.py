@@ -37,6 +37,16 @@ TRANSFORMERS_KEYS = {
     "trust_remote_code",
 }
 
+# Fields of the M2 reference's config that no other has. Its weights have other names.
+REFERENCE_KEYS = {
+    "alibi_starting_size",
+    "hyena_lr_pos_emb",
+    "hyena_wd",
+    "long_conv_kernel_learning_rate",
+    "monarch_mixer_sequence_mixing",
+    "use_flash_mm",
+}
+
 
 class M2BertConfig(PretrainedConfig):
     """Configuration of an M2-BERT encoder (arXiv 2310.12109).
@@ -72,6 +82,9 @@ class M2BertConfig(PretrainedConfig):
             extended (`m2-plugin extend`), else None. Old taps keep their decay.
         mask_padding: Whether to keep padding out of the long convolutions, so that outputs do not
             depend on the amount of padding. The released checkpoints were trained without it.
+        pad_inputs: Whether the model pads every input to `max_sequence_length` itself, and cuts the
+            output back. The released checkpoints were trained on texts padded like this. It has no
+            effect if padding changes nothing: with `mask_padding` or `alibi_attention`.
         use_glu_mlp: Whether the MLP's activation is gated.
         use_monarch_mlp: Whether the MLP's matrices are block-diagonal.
         monarch_mlp_nblocks: Number of their blocks. Sizes that do not fill whole blocks are padded.
@@ -83,6 +96,8 @@ class M2BertConfig(PretrainedConfig):
         classifier_dropout: Dropout before the classifier; None means `hidden_dropout_prob`.
         normalize_embeddings: Whether to scale text embeddings to length 1 (the reference's
             `use_normalized_embeddings`).
+        embedding_pooler: Whether text embeddings pass through the pooler's dense layer and tanh.
+            False: they are the first token, or the mean (the reference's `use_cls_token`).
         backend: How to compute the Monarch layers. `auto`: Triton kernels on CUDA, plain PyTorch
             elsewhere and if a kernel cannot be built. `torch`: plain PyTorch. `triton`: kernels, or
             an error.
@@ -122,6 +137,7 @@ class M2BertConfig(PretrainedConfig):
         hyena_w_mod: float = 1.0,
         hyena_extended_from: list[int] | None = None,
         mask_padding: bool = False,
+        pad_inputs: bool = False,
         use_glu_mlp: bool = True,
         use_monarch_mlp: bool = True,
         monarch_mlp_nblocks: int = 4,
@@ -130,6 +146,7 @@ class M2BertConfig(PretrainedConfig):
         classifier_pooling: str = "cls",
         classifier_dropout: float | None = None,
         normalize_embeddings: bool = False,
+        embedding_pooler: bool = True,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -157,6 +174,7 @@ class M2BertConfig(PretrainedConfig):
         self.hyena_w_mod = hyena_w_mod
         self.hyena_extended_from = hyena_extended_from
         self.mask_padding = mask_padding
+        self.pad_inputs = pad_inputs
         self.use_glu_mlp = use_glu_mlp
         self.use_monarch_mlp = use_monarch_mlp
         self.monarch_mlp_nblocks = monarch_mlp_nblocks
@@ -165,6 +183,7 @@ class M2BertConfig(PretrainedConfig):
         self.classifier_pooling = classifier_pooling
         self.classifier_dropout = classifier_dropout
         self.normalize_embeddings = normalize_embeddings
+        self.embedding_pooler = embedding_pooler
         self.backend = backend
         # Newer transformers versions set it only in configs whose base class declares it.
         self.pad_token_id = pad_token_id
@@ -189,8 +208,14 @@ class M2BertConfig(PretrainedConfig):
             **kwargs: Fields to replace, and `return_unused_kwargs`, as in transformers.
 
         Raises:
-            ValueError: If a value is out of range.
+            ValueError: If a value is out of range, or if the config is the M2 reference's:
+                transformers would not find the weights, which have other names.
         """
+        if theirs := sorted(REFERENCE_KEYS & config_dict.keys()):
+            raise ValueError(
+                f"this config is the M2 reference's (it has {theirs[0]}): make a folder that "
+                f"transformers can load with `m2-plugin import`"
+            )
         unknown = unknown_keys(config_dict)
         if unknown:
             _warn_of(tuple(unknown))
@@ -279,6 +304,12 @@ class M2BertConfig(PretrainedConfig):
         if self.sequence_mixer == "monarch_mixer":
             limits.append(self.long_conv_l_max)
         return min(limits, default=None)
+
+    @property
+    def padded_length(self) -> int | None:
+        """The length to which the model pads every input itself, or None if it pads none."""
+        sees_padding = self.sequence_mixer == "monarch_mixer" and not self.mask_padding
+        return self.max_sequence_length if self.pad_inputs and sees_padding else None
 
 
 def _is_integer(value: Any) -> bool:

@@ -210,7 +210,7 @@ class M2BertPreTrainedModel(PreTrainedModel):
             **hub,
         )
         found = None if name is None else read_modules(find, _load_tensors)
-        if found is None:
+        if found is None or not found.weights:
             return
         for key, tensor in found.weights.items():
             self.get_parameter(key).copy_(tensor)
@@ -297,6 +297,38 @@ class M2BertModel(M2BertPreTrainedModel):
             return None
         return attention_mask.to(dtype).unsqueeze(-1)
 
+    def _padded(
+        self,
+        length: int,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Append padding to (B, L) inputs as a tokenizer does: types of 0, positions that go on."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        missing = given.shape[0], length - given.shape[1]
+        padding = torch.full(
+            missing, self.config.pad_token_id, dtype=torch.int64, device=given.device
+        )
+        positions = torch.arange(given.shape[1], length, device=given.device)[None]
+        if position_ids is not None:
+            positions = positions.expand(position_ids.shape[0], -1)  # which may be 1
+        embeddings = None if inputs_embeds is None else self.embeddings.word_embeddings(padding)
+
+        def followed_by(end: Tensor | None, rows: Tensor | None) -> Tensor | None:
+            if rows is None or end is None:
+                return rows
+            return torch.cat([rows, end.to(rows.dtype)], dim=1)
+
+        return (
+            followed_by(padding, input_ids),
+            followed_by(torch.zeros_like(padding), token_type_ids),
+            followed_by(positions, position_ids),
+            followed_by(embeddings, inputs_embeds),
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -342,6 +374,11 @@ class M2BertModel(M2BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
+        if (full := self.config.padded_length) is not None:
+            # No mask is needed: the mixers read one only where padding changes nothing.
+            input_ids, token_type_ids, position_ids, inputs_embeds = self._padded(
+                full, input_ids, token_type_ids, position_ids, inputs_embeds
+            )
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = self._mask(attention_mask, x.dtype)
         hidden_states = [x]
@@ -353,6 +390,8 @@ class M2BertModel(M2BertPreTrainedModel):
             hidden_states.append(x)
         if mask is not None and self.config.sequence_mixer == "alibi_attention":
             x = x * mask  # the reference removes padding before the encoder, then fills in zeros
+        if full is not None:
+            x, hidden_states = x[:, :length], [states[:, :length] for states in hidden_states]
         output = BaseModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
@@ -445,12 +484,17 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
 
 
 class M2BertPooler(nn.Module):
-    """tanh(dense(·)) of the first token, or of the mean over the tokens that are not padding."""
+    """tanh(dense(·)) of the first token, or of the mean over the tokens that are not padding.
 
-    def __init__(self, config: M2BertConfig):
+    Args:
+        config: The model's configuration.
+        dense: Whether there are the dense layer and the tanh.
+    """
+
+    def __init__(self, config: M2BertConfig, dense: bool = True):
         super().__init__()
         self.pooling = config.classifier_pooling
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if dense else None
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Map (B, L, D), with a mask (B, L) or None, to (B, D)."""
@@ -461,7 +505,7 @@ class M2BertPooler(nn.Module):
         else:
             mask = attention_mask.to(x.dtype).unsqueeze(-1)
             pooled = (x * mask).sum(dim=1) / mask.sum(dim=1)
-        return torch.tanh(self.dense(pooled))
+        return pooled if self.dense is None else torch.tanh(self.dense(pooled))
 
 
 @dataclass
@@ -480,14 +524,14 @@ class M2BertForTextEmbedding(M2BertPreTrainedModel):
     """The encoder with a pooler, as in the released retrieval models (arXiv 2402.07440).
 
     Args:
-        config: The model's configuration; `classifier_pooling` and `normalize_embeddings` define
-            the embedding.
+        config: The model's configuration; `classifier_pooling`, `embedding_pooler` and
+            `normalize_embeddings` define the embedding.
     """
 
     def __init__(self, config: M2BertConfig):
         super().__init__(config)
         self.model = M2BertModel(config)
-        self.pooler = M2BertPooler(config)
+        self.pooler = M2BertPooler(config, dense=config.embedding_pooler)
         self.post_init()
 
     def forward(

@@ -14,7 +14,8 @@ from m2_plugin.models.configuration_m2_bert import M2BertConfig
 __all__ = ["Embedder", "read_modules", "write_modules"]
 
 TYPES = "sentence_transformers.models."
-# Modules of sentence-transformers that compute what M2BertForTextEmbedding does.
+# Modules of sentence-transformers that compute what M2BertForTextEmbedding does. The last two may
+# be missing.
 MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
 
 
@@ -46,42 +47,61 @@ def read_modules(
     Raises:
         ValueError: If a file of theirs is missing or cannot be read; the message names it.
     """
-    if find("modules.json") is None:
+    file = find("modules.json")
+    if file is None:
         return None
-    modules = _read(find, "modules.json")
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
-    if kinds not in (MODULES, MODULES[:3]) or modules[0]["path"]:
+    try:
+        modules = _read(find, "modules.json", list)
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        paths = [Path(module["path"]) for module in modules]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file!r} must be a JSON list of modules: {error!r}") from error
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{file!r} names {str(path)!r}, which is not in its folder")
+    if kinds[:2] != MODULES[:2] or kinds[2:] not in (MODULES[2:], ["Dense"], ["Normalize"], []):
         return None
-    pooling, dense = (_read(find, f"{module['path']}/config.json") for module in modules[1:3])
+    if paths[0] != Path():
+        return None
+    pooling = _read(find, f"{paths[1]}/config.json", dict)
     flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
     modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else []
     modes += [
         flags.get(k) for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True
     ]
-    tanh = str(dense.get("activation_function")).endswith(".Tanh")
-    square = dense.get("in_features") == dense.get("out_features") and dense.get("bias", True)
-    if len(modes) != 1 or modes[0] not in POOLINGS or not (tanh and square):
+    if len(modes) != 1 or modes[0] not in POOLINGS:
         return None
-    files = [f"{modules[2]['path']}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
-    path = find(files[0]) or find(files[1])
-    if path is None:
-        raise ValueError(f"modules.json names a Dense, and there is no {files[0]}")
-    weights = {name.replace("linear.", "pooler.dense."): t for name, t in read(path).items()}
-    fields = {"classifier_pooling": modes[0], "normalize_embeddings": kinds == MODULES}
+    weights: dict[str, Tensor] = {}
+    if "Dense" in kinds:
+        dense = _read(find, f"{paths[2]}/config.json", dict)
+        tanh = str(dense.get("activation_function")).endswith(".Tanh")
+        square = dense.get("in_features") == dense.get("out_features") and dense.get("bias", True)
+        if not (tanh and square):
+            return None
+        files = [f"{paths[2]}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+        tensors = find(files[0]) or find(files[1])
+        if tensors is None:
+            raise ValueError(f"modules.json names a Dense, and there is no {files[0]}")
+        weights = {n.replace("linear.", "pooler.dense."): t for n, t in read(tensors).items()}
+    fields = {
+        "classifier_pooling": modes[0],
+        "normalize_embeddings": "Normalize" in kinds,
+        "embedding_pooler": "Dense" in kinds,
+    }
     return Embedder(fields, weights)
 
 
 def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str, Tensor]) -> None:
     """Make `SentenceTransformer(folder)` compute the same as `M2BertForTextEmbedding`.
 
-    The first module is the encoder in the folder itself. The pooler becomes a `Pooling` and a
-    `Dense`, and `normalize_embeddings` a `Normalize`.
+    The first module is the encoder in the folder itself. The pooler becomes a `Pooling` and, if
+    `embedding_pooler`, a `Dense`, and `normalize_embeddings` a `Normalize`.
 
     Args:
         folder: The folder with the saved model.
         config: The model's configuration.
-        weights: The model's tensors. `pooler.dense.weight` (D, D) and `pooler.dense.bias` (D,) are
-            written a second time, under the names of `Dense`.
+        weights: The model's tensors. `pooler.dense.weight` (D, D) and `pooler.dense.bias` (D,), if
+            there are any, are written a second time, under the names of `Dense`.
     """
     folder, width = Path(folder), config.hidden_size
     pooling = {
@@ -95,18 +115,20 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
         "bias": True,
         "activation_function": "torch.nn.modules.activation.Tanh",
     }
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
-    if config.normalize_embeddings:
-        modules.append(("3_Normalize", "Normalize"))
+    kinds = ["Transformer", "Pooling"]
+    kinds += ["Dense"] if config.embedding_pooler else []
+    kinds += ["Normalize"] if config.normalize_embeddings else []
+    modules = [(f"{i}_{kind}" if i else "", kind) for i, kind in enumerate(kinds)]
     for path, _ in modules:
         (folder / path).mkdir(exist_ok=True)
     _write(folder / "1_Pooling" / "config.json", pooling)
-    _write(folder / "2_Dense" / "config.json", dense)
-    save_file(
-        {f"linear.{n}": weights[f"pooler.dense.{n}"].contiguous() for n in ("weight", "bias")},
-        folder / "2_Dense" / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    if config.embedding_pooler:
+        _write(folder / "2_Dense" / "config.json", dense)
+        save_file(
+            {f"linear.{n}": weights[f"pooler.dense.{n}"].contiguous() for n in ("weight", "bias")},
+            folder / "2_Dense" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     length = {"max_seq_length": config.max_sequence_length, "do_lower_case": False}
     _write(folder / "sentence_bert_config.json", length)
     # Written last, because without it the folder is a plain transformers folder.
@@ -119,12 +141,15 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
     )
 
 
-def _read(find: Callable[[str], str | None], name: str) -> Any:
+def _read(find: Callable[[str], str | None], name: str, kind: type) -> Any:
     path = find(name)
     try:
-        return json.loads(Path(path or name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path or name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path or name!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path or name!r} must be a JSON {kind.__name__} of modules or fields")
+    return content
 
 
 def _write(path: Path, content: Any) -> None:

@@ -29,7 +29,7 @@ NEW = [M2BertForMultipleChoice, M2BertForQuestionAnswering, M2BertForTokenClassi
 def test_the_weights_tell_the_model(cls, tmp_path):
     """Also without a config that names it: bare weights become the folder that they are from."""
     model = cls(small(num_labels=3, initializer_range=0.5))
-    assert model_class_of(model.state_dict()) is cls
+    assert model_class_of(model.state_dict(), model.config) is cls
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     report = import_checkpoint(tmp_path / "weights.pt", tmp_path / "m2")
     assert report.found.model_class is cls

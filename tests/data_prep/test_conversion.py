@@ -569,6 +569,46 @@ def test_verify_a_folder_of_llm_foundry(tmp_path, caplog):
     assert "missing" in caplog.text
 
 
+class Pickled:
+    """What calls a function where it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_verify_does_not_unpickle(tmp_path, caplog):
+    with mds().MDSWriter(columns={"text": "pkl"}, out=str(tmp_path / "train")) as writer:
+        writer.write({"text": Pickled(tmp_path / "run")})
+    arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
+    assert cli.main_text(arguments) == 1
+    assert "index.json: column 'text' is pickled (encoding 'pkl')" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        5,
+        [5],
+        [{}],
+        [{"raw_data": {"basename": "../../x"}, "samples": 1}],
+        [{"raw_data": {"basename": "/etc/passwd"}, "samples": 1}],
+        [{"raw_data": {"basename": "x"}, "samples": "1"}],
+        [{"raw_data": {"basename": 5}, "samples": 1}],
+        [{"raw_data": {"basename": "x"}, "samples": 1, "column_names": ["text"]}],
+    ],
+)
+def test_verify_names_an_index_that_is_none(shards, tmp_path, caplog):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": shards}))
+    arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
+    assert cli.main_text(arguments) == 1
+    assert "index.json: empty, corrupt or not an MDS index" in caplog.text
+
+
 # --- the script itself ---
 
 

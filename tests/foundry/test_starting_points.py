@@ -183,6 +183,8 @@ def test_a_file_is_one_model_by_every_route(name, stated, tmp_path):
     with torch.no_grad():
         logits = model(**batch).logits
         assert torch.equal(logits, imported(**batch).logits)
+        model.config.pad_inputs = False  # one golden batch is shorter than the model's length
+        logits = model(**batch).logits
     if stated != "others":
         assert relative_error(logits, tensors["out/mlm_logits"]) < 1e-5
 
@@ -214,6 +216,41 @@ def test_a_wrapped_model_is_read_by_every_route(wrap, names, tmp_path):
     started = build("m2_bert", "mlm", pretrained_model_name_or_path=path).model
     for found in (imported, started):
         assert_same([name for name, _ in model.named_parameters()], found, model)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_released_model_as_a_starting_point(kind, tmp_path, caplog):
+    """A file or a folder with the reference's names, as import reads it; its code is not run."""
+    meta, tensors = load_golden("base_bidir_resid_glu_monarch")
+    weights = {n: t for n, t in with_prefix(tensors, "sd/").items() if n.startswith("bert.")}
+    weights |= with_prefix(tensors, "sdc/nl3/")
+    weights["bert.encoder.flashfftconv.twiddle"] = torch.zeros(2, dtype=torch.complex64)
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {f"module.{n}": t for n, t in weights.items()}}, path)
+    if kind == "folder":
+        path = path.rename(tmp_path / "pytorch_model.bin").parent
+        config = meta["config"] | {"model_type": "m2_bert", "gather_sentence_embeddings": True}
+        config["auto_map"] = {"AutoConfig": "other.Config", "AutoModel": "other.Model"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "other.py").write_text("raise SystemExit('code of a folder was run')")
+    import_checkpoint(path, tmp_path / "m2")
+    imported = AutoModelForMaskedLM.from_pretrained(tmp_path / "m2")
+    model = build("m2_bert", "mlm", pretrained_model_name_or_path=str(path)).model
+    assert "the model pads every text to 32 tokens itself" in caplog.text
+    assert_same(backbone(model), model, imported)
+    assert model.config.padded_length == 32
+    masked = {"mask_padding": True}
+    overridden = build("m2_bert", "mlm", None, masked, pretrained_model_name_or_path=str(path))
+    assert overridden.model.config.padded_length is None
+
+
+def test_code_of_a_folder_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = {"model_type": "another", "auto_map": {"AutoConfig": "other.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "other.py").write_text("raise SystemExit('code of a folder was run')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        build("m2_bert", "mlm", pretrained_model_name_or_path=str(tmp_path))
 
 
 def without(weights, part):
