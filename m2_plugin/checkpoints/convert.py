@@ -144,7 +144,8 @@ def import_checkpoint(
     report = ImportReport(source, found)
     _check_names(report, allow_missing, allow_unused)
     found.config.architectures = [found.model_class.__name__]
-    dtypes = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
+    others = [t for name, t in found.weights.items() if ".filter." not in name]  # always fp32
+    dtypes = {tensor.dtype for tensor in others if tensor.is_floating_point()}
     found.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     report.tokenizer, files = tokenizer or _own_tokenizer(local), {}
     if report.tokenizer is None and any(name in saved.tokenizer for name in VOCABULARIES):

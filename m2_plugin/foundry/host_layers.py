@@ -22,9 +22,9 @@ from m2_plugin.foundry.private import (
 )
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
+from m2_plugin.layers.mlp import call_monarch_mlp
 from m2_plugin.layers.monarch_linear import MonarchLinear
 from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
-from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 __all__ = ["CausalMonarchMixer", "MonarchFFN", "MonarchGLU", "init_monarch_module"]
 
@@ -249,15 +249,9 @@ class MonarchFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return monarch_mlp(
-            x,
-            self.up_proj.weight,
-            self.down_proj.weight,
-            self.down_proj.bias,
-            self.intermediate_size,
-            glu=self.glu,
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
+        dropout_p = self.dropout if self.training else 0.0
+        return call_monarch_mlp(
+            self.up_proj, self.down_proj, x, self.glu, dropout_p, backend=self.backend
         )
 
 

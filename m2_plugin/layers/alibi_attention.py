@@ -62,11 +62,12 @@ class AlibiAttention(nn.Module):
     def bias(self, length: int, mask: Tensor | None, like: Tensor) -> Tensor:
         """Return the bias (1 or B, H, L, L): −slope·|i − j|, and the lowest number at padding."""
         position = torch.arange(length, device=like.device)
-        distance = (position[None] - position[:, None]).abs().to(like.dtype)
+        distance = (position.unsqueeze(0) - position.unsqueeze(1)).abs().to(like.dtype)
         slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=like.dtype, device=like.device)
         bias = (-slopes[:, None, None] * distance)[None]
         if mask is not None:
-            bias = bias.masked_fill(mask[:, None, None, :, 0] == 0, torch.finfo(like.dtype).min)
+            padding = mask.squeeze(-1).unflatten(0, (-1, 1, 1)) == 0  # (B, 1, 1, L)
+            bias = bias.masked_fill(padding, torch.finfo(like.dtype).min)
         return bias
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:

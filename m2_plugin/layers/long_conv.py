@@ -4,13 +4,14 @@ Dimension key: B batch, L sequence, D channels, H maximum length, E positional f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2_plugin.layers.plain import has_hooks
 from m2_plugin.ops.fft_conv import fft_conv, filter_spectrum, spectral_conv
 from m2_plugin.ops.gated_long_conv import two_sided_taps
 
@@ -124,6 +125,10 @@ class HyenaFilter(nn.Module):
     is shorter than the maximum uses the first taps; taps do not depend on the length. They are
     computed in fp32 (fp64 if the parameters are fp64), also under autocast.
 
+    The parameters are fp32 or fp64, whatever the model's dtype is, because half precision cannot
+    tell thousands of positions apart. `.half()`, `.bfloat16()` and `.to(dtype)` leave them in fp32;
+    torch's default dtype and checkpoints in half precision do not change this.
+
     Args:
         channels: D; each has its own filter.
         max_length: H, the longest sequence.
@@ -158,6 +163,8 @@ class HyenaFilter(nn.Module):
         self.freq = nn.Parameter(torch.empty(order))
         self.fwd = FilterMLP(emb_dim, order, channels)
         self.rev = FilterMLP(emb_dim, order, channels) if bidirectional else None
+        self.register_load_state_dict_pre_hook(_widen_state)
+        self._apply(_unchanged)  # where torch's default dtype is a half precision
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -168,12 +175,23 @@ class HyenaFilter(nn.Module):
                 self.pos_emb.copy_(features)
         nn.init.constant_(self.freq, self.w)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyenaFilter":
+        """Apply what moves or casts the model, but not a cast to less than fp32."""
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device, torch.float32) if _is_half(moved) else moved
+
+        super()._apply(move, recurse)
+        return self
+
     def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the window `exp(−t·|δ|)`, (L, D).
 
         It is not a buffer, which would have no values after initialisation on the meta device.
         """
-        t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)[:length, None]
+        t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)
+        t = t.narrow(0, 0, length).unsqueeze(1)
         return torch.exp(-t * self.decay_rates(dtype, device))
 
     def decay_rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -186,7 +204,7 @@ class HyenaFilter(nn.Module):
         """Return the taps at lags 0 … L−1, and at −1 … −L or None, each (L, D)."""
         dtype = torch.promote_types(self.pos_emb.dtype, torch.float32)
         with torch.autocast(self.pos_emb.device.type, enabled=False):
-            z = self.pos_emb[:length].to(dtype)
+            z = self.pos_emb.narrow(0, 0, length).to(dtype)
             freq = self.w_mod * self.freq.to(dtype)
             decay = self.decay(length, dtype, z.device)
             k_fwd = self.fwd(z, freq) * decay
@@ -194,21 +212,38 @@ class HyenaFilter(nn.Module):
         return k_fwd, k_rev
 
 
+def _is_half(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype.itemsize < 4
+
+
+def _unchanged(t: Tensor) -> Tensor:
+    return t
+
+
+def _widen_state(module: HyenaFilter, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Make weights fp32 before they are loaded: with `assign=True` they replace the parameters."""
+    for name, value in state_dict.items():
+        if name.startswith(prefix) and isinstance(value, Tensor) and _is_half(value):
+            state_dict[name] = value.float()
+
+
 class KeptSpectrum:
-    """A filter's spectrum, and the parameters that it was computed from."""
+    """A filter's spectrum, and the values of the parameters that it was computed from."""
 
     def __init__(self, spectrum: Tensor, length: int, parameters: Sequence[Tensor]):
         self.spectrum = spectrum
         self.length = length
-        # Aliases, not addresses: while they exist, no other tensor can take their memory.
-        self.sources = [p.detach() for p in parameters]
-        self.versions = [p._version for p in parameters]
+        self.values = [p.detach().clone() for p in parameters]
 
     def holds_for(self, length: int, parameters: Sequence[Tensor]) -> bool:
-        """Return whether the length and the parameters are still the same, unchanged."""
+        """Return whether the length and every value are still the same.
+
+        Values are compared, because an address or a version counter does not tell whether somebody
+        wrote through `.data`. It takes a few percent of the time of computing a filter.
+        """
         return length == self.length and all(
-            p.data_ptr() == source.data_ptr() and p._version == version and p.dtype == source.dtype
-            for p, source, version in zip(parameters, self.sources, self.versions, strict=True)
+            p.dtype == value.dtype and torch.equal(p, value)
+            for p, value in zip(parameters, self.values, strict=True)
         )
 
 
@@ -216,7 +251,8 @@ class LongConv(nn.Module):
     """Convolves each channel with its own filter as long as the sequence, and adds a skip.
 
     `y = conv(u, k) + skip · u` (arXiv 2310.12109, section 4.1). On a CPU, in evaluation mode and
-    without gradients, the filter's spectrum is kept between calls until a parameter changes.
+    without gradients, the filter's spectrum is kept between calls as long as all parameters have
+    the same values and no hook, adapter or other module has a part in the filter.
 
     Args:
         channels: D.
@@ -229,7 +265,6 @@ class LongConv(nn.Module):
         self.filter = HyenaFilter(channels, max_length, **filter_kwargs)  # type: ignore[arg-type]
         self.skip = nn.Parameter(torch.empty(channels))
         self.kept: KeptSpectrum | None = None
-        self.register_load_state_dict_pre_hook(_forget_spectrum)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -244,8 +279,8 @@ class LongConv(nn.Module):
         """
         length = u.shape[1]
         self._check_length(length)
-        if self._can_keep(u):
-            return spectral_conv(u.float(), self._kept_spectrum(length)).to(u.dtype)
+        if self._can_keep(u) and (parameters := self._parameters_alone()) is not None:
+            return spectral_conv(u.float(), self._kept_spectrum(length, parameters)).to(u.dtype)
         self.kept = None
         k_fwd, k_rev = self.filter(length)
         return fft_conv(u, k_fwd, k_rev, self.skip)
@@ -268,8 +303,7 @@ class LongConv(nn.Module):
             )
 
     def _can_keep(self, u: Tensor) -> bool:
-        # Sharded training changes parameters without their version counters. Therefore a model
-        # that trains never keeps a spectrum. A traced graph must not read this state.
+        # A traced graph must not read this state.
         return not (
             self.training
             or torch.is_grad_enabled()
@@ -277,18 +311,32 @@ class LongConv(nn.Module):
             or torch.jit.is_tracing()
             or u.device.type != "cpu"
             or u.dtype == torch.float64
-            or self.skip.is_inference()
             or 8 * self.filter.channels * (u.shape[1] + 1) > KEPT_SPECTRUM_BYTES
         )
 
-    def _kept_spectrum(self, length: int) -> Tensor:
-        parameters = list(self.parameters())
-        if self.kept is None or not self.kept.holds_for(length, parameters):
+    def _parameters_alone(self) -> list[Tensor] | None:
+        """Return the parameters, or None if the filter may depend on anything else."""
+        found: list[Tensor] = []
+        for module in self.modules():
+            own, kind = module.__dict__, type(module)
+            if not (kind in FILTER_MODULES or issubclass(kind, HyenaFilter)):
+                return None
+            if "forward" in own or has_hooks(module):
+                return None
+            found += (p for p in own["_parameters"].values() if p is not None)
+        return found if all(type(p) is nn.Parameter and not p.is_meta for p in found) else None
+
+    def _kept_spectrum(self, length: int, parameters: Sequence[Tensor]) -> Tensor:
+        kept = self.kept
+        if kept is None or not kept.holds_for(length, parameters):
             k_fwd, k_rev = self.filter(length)
             spectrum = filter_spectrum(k_fwd, k_rev, self.skip.float())
-            self.kept = KeptSpectrum(spectrum, length, parameters)
-        return self.kept.spectrum
+            self.kept = kept = KeptSpectrum(spectrum, length, parameters)
+        return kept.spectrum
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles get: all but the kept spectrum."""
+        return self.__dict__ | {"kept": None}
 
 
-def _forget_spectrum(module: LongConv, *_: Any) -> None:
-    module.kept = None
+FILTER_MODULES = (LongConv, FilterMLP, FilterLinear, nn.ModuleList)  # and HyenaFilter's kinds

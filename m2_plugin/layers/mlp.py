@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
+from m2_plugin.layers.plain import is_plain
 from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 
@@ -38,13 +39,16 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        h = self.up_proj(x)
-        if self.glu:
-            gate, up = h.chunk(2, dim=-1)
-            h = F.gelu(gate) * up
-        else:
-            h = F.gelu(h)
-        return self.norm(self.down_proj(self.dropout(h)) + x)
+        h = self.dropout(_activate(self.up_proj(x), self.glu))
+        return self.norm(self.down_proj(h) + x)
+
+
+def _activate(h: Tensor, glu: bool) -> Tensor:
+    """Map (..., 2F), a gate beside what it gates, or (..., F) without GLU, to (..., F)."""
+    if not glu:
+        return F.gelu(h)
+    gate, up = h.chunk(2, dim=-1)
+    return F.gelu(gate) * up
 
 
 class MonarchMLP(nn.Module):
@@ -86,14 +90,34 @@ class MonarchMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        y = monarch_mlp(
-            x,
-            self.up_proj.weight,
-            self.down_proj.weight,
-            self.down_proj.bias,
-            self.intermediate_size,
-            glu=self.glu,
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
+        dropout_p = self.dropout if self.training else 0.0
+        y = call_monarch_mlp(
+            self.up_proj, self.down_proj, x, self.glu, dropout_p, backend=self.backend
         )
         return self.norm(y + x)
+
+
+def call_monarch_mlp(
+    up_proj: BlockDiagonalLinear,
+    down_proj: BlockDiagonalLinear,
+    x: Tensor,
+    glu: bool,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Compute `m2_plugin.ops.monarch_mlp` with the weights of two modules.
+
+    If a call of the modules may do more than their products (`is_plain`), both are called.
+    """
+    if is_plain(up_proj, BlockDiagonalLinear) and is_plain(down_proj, BlockDiagonalLinear):
+        return monarch_mlp(
+            x,
+            up_proj.weight,
+            down_proj.weight,
+            down_proj.bias,
+            down_proj.in_features,
+            glu=glu,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+    return down_proj(F.dropout(_activate(up_proj(x), glu), dropout_p))

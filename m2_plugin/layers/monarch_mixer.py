@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m2_plugin.layers.long_conv import LongConv
+from m2_plugin.layers.plain import is_plain
 from m2_plugin.ops.backend import check_backend, use_long_conv_kernel
 from m2_plugin.ops.gated_long_conv import gated_long_conv
 from m2_plugin.ops.reference.gated_long_conv import gate_and_convolve
@@ -66,7 +67,8 @@ class MonarchMixer(nn.Module):
         filter_emb_dim: Number of positional features of the filters; odd.
         filter_w: Initial frequency of the filters' sines.
         filter_w_mod: Constant factor on these frequencies.
-        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`. While hooks
+            wait for a call of a convolution (as offloading installs them), PyTorch computes.
 
     Raises:
         ValueError: If `backend` is unknown.
@@ -114,10 +116,10 @@ class MonarchMixer(nn.Module):
         """Map (B, L, D) to (B, L, 3D), with positions contiguous in memory.
 
         The product is computed transposed, so that FFTs and kernels get contiguous sequences
-        without a copy. If another layer (quantised, or with adapters) has replaced the projection,
-        that layer is simply called.
+        without a copy. If a call of the projection may do more than its product (quantised, with
+        adapters, with hooks), the projection is called.
         """
-        if type(self.in_proj) is not nn.Linear:
+        if not is_plain(self.in_proj, nn.Linear):
             return self.in_proj(u)
         weight, bias = self.in_proj.weight, self.in_proj.bias
         columns = u.flatten(0, 1).t()
@@ -170,4 +172,11 @@ class MonarchMixer(nn.Module):
                     "mixer_dropout_prob to 0, or backend to 'auto', which then trains in PyTorch"
                 )
             return False
-        return use_long_conv_kernel(self.backend, u)
+        return use_long_conv_kernel(self.backend, u) and self._kernel_may_read()
+
+    def _kernel_may_read(self) -> bool:
+        """Return whether the modules whose weights the kernels take need not be called."""
+        convs = self.long_conv, self.residual_conv
+        return is_plain(self.short_conv, ShortConv) and all(
+            conv is None or is_plain(conv, LongConv) for conv in convs
+        )

@@ -70,14 +70,12 @@ class M2BertEmbeddings(nn.Module):
         """Map (B, L) token ids, or (B, L, D) word embeddings, to (B, L, D)."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
-        else:
-            x = x + self.token_type_embeddings(token_type_ids)
+            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+        x = x + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             if position_ids is None:
-                x = x + self.position_embeddings.weight[: x.shape[1]]
-            else:
-                x = x + self.position_embeddings(position_ids)
+                position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+            x = x + self.position_embeddings(position_ids)
         return self.dropout(self.norm(x))
 
 
@@ -102,7 +100,7 @@ class ExtendedFilter(HyenaFilter):
 
     def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the window, (L, D)."""
-        t = torch.arange(length, dtype=dtype, device=device)[:, None]
+        t = torch.arange(length, dtype=dtype, device=device).unsqueeze(1)
         s = t / (self.extended_from[0] - 1)
         for i, (before, after) in enumerate(pairwise([*self.extended_from, self.max_length])):
             beyond = 1 + i / 2 + (t - (before - 1)) / (2 * (after - before))
@@ -180,6 +178,12 @@ class M2BertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["M2BertLayer"]
+
+    def __init__(self, config: M2BertConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if config.sequence_mixer == "monarch_mixer":
+            # For transformers 5, which casts weights before a filter sees them.
+            self._keep_in_fp32_modules_strict = ["filter"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -373,6 +377,8 @@ class M2BertModel(M2BertPreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if input_ids is not None and attention_mask is None:
+            _warn_of_padding(input_ids, self.config.pad_token_id)
 
         if (full := self.config.padded_length) is not None:
             # No mask is needed: the mixers read one only where padding changes nothing.
@@ -499,12 +505,12 @@ class M2BertPooler(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Map (B, L, D), with a mask (B, L) or None, to (B, D)."""
         if self.pooling == "cls":
-            pooled = x[:, 0]
+            pooled = x.select(1, 0)
         elif attention_mask is None:
             pooled = x.mean(dim=1)
         else:
             mask = attention_mask.to(x.dtype).unsqueeze(-1)
-            pooled = (x * mask).sum(dim=1) / mask.sum(dim=1)
+            pooled = (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # 0 without a token
         return pooled if self.dense is None else torch.tanh(self.dense(pooled))
 
 
@@ -877,5 +883,18 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
+def _warn_of_padding(input_ids: Tensor, pad_token_id: int) -> None:
+    """Warn once if ids begin or end with padding. transformers' own needs more of a config."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    if pad_token_id in input_ids[:, [0, -1]]:
+        log.warning_once(
+            "The input_ids hold padding and there is no attention_mask: pass the one that the "
+            "tokenizer returns, so that poolers and mask_padding leave padding out."
+        )
+
+
 def _wants_dict(return_dict: bool | None, config: Any) -> bool:
-    return config.use_return_dict if return_dict is None else return_dict
+    # `use_return_dict` says the same, with a warning in transformers 5.
+    default = config.return_dict and not getattr(config, "torchscript", False)
+    return default if return_dict is None else return_dict

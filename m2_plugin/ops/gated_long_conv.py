@@ -24,8 +24,10 @@ def two_sided_taps(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor) -> Tensor:
         (D, 2L − 1), contiguous.
     """
     length = k_fwd.shape[0]
-    before = torch.zeros_like(k_fwd[1:]) if k_rev is None else k_rev[: length - 1].flip(0)
-    return torch.cat([before, k_fwd[:1] + skip, k_fwd[1:]]).t().contiguous()
+    before = torch.zeros_like(k_fwd) if k_rev is None else k_rev.flip(0)
+    taps = torch.cat([before, k_fwd])  # lags −L … L − 1
+    taps[length] += skip
+    return taps.t().narrow(1, 1, 2 * length - 1).contiguous()
 
 
 def gated_long_conv(

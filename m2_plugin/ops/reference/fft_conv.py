@@ -37,7 +37,9 @@ def circular_filter(k_fwd: Tensor, k_rev: Tensor | None) -> Tensor:
     length = k_fwd.shape[0]
     if k_rev is None:
         return F.pad(k_fwd, (0, 0, 0, length))
-    return torch.cat([k_fwd, F.pad(k_rev[: length - 1].flip(0), (0, 0, 1, 0))])
+    k = torch.cat([k_fwd, k_rev.flip(0)])
+    k[length].zero_()
+    return k
 
 
 def _rfft(x: Tensor, n: int) -> Tensor:
@@ -47,7 +49,7 @@ def _rfft(x: Tensor, n: int) -> Tensor:
 
 def _irfft(x: Tensor, n: int, length: int) -> Tensor:
     """Transform (D, B, n/2 + 1) to (B, length, D); the sequence stays contiguous in memory."""
-    return torch.fft.irfft(x, n=n)[..., :length].permute(1, 2, 0)
+    return torch.fft.irfft(x, n=n).narrow(-1, 0, length).permute(1, 2, 0)
 
 
 def spectral_conv(u: Tensor, spectrum: Tensor) -> Tensor:
@@ -158,9 +160,10 @@ def filter_spectrum(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) ->
 
 
 def _circular_filter_with_skip(k_fwd: Tensor, k_rev: Tensor | None, skip: Tensor | None) -> Tensor:
-    if skip is not None:  # the skip adds to the tap at lag 0
-        k_fwd = torch.cat([k_fwd[:1] + skip, k_fwd[1:]])
-    return circular_filter(k_fwd, k_rev)
+    k = circular_filter(k_fwd, k_rev)
+    if skip is not None:
+        k[0] += skip  # the tap at lag 0
+    return k
 
 
 def fft_conv(
@@ -188,5 +191,8 @@ def fft_conv(
     dtype = torch.promote_types(u.dtype, torch.float32)
     k_rev = None if k_rev is None else k_rev.to(dtype)
     k = _circular_filter_with_skip(k_fwd.to(dtype), k_rev, skip)
-    conv = fft_conv_op if torch.compiler.is_compiling() else FFTConvFunction.apply
+    if torch.jit.is_tracing():
+        conv: Any = _conv  # a trace cannot be saved with a Function in it
+    else:
+        conv = fft_conv_op if torch.compiler.is_compiling() else FFTConvFunction.apply
     return conv(u.to(dtype), k).to(u.dtype)

@@ -1,0 +1,38 @@
+"""When a layer may compute with a module's weights itself, rather than call the module."""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a call of the module would compute the forward of `kind`, and nothing else.
+
+    A kernel takes the weights of several modules at once, and a transposed product is faster than
+    the usual one. Such a computation passes by whatever belongs to the call: hooks (offloading,
+    pruning), another class or `forward` (adapters), weights of a tensor class (quantisation).
+
+    Args:
+        module: The module.
+        kind: The class that it must have; a subclass is something else.
+    """
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in own
+        and not has_hooks(module)
+        and all(type(p) in (nn.Parameter, Tensor, type(None)) for p in own["_parameters"].values())
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks would run in a call of the module: its own, or those of all modules."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_backward_pre_hooks
+        or _module._global_backward_hooks
+    )
