@@ -54,7 +54,6 @@ DATA = (".json", ".txt", ".md", ".model", ".safetensors", ".jinja", "LICENSE", "
 # Keys with which a tokenizer's config names code, or files anywhere.
 POINTERS = re.compile(r"auto_map|init_inputs|name_or_path|\w+_file")
 
-
 HEAD_NAMES = tuple(part for part, _ in HEADS if part)
 
 
@@ -81,13 +80,16 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
         found = resolve(tensors, saved, where=str(path))
     except ValueError as error:
         raise ValueError(f"{str(folder)!r}: {error}") from error
+    bare = not any(name.startswith(HEAD_NAMES) for name in found.weights)
 
     def find(name: str) -> str | None:
         file = Path(folder) / name
         return str(file) if file.is_file() else None
 
-    bare = not any(name.startswith(HEAD_NAMES) for name in found.weights)
-    if bare and (embedder := read_modules(find, lambda file: read_file(file)[0])):
+    def read(file: str) -> dict[str, Tensor]:
+        return read_file(file)[0]
+
+    if bare and (embedder := read_modules(find, read, found.config.hidden_size)):
         found.config.update({**embedder.fields, "architectures": ["M2BertForTextEmbedding"]})
         found.weights.update(embedder.weights)
     if not found.config.architectures:

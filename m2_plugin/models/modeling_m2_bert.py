@@ -213,17 +213,20 @@ class M2BertPreTrainedModel(PreTrainedModel):
             _raise_exceptions_for_connection_errors=False,
             **hub,
         )
-        found = None if name is None else read_modules(find, _load_tensors)
-        if found is None or not found.weights:
+        width = self.config.hidden_size
+        found = None if name is None else read_modules(find, _load_tensors, width)
+        if found is None or not (found.weights or isinstance(self, M2BertForTextEmbedding)):
             return
         for key, tensor in found.weights.items():
             self.get_parameter(key).copy_(tensor)
+        if not found.weights:
+            self.pooler.dense = None
         saved = type(self.config).from_pretrained(name, **hub)
         for key, value in found.fields.items():
             if getattr(self.config, key) == getattr(saved, key):  # else the user has replaced it
                 setattr(self.config, key, value)
         self.pooler.pooling = self.config.classifier_pooling
-        info["missing_keys"] = [key for key in info["missing_keys"] if key not in found.weights]
+        info["missing_keys"] = [k for k in info["missing_keys"] if not k.startswith("pooler.")]
         log.warning("%s: the pooler was read from sentence-transformers' modules", name)
 
     def save_pretrained(

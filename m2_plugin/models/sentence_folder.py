@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from m2_plugin.models.configuration_m2_bert import M2BertConfig
 __all__ = ["Embedder", "read_modules", "write_modules"]
 
 TYPES = "sentence_transformers.models."
-# Modules of sentence-transformers that compute what M2BertForTextEmbedding does. The last two may
+# Modules of sentence-transformers that compute what M2BertForTextEmbedding does; the last two may
 # be missing.
 MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
 
@@ -24,7 +24,7 @@ class Embedder(NamedTuple):
 
     Args:
         fields: Fields of its config.
-        weights: Its pooler.
+        weights: Its pooler, if it has one.
     """
 
     fields: dict[str, Any]
@@ -32,36 +32,38 @@ class Embedder(NamedTuple):
 
 
 def read_modules(
-    find: Callable[[str], str | None], read: Callable[[str], Mapping[str, Tensor]]
+    find: Callable[[str], str | None], read: Callable[[str], Mapping[str, Tensor]], width: int
 ) -> Embedder | None:
     """Read the pooler from the folders of sentence-transformers' modules.
 
     Args:
         find: Gives the path of a file by its name in the folder, or None if there is none.
         read: Reads a file of tensors.
+        width: The hidden size.
 
     Returns:
         The pooler, or None if the folder has no modules or if they do not compute what
         M2BertForTextEmbedding does.
 
     Raises:
-        ValueError: If a file of theirs is missing or cannot be read; the message names it.
+        ValueError: If a file of theirs is missing, lies outside of the folder or cannot be read;
+            the message names it.
     """
     file = find("modules.json")
     if file is None:
         return None
+    modules = _read(find, "modules.json", list)
     try:
-        modules = _read(find, "modules.json", list)
         kinds = [module["type"].rpartition(".")[2] for module in modules]
-        paths = [Path(module["path"]) for module in modules]
-    except (AttributeError, KeyError, TypeError) as error:
+        paths = [PurePosixPath(module["path"]) for module in modules]
+    except Exception as error:  # the file may hold anything
         raise ValueError(f"{file!r} must be a JSON list of modules: {error!r}") from error
     for path in paths:
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{file!r} names {str(path)!r}, which is not in its folder")
     if kinds[:2] != MODULES[:2] or kinds[2:] not in (MODULES[2:], ["Dense"], ["Normalize"], []):
         return None
-    if paths[0] != Path():
+    if paths[0] != PurePosixPath():
         return None
     pooling = _read(find, f"{paths[1]}/config.json", dict)
     flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # older versions
@@ -71,18 +73,20 @@ def read_modules(
     ]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         return None
-    weights: dict[str, Tensor] = {}
+    weights = {}
     if "Dense" in kinds:
         dense = _read(find, f"{paths[2]}/config.json", dict)
-        tanh = str(dense.get("activation_function")).endswith(".Tanh")
-        square = dense.get("in_features") == dense.get("out_features") and dense.get("bias", True)
-        if not (tanh and square):
+        if not str(dense.get("activation_function")).endswith(".Tanh"):
             return None
-        files = [f"{paths[2]}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
-        tensors = find(files[0]) or find(files[1])
-        if tensors is None:
-            raise ValueError(f"modules.json names a Dense, and there is no {files[0]}")
-        weights = {n.replace("linear.", "pooler.dense."): t for n, t in read(tensors).items()}
+        names = [f"{paths[2]}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+        there = find(names[0]) or find(names[1])
+        if there is None:
+            raise ValueError(f"{file!r} names a Dense, and there is no {names[0]}")
+        tensors = read(there)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {"linear.weight": (width, width), "linear.bias": (width,)}:
+            return None
+        weights = {name.replace("linear.", "pooler.dense."): t for name, t in tensors.items()}
     fields = {
         "classifier_pooling": modes[0],
         "normalize_embeddings": "Normalize" in kinds,
@@ -142,13 +146,13 @@ def write_modules(folder: str | Path, config: M2BertConfig, weights: Mapping[str
 
 
 def _read(find: Callable[[str], str | None], name: str, kind: type) -> Any:
-    path = find(name)
+    path = find(name) or name
     try:
-        content = json.loads(Path(path or name).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path or name!r} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path!r} cannot be read as JSON: {error}") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path or name!r} must be a JSON {kind.__name__} of modules or fields")
+        raise ValueError(f"{path!r} must be a JSON {kind.__name__} of modules or fields")
     return content
 
 

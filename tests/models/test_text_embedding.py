@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -159,16 +160,52 @@ def test_other_modules_are_no_pooler(change, tmp_path):
     saved_by_sentence_transformers(tmp_path)
     folder = tmp_path / "theirs"
     if change == "modules":
-        modules = json.loads((folder / "modules.json").read_text())[:2]
+        modules = json.loads((folder / "modules.json").read_text())[:1]
         (folder / "modules.json").write_text(json.dumps(modules))
-    else:
+    elif change == "activation":
         path = folder / "2_Dense" / "config.json"
-        config = json.loads(path.read_text())
-        key = "activation_function" if change == "activation" else "out_features"
-        path.write_text(json.dumps(config | {key: "torch.nn.GELU" if key[0] == "a" else 8}))
+        config = json.loads(path.read_text()) | {"activation_function": "torch.nn.GELU"}
+        path.write_text(json.dumps(config))
+    else:
+        narrow = {"linear.weight": torch.zeros(8, 16), "linear.bias": torch.zeros(8)}
+        save_file(narrow, folder / "2_Dense" / "model.safetensors")
     _, info = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
     assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
     assert not any(name.startswith("pooler.") for name in load_folder(folder)[1])
+
+
+def test_modules_without_a_dense_are_embeddings_without_a_pooler(tmp_path):
+    """The config does not say it; classifiers still get a new pooler."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    saved_by_sentence_transformers(tmp_path)
+    folder = tmp_path / "theirs"
+    modules = json.loads((folder / "modules.json").read_text())[:2]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    loaded, info = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not loaded.config.embedding_pooler
+    served = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    expected = torch.from_numpy(served.encode(TEXTS))
+    with torch.no_grad():
+        found = loaded.eval()(**batch_of(TEXTS)).sentence_embedding
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForTextEncoding.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch_of(TEXTS)).sentence_embedding, found)
+    _, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert "pooler.dense.weight" in info["missing_keys"]
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/elsewhere"])
+def test_modules_outside_of_the_folder_are_not_read(path, tmp_path):
+    saved_by_sentence_transformers(tmp_path)
+    file = tmp_path / "theirs" / "modules.json"
+    modules = json.loads(file.read_text())
+    modules[2]["path"] = path
+    file.write_text(json.dumps(modules))
+    for load in (AutoModelForTextEncoding.from_pretrained, load_folder):
+        with pytest.raises(ValueError, match=f"names '{path}', which is not in its folder"):
+            load(tmp_path / "theirs")
 
 
 def test_a_module_that_is_not_whole_is_named(tmp_path):
