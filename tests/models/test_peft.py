@@ -1,5 +1,7 @@
 """Adapters of PEFT: every task trains, and a merged model computes what the adapters did."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tests.utils import max_error
 peft = pytest.importorskip("peft")
 
 PROJECTIONS = ["in_proj", "out_proj"]
+MONARCH_MLP = ["mlp.up_proj.weight", "mlp.down_proj.weight"]
 # Task → the model, and the labels of a batch of two.
 TASKS = {
     "SEQ_CLS": (M2BertForSequenceClassification, {"labels": torch.tensor([0, 1])}),
@@ -132,3 +135,28 @@ def test_a_new_pooler_is_trained_whole(tmp_path):
     pooler = model.base_model.model.pooler
     trained, first = pooler.modules_to_save["default"].dense, pooler.original_module.dense
     assert max_error(trained.weight, first.weight) > 1e-4
+
+
+@pytest.mark.parametrize("glu", [True, False])
+def test_target_parameters_reach_the_monarch_mlp(glu):
+    """Beside the projections; each block of the matrices has its own adapter."""
+    if "target_parameters" not in inspect.signature(peft.LoraConfig).parameters:
+        pytest.skip("this version of PEFT has no target_parameters")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", target_modules=PROJECTIONS, target_parameters=MONARCH_MLP
+    )
+    cls, labels = TASKS["SEQ_CLS"]
+    base, batch = cls(small(num_labels=2, use_glu_mlp=glu)).eval(), inputs()
+    with torch.no_grad():
+        before = base(**batch).logits
+    model = peft.get_peft_model(base, config).eval()
+    layers = {f"model.layers.{i}." for i in (0, 1)}
+    names = [f"mixer.{name}" for name in PROJECTIONS] + ["mlp.up_proj", "mlp.down_proj"]
+    assert adapted(model) == {layer + name for layer in layers for name in names}
+    with torch.no_grad():
+        assert max_error(model(**batch).logits, before) < 1e-6  # adapters begin at zero
+    model = train(model, batch | labels)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert max_error(model.merge_and_unload()(**batch).logits, expected) < 1e-5
+    assert max_error(expected, before) > 1e-4
