@@ -16,8 +16,9 @@ import importlib.util
 import json
 import sys
 
-# An editable installation is not found through a .pth file; another would be.
-assert importlib.util.find_spec("m2_plugin") is None, "install this package with --editable"
+# The models of an editable installation are not found through a .pth file; others would be.
+found = importlib.util.find_spec("m2_plugin") and importlib.util.find_spec("m2_plugin.models")
+assert found is None, "install this package with --editable"
 
 import numpy as np
 import onnxruntime
