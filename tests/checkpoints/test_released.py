@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -104,8 +106,25 @@ def test_a_text_alone_has_the_outputs_of_the_reference_s_padding(name, tmp_path)
     assert error > 1e-2 if sees else error < 1e-5  # it is the padding that does it
 
 
+@pytest.fixture
+def own_remote_modules(tmp_path, monkeypatch):
+    """Give a test a folder of its own for remote code, and forget the modules imported from it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def forget() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    others = forget()
+    yield
+    forget()
+    sys.modules.update(others)
+
+
+@pytest.mark.usefixtures("own_remote_modules")
 @pytest.mark.parametrize("pooling", ["first", "all"])
-def test_every_route_gives_the_vectors_of_the_reference(pooling, tmp_path, monkeypatch, capsys):
+def test_every_route_gives_the_vectors_of_the_reference(pooling, tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
 
     source, _, tensors = released(tmp_path, fields={"pool_all": pooling == "all"})
@@ -132,7 +151,6 @@ def test_every_route_gives_the_vectors_of_the_reference(pooling, tmp_path, monke
     assert main(["embed", str(file), "--model", str(folder), "--out", str(out)]) == 0
     found["embed"] = np.load(out)
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
     remote = get_class_from_dynamic_module("modeling_m2_bert.M2BertForTextEmbedding", str(hub))
     assert not remote.__module__.startswith("m2_plugin")
     together = tokenizer(texts, padding=True, return_tensors="pt")
