@@ -30,7 +30,7 @@ ROOMS = {
     "ops": ["ops.backend", "ops.kernels", "ops.reference"],
     "layers": ["ops", "ops.backend", "ops.reference"],
     "models": ["constants", "layers", "ops.backend", "suggest"],
-    "checkpoints": ["constants", "files", "layers", "models", "suggest"],
+    "checkpoints": ["constants", "data", "files", "layers", "models", "suggest"],
     "data": ["files", "suggest"],
     "glue.tasks": ["suggest"],
     "glue": ["constants", "files", "glue.tasks", "suggest"],

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from m2_plugin.checkpoints.config import (
     Resolved,
@@ -31,6 +30,7 @@ from m2_plugin.checkpoints.folder import (
 )
 from m2_plugin.checkpoints.names import to_reference
 from m2_plugin.checkpoints.read import read_file
+from m2_plugin.data.tokenizer import load_tokenizer
 from m2_plugin.files import whole
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.modeling_m2_bert import M2BertForTokenClassification
@@ -255,11 +255,10 @@ def _save_tokenizer(
             where = Path(made) if files else Path(name)
             if where.is_dir():
                 copy_tokenizer(where, Path(scratch))
-                tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = load_tokenizer(scratch if where.is_dir() else name)
     except Exception as error:  # the files may hold anything, so any error can occur
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # without the name of the scratch folder
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
 
 from m2_plugin.checkpoints.convert import export_checkpoint, import_checkpoint
@@ -495,3 +497,13 @@ def test_time_and_memory_of_the_published_80m(tmp_path):
     memory, seconds = map(float, run.stdout.split())
     assert memory * 1024 < 2 * os.path.getsize(source)
     assert seconds < 60
+
+
+def test_a_tokenizer_of_one_file_is_saved_beside(tmp_path):
+    """As the library tokenizers saves one: tokenizer.json, without a tokenizer_config.json."""
+    source, config, _, _ = golden_file(tmp_path)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "he": 1}, unk_token="[UNK]"))
+    (tmp_path / "only").mkdir()
+    words.save(str(tmp_path / "only" / "tokenizer.json"))
+    import_checkpoint(source, tmp_path / "m2", config=config, tokenizer=str(tmp_path / "only"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "m2")("he")["input_ids"] == [1]
