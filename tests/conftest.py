@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The tests compare each kernel themselves, and shall see the results of a wrong one.
+os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
+
 # The tests' tensors are small: threads would only wait for each other.
 torch.set_num_threads(1)
 

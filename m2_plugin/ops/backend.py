@@ -1,15 +1,10 @@
 """Decides which implementation of an op runs: plain PyTorch or a Triton kernel."""
 
 import importlib.util
-import logging
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,35 +81,9 @@ def use_long_conv_kernel(backend: str, x: Tensor) -> bool:
     return use_kernel(backend, "gated_long_conv", x)
 
 
-def run_kernel(
-    op: str, strict: bool, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any
-) -> Any:
-    """Call `kernel`; if it cannot be built or launched, warn once and call `fallback`.
-
-    Args:
-        op: The op's name. After one failure, later calls go straight to the fallback.
-        strict: Raise the kernel's error instead of falling back.
-        kernel: The function that launches the kernel.
-        fallback: The function that computes the same in PyTorch.
-        *args: The arguments of both.
-    """
-    if op in _failed and not strict:
-        return fallback(*args)
-    try:
-        return kernel(*args)
-    except torch.OutOfMemoryError:
-        raise  # PyTorch would need even more memory
-    except Exception as error:
-        if strict:
-            raise
-        _failed[op] = f"{type(error).__name__}: {error}"
-        log.warning(
-            "The Triton kernel of %s failed (%s). From now on plain PyTorch computes it, which is "
-            "slower. `backend: torch` silences this warning, `backend: triton` makes it an error.",
-            op,
-            _failed[op].splitlines()[0],
-        )
-        return fallback(*args)
+def give_up(op: str, reason: str) -> None:
+    """Let PyTorch compute an op from now on, unless `backend` is `triton`."""
+    _failed[op] = reason
 
 
 def failures() -> dict[str, str]:

@@ -40,6 +40,7 @@ def gated_long_conv(
     mask: Tensor | None = None,
     causal: bool = False,
     backend: str = "auto",
+    p_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute what `MonarchMixer` does between its two projections, without dropout.
 
@@ -55,6 +56,8 @@ def gated_long_conv(
         causal: Whether all taps at negative lags are zero. This halves the kernel's work.
         backend: `auto` (Triton kernels on CUDA except for long fp32 sequences, else PyTorch),
             `torch` or `triton`.
+        p_bias: (3D,), a bias of the input projection that is not in `p` yet, or None. The kernels
+            add it where they read `p`, which saves a pass over memory.
 
     Returns:
         (B, L, D) in the dtype of `p`.
@@ -81,10 +84,11 @@ def gated_long_conv(
             None if u is None else u.to(dtype),
             weight.float(),
             bias.float(),
+            None if p_bias is None else p_bias.float(),
             taps.float(),
             None if res_taps is None else res_taps.float(),
             None if mask is None else mask.to(dtype).contiguous(),
             causal,
             backend == "triton",
         )
-    return gated_long_conv_torch(p, u, weight, bias, taps, res_taps, mask)
+    return gated_long_conv_torch(p, u, weight, bias, taps, res_taps, mask, p_bias)

@@ -50,10 +50,10 @@ def monarch_mlp(
     """
     fit = blocks_fit(x, up_weight, down_weight, intermediate_size, glu)
     if fit and use_kernel(backend, "monarch_mlp", x) and x.numel():
-        from m2_plugin.ops.kernels.monarch_mlp import max_block_width, monarch_mlp_op
+        from m2_plugin.ops.kernels.monarch_mlp import monarch_mlp_op, takes_blocks
 
         dtype = autocast_dtype(x)
-        if up_weight.shape[2] <= max_block_width(x.device, dtype):
+        if takes_blocks(*down_weight.shape[1:], x.device, dtype):
             y = monarch_mlp_op(
                 x.reshape(-1, x.shape[-1]).to(dtype),
                 up_weight.to(dtype),

@@ -10,6 +10,7 @@ the compiler when Triton is imported.
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,10 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from m2_plugin.ops.block_diagonal_linear import block_shape
+from m2_plugin.ops.kernels import add_layer_norm as norm_kernels
 from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
-from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
+from m2_plugin.ops.kernels import hyena_filters, monarch_conv, toeplitz_conv, tuning
+from m2_plugin.ops.kernels import linear_cross_entropy as loss_kernels
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
 from m2_plugin.ops.kernels.gates import Inputs
+from m2_plugin.ops.reference.hyena_filters import Sizes, packed_shapes
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Hidden size, blocks, GLU, dropout: the published sizes, and other numbers of blocks.
@@ -43,15 +47,22 @@ MLPS = [
     (768, 2, True, 0.1),
     (128, 4, True, 0.1),
 ]
-# Each configuration of the FFTs, for lengths that 16 divides and for others.
+# Kernels, length, batch rows: each configuration of the FFTs, lengths that 16 divides and others,
+# and one row or one position, which Triton compiles anew.
 LONG_CONVS = [
-    (toeplitz_conv, 128),
-    (toeplitz_conv, 500),
-    (monarch_conv, 1500),
-    (monarch_conv, 2048),
-    (monarch_conv, 4096),
-    (monarch_conv, 16384),
+    (toeplitz_conv, 128, 64),
+    (toeplitz_conv, 500, 64),
+    (monarch_conv, 1, 1),
+    (monarch_conv, 500, 64),
+    (monarch_conv, 1024, 64),
+    (monarch_conv, 1500, 64),
+    (monarch_conv, 2048, 64),
+    (monarch_conv, 4096, 64),
+    (monarch_conv, 16384, 64),
+    (monarch_conv, 32768, 1),
 ]
+# Filters, directions, length, order.
+FILTERS = [(24, 2, 128, 128), (2, 2, 2000, 128), (1, 1, 128, 64), (1, 2, 1, 16), (1, 2, 2, 16)]
 N = 4096
 
 
@@ -127,15 +138,40 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         found.append((f"linear D768 K4 {name}", lambda d=dtype: linear(768, 4, d)))
         found.append((f"linear D960 K4 {name}", lambda d=dtype: linear(960, 4, d)))
         found.append((f"linear D768 K1 {name}", lambda d=dtype: linear(768, 1, d)))
-        for kernels, length in LONG_CONVS:
-            text = f"{kernels.__name__.split('.')[-1]} L{length} {name}"
-            found.append((text, lambda k=kernels, n=length, d=dtype: gated_long_conv(k, n, d)))
+        for hidden in (128, 768, 960, 1536, 1792):
+            text = f"add_layer_norm D{hidden} {name}"
+            found.append((text, lambda h=hidden, d=dtype: add_layer_norm(h, d)))
+        found.append((f"loss V30528 {name}", lambda d=dtype: loss(30528, d)))
+        found.append((f"loss V30521 {name}", lambda d=dtype: loss(30521, d)))
+        for kernels, length, batch in LONG_CONVS:
+            text = f"{kernels.__name__.split('.')[-1]} L{length} B{batch} {name}"
+            args = (kernels, length, batch, dtype)
+            found.append((text, lambda a=args: gated_long_conv(*a)))
         for hidden, nblocks, glu, dropout in MLPS:
-            if hidden // nblocks <= mlp_kernels.max_block_width(torch.device("meta"), dtype):
+            blocks = hidden // nblocks, 4 * hidden // nblocks
+            if mlp_kernels.takes_blocks(*blocks, torch.device("meta"), dtype):
                 text = f"mlp {'glu' if glu else 'plain'} D{hidden} K{nblocks} p{dropout} {name}"
                 args = (hidden, nblocks, glu, dropout, dtype)
                 found.append((text, lambda a=args: mlp(*a)))
+    # What fp32 runs under `torch.backends.cuda.matmul.allow_tf32`, which Composer sets.
+    found.append(("linear D768 K4 tf32", lambda: tf32(lambda: linear(768, 4, torch.float32))))
+    for glu in (True, False):
+        text = f"mlp {'glu' if glu else 'plain'} D768 K8 p0.1 tf32"
+        args = (768, 8, glu, 0.1, torch.float32)
+        found.append((text, lambda a=args: tf32(lambda: mlp(*a))))
+    for sizes in FILTERS:
+        found.append((f"filters {sizes}", lambda s=sizes: filters(*s)))
     return found
+
+
+def tf32(run: Callable[[], Any]) -> None:
+    """Run with TF32 allowed in matrix products."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        run()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -149,6 +185,23 @@ def linear(hidden: int, nblocks: int, dtype: torch.dtype) -> None:
     linear_kernels._backward(grad, x, weight, [True, True, True])
 
 
+def add_layer_norm(hidden: int, dtype: torch.dtype) -> None:
+    x, weight = meta(N, hidden, dtype=dtype), meta(hidden, dtype=torch.float32)
+    rows = meta(128, hidden, dtype=torch.float32)
+    mean = meta(N, dtype=torch.float32)
+    for residual, sequence_last in ((x, True), (x, False), (rows, True), (None, True)):
+        norm_kernels._forward(x, residual, weight, weight, 1e-12, dtype, sequence_last)
+        grad = meta(hidden, N, dtype=dtype).t() if sequence_last else x
+        norm_kernels._backward(grad, x, residual, weight, mean, mean, sums=True)
+
+
+def loss(vocabulary: int, dtype: torch.dtype) -> None:
+    x, weight = meta(N, 768, dtype=dtype), meta(vocabulary, 768, dtype=torch.float32)
+    labels = torch.empty(N, dtype=torch.int64, device="meta")
+    for needs_grad in (True, False):
+        loss_kernels._compute(x, weight, weight[:, 0], labels, needs_grad)
+
+
 def mlp(hidden: int, nblocks: int, glu: bool, dropout: float, dtype: torch.dtype) -> None:
     size = 4 * hidden
     x = meta(N, hidden, dtype=dtype)
@@ -159,8 +212,18 @@ def mlp(hidden: int, nblocks: int, glu: bool, dropout: float, dtype: torch.dtype
     mlp_kernels._backward(x, x, up, down, glu, dropout, seed)
 
 
-def gated_long_conv(kernels: ModuleType, length: int, dtype: torch.dtype) -> None:
-    batch, channels = 64, 32
+def filters(number: int, directions: int, length: int, order: int) -> None:
+    sizes = Sizes(number, directions, length, 768, 5, order, length - 1)
+    fp32 = functools.partial(meta, dtype=torch.float32)
+    packed = fp32(sum(math.prod(shape) for shape in packed_shapes(sizes)))
+    args = packed, fp32(length), fp32(768), sizes, 1.0
+    kept = hyena_filters.kept_taps(None, *args)
+    hyena_filters.kept_taps(kept, *args)
+    hyena_filters._backward(kept.taps, *args)
+
+
+def gated_long_conv(kernels: ModuleType, length: int, batch: int, dtype: torch.dtype) -> None:
+    channels = 32
     p = meta(3 * channels, batch, length, dtype=dtype).permute(1, 2, 0)
     u = meta(batch, length, channels, dtype=dtype)
     weight, bias = (

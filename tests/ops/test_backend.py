@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from m2_plugin.ops import backend
-from m2_plugin.ops.backend import failures, run_kernel, use_kernel
+from m2_plugin.ops.backend import failures, use_kernel
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear
 from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.kernels.launch import allows_tf32, dot_precision
+from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.monarch_mlp import monarch_mlp
 from tests.utils import KERNEL_DEVICE, gradients
 
@@ -66,6 +68,49 @@ def test_out_of_memory_is_not_a_broken_kernel(no_failures):
     assert not failures()
 
 
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
+    """Also if a tuple of tensors comes first; the device is current while the kernel runs."""
+    events = []
+
+    class Guard:
+        def __init__(self, x):
+            self.x = x
+
+        def __enter__(self):
+            events.append(("enter", self.x))
+
+        def __exit__(self, *error):
+            events.append(("exit", self.x))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    run_kernel("op", True, lambda pair, y: events.append("kernel"), None, (None, CPU), CPU + 1)
+    assert events[1] == "kernel" and len(events) == 3
+    assert events[0] == ("enter", CPU) and events[2] == ("exit", CPU)
+    assert events[0][1] is CPU
+
+
+def test_tf32_is_read_in_both_of_pytorchs_ways(monkeypatch):
+    class Old:
+        allow_tf32 = True
+
+    class New:
+        fp32_precision = "tf32"
+
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Old())
+    assert allows_tf32()
+    monkeypatch.setattr(Old, "allow_tf32", False)
+    assert not allows_tf32()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", New())
+    assert allows_tf32() and dot_precision(torch.float32) == "tf32"
+    monkeypatch.setattr(New, "fp32_precision", "ieee")
+    assert not allows_tf32() and dot_precision(torch.float32) == "ieee"
+    assert dot_precision(torch.float16) == "ieee"
+
+
 def linear(x, weight, bias, backend):
     return block_diagonal_linear(x, weight, bias, backend=backend)
 
@@ -108,11 +153,10 @@ def test_fallback_gives_pytorchs_output_and_gradients(op, shapes, monkeypatch):
 
     plain = run("torch")
     called = []
-    run_kernel_ = backend.run_kernel
 
     def not_strict(name, strict, kernel, fallback, *args):
         called.append(name)
-        return run_kernel_(name, False, kernel, fallback, *args)
+        return run_kernel(name, False, kernel, fallback, *args)
 
     for module in ("block_diagonal_linear", "monarch_mlp", "gated_long_conv"):
         monkeypatch.setattr(f"m2_plugin.ops.kernels.{module}.run_kernel", not_strict)

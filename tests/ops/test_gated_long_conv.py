@@ -8,9 +8,11 @@ from m2_plugin.ops.reference.fft_conv import fft_conv_reference
 from m2_plugin.ops.reference.short_conv import short_conv_reference
 from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, assert_close, gradients, relative_error
 
+NAMES = ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps", "dp_bias")
 
-def inputs(batch, length, channels, residual=True, causal=False):
-    """p, weight, bias, taps, u, res_taps."""
+
+def inputs(batch, length, channels, residual=True, causal=False, p_bias=False):
+    """p, weight, bias, taps, u, res_taps, p_bias."""
 
     def taps(causal):
         k_fwd, k_rev = torch.randn(2, length, channels) / length**0.5
@@ -23,6 +25,7 @@ def inputs(batch, length, channels, residual=True, causal=False):
         taps(causal),
         torch.randn(batch, length, channels) if residual else None,
         taps(causal) if residual else None,
+        *([torch.randn(3 * channels)] if p_bias else []),
     ]
 
 
@@ -35,20 +38,20 @@ def run(tensors, dy, backend, dtype, mask=None, causal=False):
         given = tensor is not None
         args.append(tensor.to(KERNEL_DEVICE, to).requires_grad_() if given else None)
     mask = None if mask is None else mask.to(KERNEL_DEVICE, dtype)
-    y = gated_long_conv(*args, mask, causal, backend)
+    y = gated_long_conv(*args[:6], mask, causal, backend, *args[6:])
     grads = gradients(y, dy.to(y), *(a for a in args if a is not None))
     return y, *grads
 
 
-def check_kernels(shape, residual, masked, causal, dtype, atol=1e-5):
+def check_kernels(shape, residual, masked, causal, dtype, atol=1e-5, p_bias=False):
     """Compares output and gradients with fp64 and with plain PyTorch's errors."""
     batch, length, channels = shape
-    tensors = inputs(*shape, residual, causal)
+    tensors = inputs(*shape, residual, causal, p_bias)
     tensors = [None if t is None else t.to(dtype).float() for t in tensors]
     dy = torch.randn(batch, length, channels).to(dtype)
     mask = (torch.rand(batch, length) > 0.3).float() if masked else None
     for name, actual, exact, plain in zip(
-        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
+        NAMES if residual else [n for n in NAMES if n not in ("du", "dres_taps")],
         run(tensors, dy, "triton", dtype, mask, causal),
         run(tensors, dy, "torch", torch.float64, mask, causal),
         run(tensors, dy, "torch", dtype, mask, causal),
@@ -74,88 +77,30 @@ def test_pytorch_path_is_the_definition():
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "residual", "masked", "causal"),
+    ("shape", "residual", "masked", "causal", "p_bias"),
     [
-        ((3, 20, 5), True, False, False),
-        ((17, 80, 2), True, True, False),
-        ((2, 33, 3), False, False, True),
-        ((5, 130, 1), False, True, False),
-        ((1, 1, 2), True, False, True),
+        ((3, 20, 2), True, False, False, False),
+        ((17, 80, 2), True, True, False, True),
+        ((2, 33, 3), False, False, True, True),
+        ((5, 130, 1), False, True, False, False),
+        ((2, 136, 1), True, False, True, True),
+        ((1, 1, 2), True, False, True, True),
+        ((70, 16, 2), True, False, False, False),
+        ((16, 64, 1), True, True, False, True),
     ],
-    ids=["residual", "masked", "causal", "no_residual", "one_position"],
-)
-def test_kernel(shape, residual, masked, causal, dtype):
-    check_kernels(shape, residual, masked, causal, dtype)
-
-
-@pytest.fixture
-def small_fft(monkeypatch):
-    """FFTs of 256 points for every length, so that short sequences take several of them."""
-    from m2_plugin.ops.kernels import monarch_conv
-
-    config = monarch_conv.Config(n1=16, n2=16, num_warps=4)
-    monkeypatch.setattr(backend, "MAX_TOEPLITZ_LENGTH", 0)
-    monkeypatch.setattr(
-        monarch_conv, "CONFIGS", dict.fromkeys(monarch_conv.CONFIGS, ((None, config),))
-    )
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "residual", "masked", "causal"),
-    [
-        ((3, 20, 2), True, False, False),
-        ((4, 150, 2), True, True, False),
-        ((1, 256, 1), False, False, True),
-        ((3, 300, 2), True, True, False),
-        ((2, 701, 1), False, True, False),
-        ((1, 1, 2), True, False, True),
+    ids=[
+        "residual",
+        "octets",
+        "causal",
+        "tiles",
+        "tiles_of_octets",
+        "one_position",
+        "many_rows",
+        "full_tiles",
     ],
-    ids=["padded", "two_passes", "causal", "folded", "folded_no_residual", "one_position"],
 )
-def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
-    # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which
-    # nothing rounds afterwards, show it.
-    atol = 1e-5 if dtype == torch.float32 else 1e-3
-    check_kernels(shape, residual, masked, causal, dtype, atol)
-
-
-def test_fft_kernel_with_its_own_configurations():
-    batch, length, channels = 1, 2100, 1
-    tensors = [t.half().float() for t in inputs(batch, length, channels)]
-    dy = torch.randn(batch, length, channels).half()
-    for name, actual, exact in zip(
-        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
-        run(tensors, dy, "triton", torch.float16),
-        run(tensors, dy, "torch", torch.float64),
-        strict=True,
-    ):
-        assert relative_error(actual, exact) < 2e-3, name
-
-
-def test_fft_kernel_takes_spectra_that_half_precision_cannot_hold(small_fft):
-    p, weight, bias, _, u, _ = inputs(2, 200, 1)
-    taps = torch.full((1, 399), 1 / 400)
-    args = [p, weight, bias, taps, u + 1000, taps]  # its sum is 200,000
-    y = run(args, torch.ones(2, 200, 1), "triton", torch.float16)[0]
-    assert relative_error(y, run(args, torch.ones(2, 200, 1), "torch", torch.float64)[0]) < 2e-3
-
-
-def test_fft_kernel_takes_numbers_whose_reciprocal_is_infinite(small_fft):
-    tensors = inputs(2, 20, 1)
-    tensors[3] = torch.full_like(tensors[3], 1e-40)
-    for result in run(tensors, torch.randn(2, 20, 1), "triton", torch.float16):
-        assert torch.isfinite(result).all()
-
-
-def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft, monkeypatch):
-    from m2_plugin.ops.kernels import monarch_conv
-
-    tensors, dy = inputs(2, 300, 3), torch.randn(2, 300, 3)
-    together = run(tensors, dy, "triton", torch.float32)
-    monkeypatch.setattr(monarch_conv, "WORKSPACE_BYTES", 1)
-    for actual, expected in zip(run(tensors, dy, "triton", torch.float32), together, strict=True):
-        assert torch.allclose(actual, expected, atol=1e-6)
+def test_kernel(shape, residual, masked, causal, p_bias, dtype):
+    check_kernels(shape, residual, masked, causal, dtype, p_bias=p_bias)
 
 
 def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
@@ -168,6 +113,7 @@ def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
 
 def test_algorithm_is_measured_where_it_is_close(monkeypatch):
     from m2_plugin.ops.kernels import gated_long_conv as kernels
+    from m2_plugin.ops.kernels.gates import Inputs
 
     asked = {}
 
@@ -183,25 +129,11 @@ def test_algorithm_is_measured_where_it_is_close(monkeypatch):
         (8192, torch.bfloat16, "fft"),
         (512, torch.float32, "toeplitz"),
     ):
-        x = torch.empty(2, length, 3, dtype=dtype)
-        assert kernels.algorithm("forward", x, lambda kernels: None) is kernels.ALGORITHMS[chosen]
-    assert asked["gated_long_conv forward", "fft"] == ("fft",)  # the last to ask had 8192
-
-
-def test_kernel_with_several_batch_tiles_and_scratch_shared_by_channels(monkeypatch):
-    from m2_plugin.ops.kernels import toeplitz_conv as kernels
-
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(kernels, "BATCH_PER_PROGRAM", 32)
-    tensors, dy = inputs(70, 16, 2), torch.randn(70, 16, 2)
-    for name, actual, exact, plain in zip(
-        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
-        run(tensors, dy, "triton", torch.float32),
-        run(tensors, dy, "torch", torch.float64),
-        run(tensors, dy, "torch", torch.float32),
-        strict=True,
-    ):
-        assert_close(name, actual, exact, plain)
+        some = torch.empty(0)
+        given = Inputs(torch.empty(2, length, 3, dtype=dtype), None, some, some, some, None, None)
+        found = kernels.algorithm("forward", given, False, lambda kernels: None)
+        assert found is kernels.ALGORITHMS[chosen]
+    assert asked["gated_long_conv forward", "fft"] == ["fft"]  # the last to ask had 8192
 
 
 def test_kernel_takes_channels_last_and_sequence_last():
@@ -210,6 +142,49 @@ def test_kernel_takes_channels_last_and_sequence_last():
     last = p.transpose(1, 2).contiguous().transpose(1, 2)
     y = gated_long_conv(p, *rest, backend="triton")
     assert torch.equal(y, gated_long_conv(last, *rest, backend="triton"))
+
+
+def test_kernel_adds_the_bias_of_the_projection():
+    p, weight, bias, taps, u, res_taps, p_bias = (
+        t.to(KERNEL_DEVICE) for t in inputs(2, 24, 2, p_bias=True)
+    )
+    rest = weight, bias, taps, u, res_taps
+    y = gated_long_conv(p, *rest, backend="triton", p_bias=p_bias)
+    expected = gated_long_conv(p + p_bias, *rest, backend="triton")
+    assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_copies_of_taps_are_shifted():
+    from m2_plugin.ops.kernels import toeplitz_conv as kernels
+    from m2_plugin.ops.kernels.gates import Inputs
+
+    p, weight, bias, taps, u, res_taps = (t.to(KERNEL_DEVICE) for t in inputs(1, 5, 2))
+    copies, units = kernels._copies(
+        Inputs(p, u, weight, bias, taps, res_taps, None), torch.float32, 16
+    )
+    assert copies.shape == (2, 2, 8, 32) and units == 4
+    padded = torch.zeros(2, 2, 40, device=KERNEL_DEVICE)  # lags −16 … 23
+    padded[:, :, 12:21] = torch.stack([taps, res_taps])  # lags −4 … 4
+    for j in range(8):
+        assert torch.equal(copies[:, :, j], padded[:, :, j : j + 32])
+
+
+@pytest.mark.parametrize("length", [16, 21, 300])
+def test_short_conv_backward(length):
+    from m2_plugin.ops.kernels.gates import short_conv_backward
+
+    p, grad = torch.randn(2, 6, 3, length, device=KERNEL_DEVICE).permute(0, 2, 3, 1)
+    weight, p_bias = torch.randn(6, 3, device=KERNEL_DEVICE), torch.randn(6, device=KERNEL_DEVICE)
+    leaves = [t.double().requires_grad_() for t in (p, weight, p_bias * 0, p_bias)]
+    y = short_conv_reference(leaves[0] + leaves[3], *leaves[1:3])
+    exact = gradients(y, grad.double(), *leaves)
+    names = ("dp", "dweight", "dbias", "dp_bias")
+    actual = short_conv_backward(grad, p, weight, p_bias)
+    for name, a, e in zip(names, actual, exact, strict=True):
+        assert_close(name, a, e)
+    without = short_conv_backward(grad, p, weight, None)
+    assert without[3].numel() == 0
+    assert torch.equal(without[0], actual[0])
 
 
 def test_causal_kernel_does_not_see_the_future():
@@ -232,8 +207,8 @@ def test_sizes_that_do_not_fit_are_named():
 def test_kernel_op_is_registered_as_torch_expects():
     from m2_plugin.ops.kernels.gated_long_conv import gated_long_conv_op
 
-    p, weight, bias, taps, u, res_taps = (
-        t.to(KERNEL_DEVICE).requires_grad_() for t in inputs(2, 16, 2)
+    p, weight, bias, taps, u, res_taps, p_bias = (
+        t.to(KERNEL_DEVICE).requires_grad_() for t in inputs(2, 16, 2, p_bias=True)
     )
-    args = p, u, weight, bias, taps, res_taps, None, False, True
-    torch.library.opcheck(gated_long_conv_op, args)
+    args = p, u, weight, bias, p_bias, taps, res_taps, None, False, True
+    torch.library.opcheck(gated_long_conv_op.custom, args)

@@ -33,6 +33,11 @@ def test_kernels_compile_without_spills(capability, tmp_path):
         ]
         fused = [r for r in fused if "bfloat16" in r["case"]]
         assert fused and all(row["wgmma"] for row in fused)
+        names = ("toeplitz_forward_kernel", "toeplitz_backward_kernel", "taps_grad_kernel")
+        short = [r for r in rows if r["case"] == "toeplitz_conv L128 B64 bfloat16"]
+        short = [r for r in short if r["kernel"] in names]
+        assert {r["kernel"] for r in short} == set(names)
+        assert all(row["wgmma"] for row in short)
         ffts = [r for r in rows if r["kernel"].startswith(("cyclic", "monarch"))]
         ffts = [r for r in ffts if "bfloat16" in r["case"]]
         assert {r["kernel"] for r in ffts} >= {"cyclic_conv_kernel", "monarch_conv_kernel"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
-from m2_plugin.ops.kernels import tuning
+from m2_plugin.ops.kernels import cache, tuning
 from m2_plugin.ops.monarch_mlp import monarch_mlp
 from tests.utils import KERNEL_DEVICE, relative_error
 
@@ -49,11 +49,12 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "do_bench", lambda launch, **kwargs: launch())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X/1 80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def cache_file():
-    return tuning.cache_file("NVIDIA X/1 80GB")
+    return cache.path("choices", CUDA)
 
 
 def another_process(monkeypatch):
@@ -72,6 +73,7 @@ def test_the_fastest_is_chosen_once_and_kept_for_other_processes(monkeypatch, ca
     assert clock.choose() == LARGE and len(clock.launched) == 2
     assert clock.choose(key=(2048, *KEY[1:])) == LARGE and len(clock.launched) == 4
     entries = json.loads(cache_file().read_text())
+    assert entries.pop("environment") == cache.environment(CUDA)
     assert {name: entry["ms"] for name, entry in entries.items()} == {
         "op 1024 192 torch.bfloat16": [2.0, 1.0],
         "op 2048 192 torch.bfloat16": [2.0, 1.0],
@@ -97,6 +99,7 @@ def test_what_other_processes_wrote_meanwhile_stays(monkeypatch):
 
     tuning.best("mine", KEY, (SMALL, LARGE), run, CUDA)
     assert list(json.loads(cache_file().read_text())) == [
+        "environment",
         "op 1024 192 torch.bfloat16",
         "theirs",
         "mine 1024 192 torch.bfloat16",
@@ -163,23 +166,13 @@ def test_where_nothing_is_timed(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_folders(monkeypatch):
-    monkeypatch.delenv("M2_PLUGIN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert str(cache_file().parent) == "/elsewhere/m2_plugin"
-    assert cache_file().name.startswith("NVIDIA-X-1-80GB-triton-")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(cache_file().parent) == "/home/someone/.cache/m2_plugin"
-
-
 def test_seven_classes_of_rows():
     assert tuning.row_class(1) == tuning.row_class(1024) == 1024
     assert tuning.row_class(1025) == tuning.row_class(2048) == 2048
     assert len({tuning.row_class(1 << n) for n in range(30)}) == 7
 
 
-@pytest.mark.parametrize(("width", "alternative"), [(24, 1), (192, 1), (192, -1), (240, -1)])
+@pytest.mark.parametrize(("width", "alternative"), [(64, 1), (192, 1), (192, -1), (256, -1)])
 def test_every_alternative_computes_the_same(width, alternative, monkeypatch):
     hidden, rows = 2 * width, 66
     x = torch.randn(rows, hidden).to(KERNEL_DEVICE, torch.float16).requires_grad_()
@@ -197,8 +190,10 @@ def test_every_alternative_computes_the_same(width, alternative, monkeypatch):
         tried.append(op)
         return candidates[alternative]
 
-    expected = outcome()
+    with monkeypatch.context() as patch:
+        patch.setenv("M2_PLUGIN_AUTOTUNE", "0")  # the clock above tells no time
+        expected = outcome()
     monkeypatch.setattr(tuning, "best", take)
     for actual, result in zip(outcome(), expected, strict=True):
         assert relative_error(actual, result) < 1e-3
-    assert set(tried) == {"monarch_mlp", "monarch_mlp_backward", "product", "weight_grad"}
+    assert set(tried) == {"monarch_mlp", "monarch_mlp_backward", "product"}

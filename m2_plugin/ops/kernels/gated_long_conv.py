@@ -1,6 +1,6 @@
 """The mixer's core as torch.library ops, which choose a kernel or fall back to PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -10,10 +10,12 @@ import triton
 from torch import Tensor
 
 from m2_plugin.ops import backend
-from m2_plugin.ops.backend import run_kernel
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
-from m2_plugin.ops.kernels.gates import Inputs
+from m2_plugin.ops.kernels.check import Case, WrongKernelError, draws, register
+from m2_plugin.ops.kernels.gates import Gradients, Inputs
 from m2_plugin.ops.kernels.launch import empty_sequence_last, torch_gradients
+from m2_plugin.ops.kernels.op import kernel_op
+from m2_plugin.ops.kernels.run import kernel_problem, run_kernel
 from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 
 OP = "gated_long_conv"
@@ -24,24 +26,38 @@ ALGORITHMS: dict[str, ModuleType] = {"toeplitz": toeplitz_conv, "fft": monarch_c
 CROSSOVER = range(257, 4097)
 
 
-def algorithm(direction: str, x: Tensor, run: Callable[[ModuleType], object]) -> ModuleType:
-    """Choose kernels for sequences x (B, L, D): by length, or by measurement within `CROSSOVER`.
+def algorithm(
+    direction: str, inputs: Inputs, causal: bool, run: Callable[[ModuleType], object]
+) -> ModuleType:
+    """Choose kernels by the sequences' length, or by measurement within `CROSSOVER`.
 
     Args:
         direction: `forward` or `backward`.
+        inputs: The op's tensors.
+        causal: Whether the kernels may leave out half of the work.
         run: A function that runs one of the two modules; both compute the same.
+
+    Raises:
+        WrongKernelError: If the kernels did not pass their comparison with PyTorch.
     """
+    x = inputs.p
     batch_size, length, channels = x.shape
     usual, other = "toeplitz", "fft"
     if length > backend.MAX_TOEPLITZ_LENGTH:
         usual, other = other, usual
     close = length in CROSSOVER and x.dtype != torch.float32
     rows = tuning.row_class(batch_size * length)
-    key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype)
+    names = [n for n in (usual, other) if close or n == usual]
+    problems = {n: kernel_problem(f"{OP} by {n}", x) for n in names}
+    names = [n for n in names if problems[n] is None]
+    if not names:
+        raise WrongKernelError(problems[usual])
+    given = inputs.u is not None, inputs.mask is not None, causal
+    key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype, *given)
     name = tuning.best(
         f"gated_long_conv {direction}",
         key,
-        (usual, other) if close else (usual,),
+        names,
         lambda name: run(ALGORITHMS[name]),
         x.device,
     )
@@ -53,7 +69,7 @@ def _forward(inputs: Inputs, causal: bool) -> Tensor:
         y: Tensor = kernels.forward(inputs, causal)
         return y
 
-    return run(algorithm("forward", inputs.p, run))
+    return run(algorithm("forward", inputs, causal, run))
 
 
 def _backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -61,7 +77,7 @@ def _backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
         grads: tuple[Tensor, ...] = kernels.backward(grad, inputs)
         return grads
 
-    return run(algorithm("backward", grad, run))
+    return run(algorithm("backward", inputs, False, run))
 
 
 def _torch_forward(inputs: Inputs, causal: bool) -> Tensor:
@@ -69,16 +85,21 @@ def _torch_forward(inputs: Inputs, causal: bool) -> Tensor:
 
 
 def _torch_backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    fn = partial(gated_long_conv_torch, mask=inputs.mask)
-    return tuple(torch_gradients(fn, inputs[:-1], grad))
+    def fn(*tensors: Any) -> Tensor:
+        return gated_long_conv_torch(*Inputs(*tensors)._replace(mask=inputs.mask))
+
+    # The mask has no gradient.
+    grads = Inputs(*torch_gradients(fn, inputs._replace(mask=None), grad))
+    return Gradients(*(getattr(grads, name) for name in Gradients._fields))
 
 
-@torch.library.custom_op("m2_plugin::gated_long_conv", mutates_args=())
+@kernel_op("m2_plugin::gated_long_conv")
 def gated_long_conv_op(
     p: Tensor,
     u: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    p_bias: Tensor | None,
     taps: Tensor,
     res_taps: Tensor | None,
     mask: Tensor | None,
@@ -87,9 +108,10 @@ def gated_long_conv_op(
 ) -> Tensor:
     """Map p (B, L, 3D) and u (B, L, D), of one dtype, to (B, L, D).
 
-    weight (3D, 3), bias (3D,), taps and res_taps (D, 2L − 1) are fp32; mask (B, L) has p's dtype.
+    weight (3D, 3), bias and p_bias (3D,), taps and res_taps (D, 2L − 1) are fp32; mask (B, L) has
+    p's dtype.
     """
-    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask)
+    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask, p_bias)
     return run_kernel(OP, strict, _forward, _torch_forward, inputs, causal)
 
 
@@ -98,21 +120,22 @@ def _(p: Tensor, *_: Any) -> Tensor:
     return empty_sequence_last(p, p.shape[2] // 3)
 
 
-@torch.library.custom_op("m2_plugin::gated_long_conv_backward", mutates_args=())
+@kernel_op("m2_plugin::gated_long_conv_backward")
 def backward_op(
     grad: Tensor,
     p: Tensor,
     u: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    p_bias: Tensor | None,
     taps: Tensor,
     res_taps: Tensor | None,
     mask: Tensor | None,
     strict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of p, u, weight, bias, taps and res_taps; empty for one not given."""
-    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask)
-    return run_kernel(OP, strict, _backward, _torch_backward, grad, inputs)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return `Gradients`."""
+    inputs = Inputs(p, u, weight, bias, taps, res_taps, mask, p_bias)
+    return tuple(run_kernel(OP, strict, _backward, _torch_backward, grad, inputs))
 
 
 @backward_op.register_fake
@@ -122,15 +145,17 @@ def _(
     u: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    p_bias: Tensor | None,
     taps: Tensor,
     res_taps: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         empty_sequence_last(p, p.shape[2]),
         p.new_empty(0) if u is None else empty_sequence_last(u, u.shape[2]),
         torch.empty_like(weight),
         torch.empty_like(bias),
+        bias.new_empty(0) if p_bias is None else torch.empty_like(p_bias),
         torch.empty_like(taps),
         taps.new_empty(0) if res_taps is None else torch.empty_like(res_taps),
     )
@@ -149,3 +174,34 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gated_long_conv_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _cases(
+    kernels: ModuleType, sizes: tuple[tuple[int, int], ...], dtype: torch.dtype
+) -> Iterator[Case]:
+    """Compare batches and lengths: with a residual and a mask, and causal without either."""
+    normal = draws(dtype)
+    fp32 = {"dtype": torch.float32}
+    for i, (batch, length) in enumerate(sizes):
+        channels, causal = 3, i % 2 == 1
+        p, grad = normal(3 * channels, batch, length).permute(1, 2, 0), normal(batch, length, 3)
+        weight, bias = normal(3 * channels, 3, **fp32), normal(3 * channels, **fp32)
+        taps, res = (normal(channels, 2 * length - 1, scale=length**-0.5, **fp32) for _ in range(2))
+        u, mask = normal(batch, length, channels), torch.ones(batch, length, dtype=dtype)
+        mask[0, length // 2 :] = 0
+        if causal:
+            taps[:, : length - 1] = 0
+        inputs = Inputs(p, u, weight, bias, taps, res, mask, normal(3 * channels, **fp32))
+        if causal:
+            inputs = inputs._replace(u=None, res_taps=None, mask=None, p_bias=None)
+        args = inputs, causal
+        yield Case(f"forward at length {length}", kernels.forward, _torch_forward, args)
+        yield Case(
+            f"backward at length {length}", kernels.backward, _torch_backward, (grad, inputs)
+        )
+
+
+# Each kind of launch: whole tiles, a length that 8 does not divide, and several tiles with a rest;
+# by FFT one transform of either size, and residue classes. The second of each is causal.
+register(f"{OP} by toeplitz")(partial(_cases, toeplitz_conv, ((16, 128), (5, 113), (5, 272))))
+register(f"{OP} by fft")(partial(_cases, monarch_conv, ((5, 1536), (5, 700), (5, 9000))))

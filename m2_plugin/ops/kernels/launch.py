@@ -24,9 +24,17 @@ def device_class(device: torch.device) -> str:
     return "large" if major in LARGE_CAPABILITIES else "small"
 
 
+def allows_tf32() -> bool:
+    """Return whether PyTorch may multiply fp32 matrices in TF32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9, reading `allow_tf32` is an error after `fp32_precision` was set.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Return the precision of `tl.dot`: for fp32, the one set for PyTorch's matrix products."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and allows_tf32():
         return "tf32"
     return "ieee"
 

@@ -1,75 +1,61 @@
 """Triton kernels of the mixer's core for long sequences: long convolutions by Monarch FFTs.
 
 Dimension key: B batch, L sequence, D channels, N ≥ 2L − 1 circular length, N = R · M,
-M = N1 · N2 points in one transform, R residues, S = ⌈L / M⌉ segments.
+M = N1 · N2 points in one transform, R residues, C ≤ R residue classes that are computed,
+S = ⌈L / M⌉ segments.
 
 `ops/README.md` derives the method: FFTs of M points as Monarch matrices, two batch rows as one
-complex sequence, frequencies in R residue classes. Spectra are stored by residue class: (D, real
-and imaginary, R, N1, N2), where frequency R · (k1 + N1 · k2) + r is at (r, k1, k2).
-"""
+complex sequence, frequencies in R residue classes. Spectra are stored by residue class: (D, C, real
+and imaginary, M), where frequency R · (k1 + N1 · k2) + r is in class r, at the place of (k1, k2) in
+the order of `order`. With only one batch row, class R − r is the mirror of class r, and half of
+the classes are enough.
 
-import math
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+Half precision holds what these kernels multiply, because each sequence is divided by a power of
+two near its largest number, and each spectrum of a filter likewise; `Plan.guard` bounds what is
+between. Rows have scales of their own, so that no row of a batch changes another's result.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.gates import Inputs, gated, short_conv, short_conv_grad
-from m2_plugin.ops.kernels.launch import (
-    device_class,
-    dot_precision,
-    empty_sequence_last,
-    sequence_last,
-    strides,
-    tile,
+from m2_plugin.ops.kernels.gates import (
+    Gradients,
+    Inputs,
+    conv_tile,
+    gated_tile,
+    short_conv_backward,
+)
+from m2_plugin.ops.kernels.launch import empty_sequence_last, sequence_last, strides, tile
+from m2_plugin.ops.kernels.monarch_plan import Plan, plan_for
+from m2_plugin.ops.kernels.monarch_spectra import (
+    SPECTRUM_BYTES,
+    chunks,
+    largest_bits,
+    scale_of,
+    scaled,
+    spectra,
+    taps_of,
 )
 
-
-@dataclass(frozen=True)
-class Config:
-    """The two factors of a transform, and the number of warps."""
-
-    n1: int
-    n2: int
-    num_warps: int
-
-    @property
-    def points(self) -> int:
-        """M, the points of one transform."""
-        return self.n1 * self.n2
+# Memory for residue classes, small enough to stay in the L2 cache between two launches. As many
+# channels as fit are convolved at a time.
+WORKSPACE_BYTES = 32 << 20
+# Numbers of a tile of the kernels that go through memory once.
+TILE = 2048
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
-# By direction, device class and bytes per element: the largest transforms that spill no registers
-# (`tests/ops/aot.py`), each with the longest sequence that it is for (None: no limit).
-CONFIGS = {
-    ("forward", "large", 2): (
-        (2048, Config(n1=64, n2=32, num_warps=4)),
-        (None, Config(n1=64, n2=64, num_warps=4)),
-    ),
-    ("forward", "small", 2): (
-        (2048, Config(n1=64, n2=16, num_warps=4)),
-        (None, Config(n1=64, n2=32, num_warps=4)),
-    ),
-    ("backward", "large", 2): (
-        (8192, Config(n1=64, n2=32, num_warps=4)),
-        (None, Config(n1=128, n2=32, num_warps=8)),
-    ),
-    ("backward", "small", 2): ((None, Config(n1=64, n2=16, num_warps=2)),),
-    ("forward", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
-    ("forward", "small", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
-    ("backward", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
-    ("backward", "small", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
-}
-# Memory for spectra and folded sequences. As many channels as fit are convolved at a time.
-WORKSPACE_BYTES = 256 << 20
-# Smaller sequences are not scaled: the reciprocal of the smallest fp32 numbers is infinite.
-SMALLEST_SCALE = tl.constexpr(1e-30)
-# Positions of a residue class that one program folds or unfolds.
-FOLD_BLOCK = 256
+@triton.jit
+def _operand(x, HALF: tl.constexpr):
+    return x.to(tl.float16) if HALF else x
+
+
+@triton.jit
+def _conjugate(f):
+    """Exchange the imaginary part of a table and the negated one."""
+    return f[0], f[2], f[1]
 
 
 @triton.jit
@@ -91,295 +77,501 @@ def _from_right(re, im, f, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, HALF: tl.constexpr):
-    return x.to(tl.float16) if HALF else x
+def _load_matrix(ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Load a DFT matrix (3, ROWS, COLS): real, imaginary, negated imaginary."""
+    at = ptr + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    return tl.load(at), tl.load(at + ROWS * COLS), tl.load(at + 2 * ROWS * COLS)
 
 
 @triton.jit
-def _normalised(re, im, HALF: tl.constexpr):
-    """Scale a tile so that half precision holds it and its transform; also return the scale."""
-    scale = 1.0
-    if HALF:
-        scale = tl.maximum(tl.max(tl.abs(re)), tl.max(tl.abs(im)))
-        scale = tl.where(scale > SMALLEST_SCALE, scale, 1.0)
-        re, im = re * (1.0 / scale), im * (1.0 / scale)
-    return _operand(re, HALF), _operand(im, HALF), scale
+def _in_place(x, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Turn M numbers in the order of `order` into (N1, N2)."""
+    x = tl.reshape(x, (N1 // (16 * WARPS), N2 // (2 * VECTOR), WARPS, 8, 4, VECTOR // 4, 2, 2))
+    return tl.reshape(tl.permute(x, (0, 2, 6, 3, 1, 5, 4, 7)), (N1, N2))
 
 
 @triton.jit
-def _load_matrix(ptr, SIZE: tl.constexpr):
-    """Load a DFT matrix (3, SIZE, SIZE): real, imaginary, negated imaginary."""
-    at = ptr + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    return tl.load(at), tl.load(at + SIZE * SIZE), tl.load(at + 2 * SIZE * SIZE)
+def _as_stored(x, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Undo `_in_place`."""
+    x = tl.reshape(x, (N1 // (16 * WARPS), WARPS, 2, 8, N2 // (2 * VECTOR), VECTOR // 4, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 4, 1, 3, 6, 5, 2, 7)), (N1 * N2,))
+
+
+@triton.jit
+def _load_complex(
+    ptr, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
+):
+    """Load real and imaginary part, (N1, N2) each, of a table (2, M) in the order of `order`."""
+    at = ptr + tl.arange(0, N1 * N2)
+    re = _in_place(tl.load(at), VECTOR, WARPS, N1, N2)
+    return re, _in_place(tl.load(at + N1 * N2), VECTOR, WARPS, N1, N2)
 
 
 @triton.jit
 def _spectrum(
-    re, im, at, f1_ptr, f2_ptr, twiddle_ptr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    re, im, f1, f2, twiddle_ptr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """Compute the DFT of M complex points; `at` are their offsets in a table (N1, N2)."""
-    re, im, scale = _normalised(re, im, HALF)
-    re, im = _from_left(_load_matrix(f1_ptr, N1), re, im, PRECISION)
-    cos, sin = tl.load(twiddle_ptr + at), tl.load(twiddle_ptr + N1 * N2 + at)
+    """Compute the DFT (N1, N2) of complex points, of which the first (ROWS, N2) are given."""
+    re, im = _from_left(f1, _operand(re, HALF), _operand(im, HALF), PRECISION)
+    cos, sin = _load_complex(twiddle_ptr, 8 if HALF else 4, WARPS, N1, N2)
     turned = _operand(re * cos - im * sin, HALF)
     im = _operand(re * sin + im * cos, HALF)
-    re, im = _from_right(turned, im, _load_matrix(f2_ptr, N2), PRECISION)
-    return re * scale, im * scale
+    return _from_right(turned, im, f2, PRECISION)
 
 
 @triton.jit
 def _signal(
-    re, im, at, f1_ptr, f2_ptr, twiddle_ptr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    re, im, f1, f2, twiddle_ptr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """Compute the adjoint of `_spectrum`, which is M times its inverse."""
-    re, im, scale = _normalised(re, im, HALF)
-    # Separate tables, although they are the conjugates: shared ones would stay in registers.
-    re, im = _from_right(re, im, _load_matrix(f2_ptr + 3 * N2 * N2, N2), PRECISION)
-    cos, sin = tl.load(twiddle_ptr + 2 * N1 * N2 + at), tl.load(twiddle_ptr + 3 * N1 * N2 + at)
-    turned = _operand(re * cos - im * sin, HALF)
-    im = _operand(re * sin + im * cos, HALF)
-    re, im = _from_left(_load_matrix(f1_ptr + 3 * N1 * N1, N1), turned, im, PRECISION)
-    return re * scale, im * scale
+    # Without this, the twiddles would stay in registers from the transform on.
+    tl.debug_barrier()
+    re, im = _from_right(_operand(re, HALF), _operand(im, HALF), _conjugate(f2), PRECISION)
+    cos, sin = _load_complex(twiddle_ptr, 8 if HALF else 4, WARPS, N1, N2)
+    turned = _operand(re * cos + im * sin, HALF)
+    im = _operand(im * cos - re * sin, HALF)
+    # The matrix unit wants 64 rows or more on the left.
+    if ROWS >= 64:
+        f1 = _conjugate(f1)
+        left = tl.trans(f1[0]), tl.trans(f1[1]), tl.trans(f1[2])
+        return _from_left(left, turned, im, PRECISION)
+    re, im = _from_right(tl.trans(turned), tl.trans(im), _conjugate(f1), PRECISION)
+    return tl.trans(re), tl.trans(im)
+
+
+@triton.jit
+def _product(
+    re, im, k_ptr, CONJUGATE: tl.constexpr, HALF: tl.constexpr, WARPS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    """Multiply a spectrum by that of a filter, or by its conjugate."""
+    k_re, k_im = _load_complex(k_ptr, 8 if HALF else 4, WARPS, N1, N2)
+    k_re, k_im = k_re.to(tl.float32), k_im.to(tl.float32)
+    if CONJUGATE:
+        k_im = -k_im
+    return re * k_re - im * k_im, re * k_im + im * k_re
+
+
+@triton.jit
+def _short(
+    p_ptr, weight_ptr, bias_ptr, p_bias_ptr, channel, stride_pc, rows, in_rows, length,
+    HAS_P_BIAS: tl.constexpr, POSITIONS: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    """Compute one row of the short convolution's output, fp32, as (POSITIONS / N2, N2)."""
+    x = conv_tile(
+        p_ptr + channel * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, channel, rows, in_rows, 0,
+        length, HAS_P_BIAS, False, 1, POSITIONS,
+    )  # fmt: skip
+    return tl.reshape(x, (POSITIONS // N2, N2))
+
+
+@triton.jit
+def _gated(
+    p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc, rows, batch,
+    in_rows, length, HAS_MASK: tl.constexpr, HAS_P_BIAS: tl.constexpr,
+    POSITIONS: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    """Compute one row of the gated convolution's input w, fp32, as (POSITIONS / N2, N2)."""
+    w = gated_tile(
+        p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc, rows, batch,
+        in_rows, 0, length, HAS_MASK, HAS_P_BIAS, False, 1, POSITIONS,
+    )  # fmt: skip
+    return tl.reshape(w, (POSITIONS // N2, N2))
 
 
 @triton.jit
 def monarch_conv_kernel(
+    p_ptr,
     x_ptr,
-    spectrum_ptr,
+    weight_ptr,
+    bias_ptr,
+    p_bias_ptr,
+    mask_ptr,
+    k_ptr,
+    k_scale_ptr,
     y_ptr,
-    sums_ptr,
+    source_ptr,
     f1_ptr,
     f2_ptr,
     twiddle_ptr,
-    first_channel,
     batch_size,
     length,
+    channels,
+    stride_pb,
+    stride_pc,
     stride_xb,
     stride_xc,
     stride_yb,
     stride_yc,
-    MULTIPLY: tl.constexpr,
-    RESIDUES: tl.constexpr,
+    TERM: tl.constexpr,
+    ADD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+    ROWS: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """Replace y by y · (k ∗ x) or y + (k ∗ x), for one channel and two batch rows, L ≤ M."""
+    """Compute one term of the mixer's core, or of its gradient, for two batch rows, 2L − 1 ≤ M.
+
+    With x = u, or the gradient of the core's output, and k* the filter backwards, `TERM` says what
+    y is set to, or, if `ADD`, what is added to it:
+
+    - `residual`: k ∗ x
+    - `gated`: x2 · (k ∗ w)
+    - `grad_u`: k* ∗ x
+    - `grad_x2`: x · (k ∗ w), where y are the gradients of x1, x2 and v
+    - `grad_w`: dw = k* ∗ (x2 · x), and with it the gradients dw · v of x1 and dw · x1 of v
+
+    The last two also write what they convolve to `source`, with y's strides, for the gradient of
+    the taps. A launch with several terms would not have registers enough to keep a multiprocessor
+    busy.
+    """
     M: tl.constexpr = N1 * N2
-    channel = tl.program_id(0).to(tl.int64)
-    batch = 2 * tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    x_ptr += (first_channel + channel) * stride_xc + batch * stride_xb
-    y_ptr += (first_channel + channel) * stride_yc + batch * stride_yb
-    sums_ptr += (channel * tl.num_programs(1) + tl.program_id(1)) * 2 * M
-    spectrum_ptr += 2 * channel * RESIDUES * M
-    in_first = at < length
-    in_second = in_first & (batch + 1 < batch_size)
-    for r in tl.static_range(RESIDUES):
-        f1, twiddle = f1_ptr + r * 6 * N1 * N1, twiddle_ptr + r * 4 * M
-        re = tl.load(x_ptr + at, mask=in_first, other=0.0).to(tl.float32)
-        im = tl.load(x_ptr + stride_xb + at, mask=in_second, other=0.0).to(tl.float32)
-        re, im = _spectrum(re, im, at, f1, f2_ptr, twiddle, HALF, PRECISION, N1, N2)
-        k_re = tl.load(spectrum_ptr + r * M + at)
-        k_im = tl.load(spectrum_ptr + (RESIDUES + r) * M + at)
-        re, im = re * k_re - im * k_im, re * k_im + im * k_re
-        re, im = _signal(re, im, at, f1, f2_ptr, twiddle, HALF, PRECISION, N1, N2)
-        if r > 0:
-            re += tl.load(sums_ptr + at)
-            im += tl.load(sums_ptr + M + at)
-        if r < RESIDUES - 1:
-            tl.store(sums_ptr + at, re)
-            tl.store(sums_ptr + M + at, im)
-            tl.debug_barrier()
-        else:
-            there = tl.load(y_ptr + at, mask=in_first, other=0.0)
-            re = re * there if MULTIPLY else re + there
-            tl.store(y_ptr + at, re.to(y_ptr.dtype.element_ty), mask=in_first)
-            there = tl.load(y_ptr + stride_yb + at, mask=in_second, other=0.0)
-            im = im * there if MULTIPLY else im + there
-            tl.store(y_ptr + stride_yb + at, im.to(y_ptr.dtype.element_ty), mask=in_second)
+    POSITIONS: tl.constexpr = ROWS * N2
+    d = tl.program_id(1).to(tl.int64)
+    one = tl.zeros((1, 1), tl.int64) + 2 * tl.program_id(0)
+    two = one + 1
+    yes = one < batch_size
+    ok = two < batch_size
+    t = tl.arange(0, ROWS)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    in_a = t < length
+    in_b = in_a & ok
+    x2, v = channels + d, 2 * channels + d
+    x_ptr += d * stride_xc + t
+    if TERM == "gated" or TERM == "grad_x2":
+        a = _gated(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc,
+            one * stride_pb, one, yes, length, HAS_MASK, HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        b = _gated(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc,
+            two * stride_pb, two, ok, length, HAS_MASK, HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+    else:
+        a = tl.load(x_ptr + one * stride_xb, mask=in_a, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + two * stride_xb, mask=in_b, other=0.0).to(tl.float32)
+    if TERM == "residual" and HAS_MASK:
+        a *= tl.load(mask_ptr + one * length + t, mask=in_a, other=0.0).to(tl.float32)
+        b *= tl.load(mask_ptr + two * length + t, mask=in_b, other=0.0).to(tl.float32)
+    if TERM == "grad_w":
+        a *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, x2, stride_pc, one * stride_pb, yes, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        b *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, x2, stride_pc, two * stride_pb, ok, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+    if TERM == "grad_x2" or TERM == "grad_w":
+        source_ptr += d * stride_yc + t
+        tl.store(source_ptr + one * stride_yb, a.to(source_ptr.dtype.element_ty), mask=in_a)
+        tl.store(source_ptr + two * stride_yb, b.to(source_ptr.dtype.element_ty), mask=in_b)
+    scale_a, inverse_a, poison_a = scale_of(largest_bits(a))
+    scale_b, inverse_b, poison_b = scale_of(largest_bits(b))
+    a, b = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
+    f1, f2 = _load_matrix(f1_ptr, N1, ROWS), _load_matrix(f2_ptr, N2, N2)
+    BACK: tl.constexpr = TERM == "grad_u" or TERM == "grad_w"
+    re, im = _spectrum(a, b, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+    re, im = _product(re, im, k_ptr + d * 2 * M, BACK, HALF, WARPS, N1, N2)
+    a, b = _signal(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, ROWS, N1, N2)
+    k_scale = tl.load(k_scale_ptr + d)
+    a, b = a * k_scale * (scale_a + poison_a), b * k_scale * (scale_b + poison_b)
+    if HAS_MASK and BACK:
+        a *= tl.load(mask_ptr + one * length + t, mask=in_a, other=0.0).to(tl.float32)
+        b *= tl.load(mask_ptr + two * length + t, mask=in_b, other=0.0).to(tl.float32)
+    if TERM == "gated":
+        a *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, x2, stride_pc, one * stride_pb, yes, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        b *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, x2, stride_pc, two * stride_pb, ok, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+    if TERM == "grad_x2":
+        a *= tl.load(x_ptr + one * stride_xb, mask=in_a, other=0.0).to(tl.float32)
+        b *= tl.load(x_ptr + two * stride_xb, mask=in_b, other=0.0).to(tl.float32)
+        y_ptr += channels * stride_yc
+    y_ptr += d * stride_yc + t
+    dtype = y_ptr.dtype.element_ty
+    if TERM == "grad_w":
+        other = y_ptr + 2 * channels * stride_yc
+        x1_a = _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, d, stride_pc, one * stride_pb, yes, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        tl.store(other + one * stride_yb, (a * x1_a).to(dtype), mask=in_a)
+        x1_b = _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, d, stride_pc, two * stride_pb, ok, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        tl.store(other + two * stride_yb, (b * x1_b).to(dtype), mask=in_b)
+        a *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, v, stride_pc, one * stride_pb, yes, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+        b *= _short(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, v, stride_pc, two * stride_pb, ok, length,
+            HAS_P_BIAS, POSITIONS, N2,
+        )  # fmt: skip
+    if ADD:
+        a += tl.load(y_ptr + one * stride_yb, mask=in_a, other=0.0).to(tl.float32)
+        b += tl.load(y_ptr + two * stride_yb, mask=in_b, other=0.0).to(tl.float32)
+    tl.store(y_ptr + one * stride_yb, a.to(dtype), mask=in_a)
+    tl.store(y_ptr + two * stride_yb, b.to(dtype), mask=in_b)
 
 
 @triton.jit
-def fold_kernel(
+def _load_rows(ptr, stride, at, length, second):
+    """Load a tile of both rows of a pair, fp32; the second row is 0 where there is none."""
+    inside = at < length
+    a = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(ptr + stride + at, mask=inside & second, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _scales(
+    ptr, stride, at, length, second, segments, M: tl.constexpr
+):  # fmt: skip
+    """Return the scales, reciprocals and poisons of both rows of a pair."""
+    a, b = _load_rows(ptr, stride, at, length, second)
+    largest_a, largest_b = largest_bits(a), largest_bits(b)
+    for s in range(1, segments):
+        a, b = _load_rows(ptr, stride, at + s * M, length, second)
+        largest_a = tl.maximum(largest_a, largest_bits(a))
+        largest_b = tl.maximum(largest_b, largest_bits(b))
+    return scale_of(largest_a), scale_of(largest_b)
+
+
+@triton.jit
+def _folded(
+    ptr, stride, at, length, second, segments, phase_ptr, inverse_a, poison_a, inverse_b, poison_b,
+    M: tl.constexpr,
+):  # fmt: skip
+    """Compute z_r[t] = Σ_s e^{−2πi·rs/R} x[t + M·s], where x is a pair of scaled rows."""
+    a, b = _load_rows(ptr, stride, at, length, second)
+    re, im = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
+    for s in range(1, segments):
+        a, b = _load_rows(ptr, stride, at + s * M, length, second)
+        a, b = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
+        cos, sin = tl.load(phase_ptr + 2 * s), tl.load(phase_ptr + 2 * s + 1)
+        re += a * cos - b * sin
+        im += a * sin + b * cos
+    return re, im
+
+
+@triton.jit
+def cyclic_conv_kernel(
     x_ptr,
+    k_ptr,
+    k_scale_ptr,
     z_ptr,
+    scale_ptr,
+    f1_ptr,
+    f2_ptr,
+    twiddle_ptr,
     phase_ptr,
     first_channel,
     batch_size,
     length,
-    residues,
     segments,
-    points,
     stride_xb,
     stride_xc,
-    BLOCK: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
 ):
-    """Compute z_r[t] = Σ_s e^{−2πi·rs/R} x[t + M·s], where x is a pair of batch rows.
+    """Convolve one residue class of one channel and two batch rows, backwards if `CONJUGATE`.
 
-    z is (channel, pair, R, real and imaginary, M).
+    z is (channel, pair, C, real and imaginary, M), and has to be multiplied by the two scales of
+    its rows, (channel, pair, 2).
     """
-    channel = tl.program_id(0).to(tl.int64)
+    M: tl.constexpr = N1 * N2
+    r = tl.program_id(0)
+    classes = tl.num_programs(0)
+    channel = tl.program_id(2).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     x_ptr += (first_channel + channel) * stride_xc + batch * stride_xb
-    z_ptr += (channel * tl.num_programs(1) + tl.program_id(1)) * 2 * residues * points
-    for r in range(residues):
-        re = tl.zeros((BLOCK,), tl.float32)
-        im = tl.zeros((BLOCK,), tl.float32)
-        for s in range(segments):
-            here = t + s * points
-            ok = here < length
-            a = tl.load(x_ptr + here, mask=ok, other=0.0).to(tl.float32)
-            ok &= batch + 1 < batch_size
-            b = tl.load(x_ptr + stride_xb + here, mask=ok, other=0.0).to(tl.float32)
-            cos = tl.load(phase_ptr + 2 * (r * segments + s))
-            sin = tl.load(phase_ptr + 2 * (r * segments + s) + 1)
-            re += a * cos - b * sin
-            im += a * sin + b * cos
-        tl.store(z_ptr + 2 * r * points + t, re)
-        tl.store(z_ptr + (2 * r + 1) * points + t, im)
+    second = batch + 1 < batch_size
+    phase_ptr += 2 * segments * r
+    scales_a, scales_b = _scales(x_ptr, stride_xb, at, length, second, segments, M)
+    re, im = _folded(
+        x_ptr, stride_xb, at, length, second, segments, phase_ptr,
+        scales_a[1], scales_a[2], scales_b[1], scales_b[2], M,
+    )  # fmt: skip
+    f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * N1, N1, N1), _load_matrix(f2_ptr, N2, N2)
+    twiddle_ptr += r * 2 * M
+    re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+    k_ptr += (channel * classes + r) * 2 * M
+    re, im = _product(re, im, k_ptr, CONJUGATE, HALF, WARPS, N1, N2)
+    re, im = _signal(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N1, N2)
+    pair = channel * tl.num_programs(1) + tl.program_id(1)
+    z_ptr += (pair * classes + r) * 2 * M
+    tl.store(z_ptr + at, re.to(z_ptr.dtype.element_ty))
+    tl.store(z_ptr + M + at, im.to(z_ptr.dtype.element_ty))
+    if r == 0:
+        k_scale = tl.load(k_scale_ptr + channel)
+        tl.store(scale_ptr + 2 * pair, k_scale * (scales_a[0] + scales_a[2]))
+        tl.store(scale_ptr + 2 * pair + 1, k_scale * (scales_b[0] + scales_b[2]))
+
+
+@triton.jit
+def _unfolded(
+    z_ptr, scale_ptr, phase_ptr, pair, t, classes, segments, points,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the adjoint of the fold: both rows, (SEGMENTS, BLOCK) each, multiplied by scales."""
+    s = tl.arange(0, SEGMENTS)[:, None]
+    a = tl.zeros((SEGMENTS, BLOCK), tl.float32)
+    b = tl.zeros((SEGMENTS, BLOCK), tl.float32)
+    z_ptr += pair * classes * 2 * points
+    phase_ptr += 2 * s
+    for _ in range(classes):
+        re = tl.load(z_ptr + t).to(tl.float32)
+        im = tl.load(z_ptr + points + t).to(tl.float32)
+        cos = tl.load(phase_ptr, mask=s < segments, other=0.0)
+        sin = tl.load(phase_ptr + 1, mask=s < segments, other=0.0)
+        a += re * cos + im * sin
+        b += im * cos - re * sin
+        z_ptr += 2 * points
+        phase_ptr += 2 * segments
+    return a * tl.load(scale_ptr + 2 * pair), b * tl.load(scale_ptr + 2 * pair + 1)
 
 
 @triton.jit
 def unfold_kernel(
     z_ptr,
+    scale_ptr,
+    other_ptr,
+    other_scale_ptr,
+    gate_ptr,
     y_ptr,
     phase_ptr,
     first_channel,
     batch_size,
     length,
-    residues,
+    classes,
     segments,
     points,
+    stride_gb,
+    stride_gc,
     stride_yb,
     stride_yc,
-    HOW: tl.constexpr,
+    GATED: tl.constexpr,
+    OTHER: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute the adjoint of `fold_kernel`; set y to it, or multiply y by it, or add it to y."""
-    channel = tl.program_id(0).to(tl.int64)
+    """Put residue classes together to a sequence, and write y = gate · sequence + other sequence.
+
+    The phases here are those of the fold, twice for classes that stand for two.
+    """
+    channel = tl.program_id(2).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    pair = channel * tl.num_programs(1) + tl.program_id(1)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    s = tl.arange(0, SEGMENTS)[:, None]
+    here = t + s * points
+    ok = (s < segments) & (here < length)
+    second = ok & (batch + 1 < batch_size)
+    a, b = _unfolded(
+        z_ptr, scale_ptr, phase_ptr, pair, t, classes, segments, points, SEGMENTS, BLOCK
+    )
+    if GATED:
+        gate_ptr += (first_channel + channel) * stride_gc + batch * stride_gb
+        a *= tl.load(gate_ptr + here, mask=ok, other=0.0)
+        b *= tl.load(gate_ptr + stride_gb + here, mask=second, other=0.0)
+    if OTHER:
+        other_a, other_b = _unfolded(
+            other_ptr, other_scale_ptr, phase_ptr, pair, t, classes, segments, points,
+            SEGMENTS, BLOCK,
+        )  # fmt: skip
+        a += other_a
+        b += other_b
     y_ptr += (first_channel + channel) * stride_yc + batch * stride_yb
-    z_ptr += (channel * tl.num_programs(1) + tl.program_id(1)) * 2 * residues * points
-    for s in range(segments):
-        a = tl.zeros((BLOCK,), tl.float32)
-        b = tl.zeros((BLOCK,), tl.float32)
-        for r in range(residues):
-            re = tl.load(z_ptr + 2 * r * points + t)
-            im = tl.load(z_ptr + (2 * r + 1) * points + t)
-            cos = tl.load(phase_ptr + 2 * (r * segments + s))
-            sin = tl.load(phase_ptr + 2 * (r * segments + s) + 1)
-            a += re * cos + im * sin
-            b += im * cos - re * sin
-        here = t + s * points
-        ok = here < length
-        second = ok & (batch + 1 < batch_size)
-        if HOW == "multiply":
-            a *= tl.load(y_ptr + here, mask=ok, other=0.0)
-            b *= tl.load(y_ptr + stride_yb + here, mask=second, other=0.0)
-        if HOW == "add":
-            a += tl.load(y_ptr + here, mask=ok, other=0.0)
-            b += tl.load(y_ptr + stride_yb + here, mask=second, other=0.0)
-        tl.store(y_ptr + here, a.to(y_ptr.dtype.element_ty), mask=ok)
-        tl.store(y_ptr + stride_yb + here, b.to(y_ptr.dtype.element_ty), mask=second)
+    tl.store(y_ptr + here, a.to(y_ptr.dtype.element_ty), mask=ok)
+    tl.store(y_ptr + stride_yb + here, b.to(y_ptr.dtype.element_ty), mask=second)
 
 
 @triton.jit
-def cyclic_conv_kernel(
-    z_ptr,
-    spectrum_ptr,
-    f1_ptr,
-    f2_ptr,
-    twiddle_ptr,
-    residues,
-    TRANSFORM: tl.constexpr,
-    CONVOLVE: tl.constexpr,
-    HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-):
-    """Convolve one residue class in place, for one channel and two batch rows.
-
-    `TRANSFORM` replaces z by its spectrum, `CONVOLVE` replaces a spectrum of z by the signal k ∗ z.
-    """
-    M: tl.constexpr = N1 * N2
-    channel = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(2)
-    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    program = (channel * tl.num_programs(1) + tl.program_id(1)) * residues + r
-    z_ptr += program * 2 * M
-    f1_ptr += r * 6 * N1 * N1
-    twiddle_ptr += r * 4 * M
-    re, im = tl.load(z_ptr + at), tl.load(z_ptr + M + at)
-    if TRANSFORM:
-        re, im = _spectrum(re, im, at, f1_ptr, f2_ptr, twiddle_ptr, HALF, PRECISION, N1, N2)
-    if CONVOLVE:
-        spectrum_ptr += (2 * channel * residues + r) * M
-        k_re, k_im = tl.load(spectrum_ptr + at), tl.load(spectrum_ptr + residues * M + at)
-        re, im = re * k_re - im * k_im, re * k_im + im * k_re
-        re, im = _signal(re, im, at, f1_ptr, f2_ptr, twiddle_ptr, HALF, PRECISION, N1, N2)
-    tl.store(z_ptr + at, re)
-    tl.store(z_ptr + M + at, im)
-
-
-@triton.jit
-def cyclic_correlation_kernel(
+def correlation_kernel(
+    x_ptr,
     grad_ptr,
-    z_ptr,
-    spectrum_ptr,
-    grad_spectrum_ptr,
+    grad_k_ptr,
     f1_ptr,
     f2_ptr,
     twiddle_ptr,
-    pairs,
-    residues,
+    phase_ptr,
+    first_channel,
+    batch_size,
+    length,
+    segments,
+    stride_xb,
+    stride_xc,
+    stride_gb,
+    stride_gc,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+    ROWS: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """Compute the gradients of k ∗ z for one channel and residue class; that of z replaces `grad`.
+    """Compute the gradient Σ conj(x) · grad of a filter's spectrum, for one residue class.
 
-    z is given as its spectrum. The gradients are products with a conjugate spectrum: conj(k) · grad
-    for z and Σ conj(z) · grad for k, summed over pairs of batch rows. Products of the two rows of a
-    pair only reach the imaginary part of the filter's gradient, which is not used.
+    The sum is over pairs of batch rows. Products of the two rows of a pair only reach the imaginary
+    part of the filter's gradient, which is not used.
     """
     M: tl.constexpr = N1 * N2
-    channel = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1)
-    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    z_ptr += (channel * pairs * residues + r) * 2 * M
-    grad_ptr += (channel * pairs * residues + r) * 2 * M
-    spectrum_ptr += (2 * channel * residues + r) * M
-    grad_spectrum_ptr += (2 * channel * residues + r) * M
-    f1_ptr += r * 6 * N1 * N1
-    twiddle_ptr += r * 4 * M
-    for pair in range(pairs):
-        re, im = tl.load(grad_ptr + at), tl.load(grad_ptr + M + at)
-        re, im = _spectrum(re, im, at, f1_ptr, f2_ptr, twiddle_ptr, HALF, PRECISION, N1, N2)
-        z_re, z_im = tl.load(z_ptr + at), tl.load(z_ptr + M + at)
-        grad_re = z_re * re + z_im * im
-        grad_im = z_re * im - z_im * re
-        # The sum is kept in memory, because the registers hold only one sequence at a time.
-        if pair > 0:
-            grad_re += tl.load(grad_spectrum_ptr + at)
-            grad_im += tl.load(grad_spectrum_ptr + residues * M + at)
-        tl.store(grad_spectrum_ptr + at, grad_re)
-        tl.store(grad_spectrum_ptr + residues * M + at, grad_im)
-        tl.debug_barrier()
-        k_re, k_im = tl.load(spectrum_ptr + at), tl.load(spectrum_ptr + residues * M + at)
-        re, im = re * k_re + im * k_im, im * k_re - re * k_im
-        re, im = _signal(re, im, at, f1_ptr, f2_ptr, twiddle_ptr, HALF, PRECISION, N1, N2)
-        tl.store(grad_ptr + at, re)
-        tl.store(grad_ptr + M + at, im)
-        z_ptr += residues * 2 * M
-        grad_ptr += residues * 2 * M
+    r = tl.program_id(0)
+    classes = tl.num_programs(0)
+    channel = tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, ROWS)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    x_ptr += (first_channel + channel) * stride_xc
+    grad_ptr += (first_channel + channel) * stride_gc
+    phase_ptr += 2 * segments * r
+    f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * ROWS, N1, ROWS), _load_matrix(f2_ptr, N2, N2)
+    twiddle_ptr += r * 2 * M
+    sum_re = tl.zeros((N1, N2), tl.float32)
+    sum_im = tl.zeros((N1, N2), tl.float32)
+    for i in range((batch_size + 1) // 2):
+        batch = 2 * tl.cast(i, tl.int64)
+        second = batch + 1 < batch_size
+        x, grad = x_ptr + batch * stride_xb, grad_ptr + batch * stride_gb
+        grad_a, grad_b = _scales(grad, stride_gb, at, length, second, segments, M)
+        re, im = _folded(
+            grad, stride_gb, at, length, second, segments, phase_ptr,
+            grad_a[1], grad_a[2], grad_b[1], grad_b[2], M,
+        )  # fmt: skip
+        grad_re, grad_im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+        tl.debug_barrier()  # loading x earlier would take registers that there are not
+        # Products of both rows are added in the spectrum: x is scaled so that they have one scale.
+        x_a, x_b = _scales(x, stride_xb, at, length, second, segments, M)
+        scale = tl.maximum(tl.maximum(x_a[0] * grad_a[0], x_b[0] * grad_b[0]), SMALLEST_NORMAL)
+        re, im = _folded(
+            x, stride_xb, at, length, second, segments, phase_ptr,
+            grad_a[0] / scale, x_a[2], grad_b[0] / scale, x_b[2], M,
+        )  # fmt: skip
+        tl.debug_barrier()  # loads the twiddles again, instead of keeping them
+        re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+        scale += (x_a[2] + x_b[2]) + (grad_a[2] + grad_b[2])
+        sum_re += scale * (re * grad_re + im * grad_im)
+        sum_im += scale * (re * grad_im - im * grad_re)
+    grad_k_ptr += (channel * classes + r) * 2 * M + tl.arange(0, M)
+    tl.store(grad_k_ptr, _as_stored(sum_re, 8 if HALF else 4, WARPS, N1, N2))
+    tl.store(grad_k_ptr + M, _as_stored(sum_im, 8 if HALF else 4, WARPS, N1, N2))
 
 
 @triton.jit
@@ -388,6 +580,7 @@ def gates_kernel(
     grad_ptr,
     weight_ptr,
     bias_ptr,
+    p_bias_ptr,
     mask_ptr,
     w_ptr,
     gate_ptr,
@@ -401,23 +594,27 @@ def gates_kernel(
     stride_oc,
     BACKWARD: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     """Compute the gated convolution's input w and its gate x2, times grad if `BACKWARD`."""
-    d = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2) * POSITIONS + tl.arange(0, POSITIONS)
+    d = tl.program_id(1).to(tl.int64)
+    batch = tl.zeros((1, 1), tl.int64) + tl.program_id(2)
+    first = tl.program_id(0) * POSITIONS
+    t = first + tl.arange(0, POSITIONS)[None, :]
     ok = t < length
-    w = gated(
-        p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc, batch * stride_pb, batch, t,
-        length, ok, HAS_MASK,
+    row = batch >= 0
+    w = gated_tile(
+        p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc,
+        batch * stride_pb, batch, row, first, length, HAS_MASK, HAS_P_BIAS, False, 1, POSITIONS,
     )  # fmt: skip
     out = d * stride_oc + batch * stride_ob + t
     tl.store(w_ptr + out, w.to(w_ptr.dtype.element_ty), mask=ok)
     x2 = channels + d
-    gate = short_conv(
-        p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, batch * stride_pb, t, length, ok
-    )
+    gate = conv_tile(
+        p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, x2, batch * stride_pb, row,
+        first, length, HAS_P_BIAS, False, 1, POSITIONS,
+    )  # fmt: skip
     if BACKWARD:
         gate *= tl.load(grad_ptr + d * stride_gc + batch * stride_gb + t, mask=ok, other=0.0)
     tl.store(gate_ptr + out, gate.to(gate_ptr.dtype.element_ty), mask=ok)
@@ -429,11 +626,11 @@ def gates_grad_kernel(
     grad_ptr,
     weight_ptr,
     bias_ptr,
+    p_bias_ptr,
     mask_ptr,
     conv_ptr,
     grad_w_ptr,
     grad_short_ptr,
-    batch_size,
     length,
     channels,
     stride_pb,
@@ -442,18 +639,19 @@ def gates_grad_kernel(
     stride_gc,
     stride_ob,
     stride_oc,
+    stride_sb,
+    stride_sc,
     HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Compute the gradients (3D, B, L) of x1, x2 and v.
-
-    dx1 = dw · v, dx2 = grad · (k ∗ w), dv = dw · x1.
-    """
-    d = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(2) * POSITIONS + tl.arange(0, POSITIONS)
+    """Compute the gradients of x1, x2 and v: dx1 = dw · v, dx2 = grad · (k ∗ w), dv = dw · x1."""
+    d = tl.program_id(1).to(tl.int64)
+    batch = tl.zeros((1, 1), tl.int64) + tl.program_id(2)
+    first = tl.program_id(0) * POSITIONS
+    t = first + tl.arange(0, POSITIONS)[None, :]
     ok = t < length
-    rows = batch * stride_pb
+    row = batch >= 0
     v = 2 * channels + d
     here = d * stride_oc + batch * stride_ob + t
     grad_w = tl.load(grad_w_ptr + here, mask=ok, other=0.0).to(tl.float32)
@@ -461,131 +659,37 @@ def gates_grad_kernel(
         grad_w *= tl.load(mask_ptr + batch * length + t, mask=ok, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + t, mask=ok, other=0.0)
     grad_x2 = grad.to(tl.float32) * tl.load(conv_ptr + here, mask=ok, other=0.0)
-    x1 = short_conv(p_ptr + d * stride_pc, weight_ptr, bias_ptr, d, rows, t, length, ok)
-    gate = short_conv(p_ptr + v * stride_pc, weight_ptr, bias_ptr, v, rows, t, length, ok)
+    x1 = conv_tile(
+        p_ptr + d * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, d, batch * stride_pb, row,
+        first, length, HAS_P_BIAS, False, 1, POSITIONS,
+    )  # fmt: skip
+    gate = conv_tile(
+        p_ptr + v * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, v, batch * stride_pb, row,
+        first, length, HAS_P_BIAS, False, 1, POSITIONS,
+    )  # fmt: skip
     dtype = grad_short_ptr.dtype.element_ty
-    out = grad_short_ptr + batch * length + t
-    plane = batch_size.to(tl.int64) * length
-    tl.store(out + d * plane, (grad_w * gate).to(dtype), mask=ok)
-    tl.store(out + (channels + d) * plane, grad_x2.to(dtype), mask=ok)
-    tl.store(out + v * plane, (grad_w * x1).to(dtype), mask=ok)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How sequences of a length are transformed, and the tables for it."""
-
-    config: Config
-    residues: int
-    segments: int
-    f1: Tensor  # (R, 6, N1, N1): real, imaginary, negated imaginary part; then of the adjoint
-    f2: Tensor  # (6, N2, N2)
-    twiddle: Tensor  # (R, 4, N1, N2), fp32: the twiddles and their conjugates
-    phases: Tensor  # (R, S, 2), fp32
-    dtype: torch.dtype
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernels."""
-        return {
-            "HALF": self.dtype != torch.float32,
-            "PRECISION": dot_precision(self.dtype),
-            "N1": self.config.n1,
-            "N2": self.config.n2,
-            "num_warps": self.config.num_warps,
-            "num_stages": 1,
-        }
-
-    @property
-    def points(self) -> int:
-        """N, the circular length."""
-        return self.residues * self.config.points
-
-
-def config_for(direction: str, x: Tensor) -> Config:
-    """Return the configuration for sequences x (B, L, D)."""
-    configs = CONFIGS[direction, device_class(x.device), x.element_size()]
-    return next(c for longest, c in configs if longest is None or x.shape[1] <= longest)
-
-
-def plan_for(direction: str, x: Tensor) -> Plan:
-    """Return the plan for sequences x (B, L, D)."""
-    config, length = config_for(direction, x), x.shape[1]
-    residues = triton.cdiv(2 * length - 1, config.points)
-    return _plan(config, residues, triton.cdiv(length, config.points), x.dtype, x.device)
-
-
-@lru_cache(maxsize=16)
-def _plan(
-    config: Config, residues: int, segments: int, dtype: torch.dtype, device: torch.device
-) -> Plan:
-    # If sequences are not fp32, the tensor cores multiply float16: bfloat16 is too coarse for four
-    # products in a row.
-    operand = torch.float32 if dtype == torch.float32 else torch.float16
-    n1, n2 = config.n1, config.n2
-
-    def ramp(n: int) -> Tensor:
-        return torch.arange(n, dtype=torch.float64)
-
-    def turn(angle: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cos(2 * math.pi * angle), -torch.sin(2 * math.pi * angle)
-
-    shifted = ramp(n1) + ramp(residues)[:, None] / residues  # k1 + r/R
-    cos, sin = turn(shifted[..., None] * ramp(n1) / n1)
-    f1 = torch.stack([cos, sin, -sin, cos.mT, -sin.mT, sin.mT], 1)
-    cos, sin = turn(shifted[..., None] * ramp(n2) / config.points)
-    twiddle = torch.stack([cos, sin, cos, -sin], 1)
-    cos, sin = turn(ramp(n2)[:, None] * ramp(n2) / n2)
-    f2 = torch.stack([cos, sin, -sin, cos, -sin, sin])
-    phases = torch.stack(turn(ramp(residues)[:, None] * ramp(segments) / residues), -1)
-    return Plan(
-        config,
-        residues,
-        segments,
-        f1.to(device, operand),
-        f2.to(device, operand),
-        twiddle.to(device, torch.float32),
-        phases.to(device, torch.float32),
-        dtype,
-    )
-
-
-def spectrum(taps: Tensor, plan: Plan) -> Tensor:
-    """Transform taps (D, 2L − 1), fp32, to (D, 2, R, N1, N2), divided by N."""
-    length = (taps.shape[1] + 1) // 2
-    between = taps.new_zeros(taps.shape[0], plan.points - taps.shape[1])
-    circle = torch.cat([taps[:, length - 1 :], between, taps[:, : length - 1]], 1)
-    k = torch.fft.fft(circle, norm="forward")
-    k = k.unflatten(1, (plan.config.n2, plan.config.n1, plan.residues)).permute(0, 3, 2, 1)
-    return torch.stack([k.real, k.imag], 1)
-
-
-def taps_of(grad: Tensor, length: int) -> Tensor:
-    """Transform the gradient (D, 2, R, N1, N2) of a spectrum back to taps (D, 2L − 1)."""
-    k = torch.complex(grad[:, 0], grad[:, 1]).permute(0, 3, 2, 1).flatten(1)
-    circle = torch.fft.ifft(k).real
-    return torch.cat([circle[:, circle.shape[1] - (length - 1) :], circle[:, :length]], 1)
-
-
-def _chunks(channels: int, bytes_each: int) -> list[slice]:
-    """Cut the channels into slices that fit in the workspace."""
-    together = min(max(1, WORKSPACE_BYTES // bytes_each), channels)
-    return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]
+    out = grad_short_ptr + batch * stride_sb + t
+    tl.store(out + d * stride_sc, (grad_w * gate).to(dtype), mask=ok)
+    tl.store(out + (channels + d) * stride_sc, grad_x2.to(dtype), mask=ok)
+    tl.store(out + v * stride_sc, (grad_w * x1).to(dtype), mask=ok)
 
 
 def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return w and x2 (times grad, if given), (B, L, D) with positions contiguous in memory."""
-    p, _, weight, bias, _, _, mask = inputs
+    p, weight, bias, mask, p_bias = (
+        inputs.p, inputs.weight, inputs.bias, inputs.mask, inputs.p_bias
+    )  # fmt: skip
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
     w = empty_sequence_last(p, channels)
     gate = torch.empty_like(w)
     given = w if grad is None else grad
-    positions = tile(length, 1024)
-    gates_kernel[channels, batch_size, triton.cdiv(length, positions)](
+    positions = tile(length, TILE)
+    gates_kernel[triton.cdiv(length, positions), channels, batch_size](
         p,
         given,
         weight,
         bias,
+        p if p_bias is None else p_bias,
         p if mask is None else mask,
         w,
         gate,
@@ -596,183 +700,261 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         *strides(w),
         BACKWARD=grad is not None,
         HAS_MASK=mask is not None,
+        HAS_P_BIAS=p_bias is not None,
         POSITIONS=positions,
         num_warps=4,
     )
     return w, gate
 
 
-def _fold(x: Tensor, chunk: slice, plan: Plan) -> Tensor:
-    """Return the residue classes (channels, pairs, R, 2, M) of sequences (B, L, D), fp32."""
-    batch_size, length, _ = x.shape
-    pairs, points = triton.cdiv(batch_size, 2), plan.config.points
-    shape = chunk.stop - chunk.start, pairs, plan.residues, 2, points
-    z = torch.empty(shape, dtype=torch.float32, device=x.device)
-    fold_kernel[shape[0], pairs, points // FOLD_BLOCK](
+def _classes(
+    x: Tensor, filters: tuple[Tensor, Tensor], chunk: slice, plan: Plan, conjugate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Convolve some channels of x (B, L, D) by residue classes; the filters are spectra.
+
+    Returns (channels, pairs, C, 2, M), and what multiplies it, (channels, pairs, 2).
+    """
+    k, k_scale = filters[0][chunk], filters[1][chunk]
+    channels, pairs = k.shape[0], triton.cdiv(x.shape[0], 2)
+    z = torch.empty(
+        channels, pairs, plan.classes, 2, plan.config.points, dtype=plan.operand, device=x.device
+    )
+    scale = torch.empty(channels, pairs, 2, dtype=torch.float32, device=x.device)
+    cyclic_conv_kernel[plan.classes, pairs, channels](
         x,
+        k,
+        k_scale,
         z,
-        plan.phases,
+        scale,
+        plan.tables.f1,
+        plan.tables.f2,
+        plan.tables.twiddle,
+        plan.tables.fold,
         chunk.start,
-        batch_size,
-        length,
-        plan.residues,
+        x.shape[0],
+        x.shape[1],
         plan.segments,
-        points,
         *strides(x),
-        BLOCK=FOLD_BLOCK,
-        num_warps=4,
+        CONJUGATE=conjugate,
+        **plan.constants,
     )
-    return z
+    return z, scale
 
 
-def _unfold(z: Tensor, y: Tensor, chunk: slice, plan: Plan, how: str) -> None:
-    """Set, multiply or increase channels of y (B, L, D) by the sequences in residue classes."""
+def _unfold(
+    classes: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor] | None,
+    gate: Tensor | None,
+    y: Tensor,
+    chunk: slice,
+    plan: Plan,
+) -> None:
+    """Write channels of y (B, L, D): the sequences in residue classes, times gate, plus others."""
     batch_size, length, _ = y.shape
-    points = plan.config.points
-    unfold_kernel[z.shape[0], z.shape[1], points // FOLD_BLOCK](
+    points, (z, scale) = plan.config.points, classes
+    segments = triton.next_power_of_2(plan.segments)
+    block = min(points, TILE // segments)
+    unfold_kernel[triton.cdiv(points, block), z.shape[1], z.shape[0]](
         z,
+        scale,
+        *(other or classes),
+        y if gate is None else gate,
         y,
-        plan.phases,
+        plan.tables.unfold,
         chunk.start,
         batch_size,
         length,
-        plan.residues,
+        plan.classes,
         plan.segments,
         points,
+        *strides(y if gate is None else gate),
         *strides(y),
-        HOW=how,
-        BLOCK=FOLD_BLOCK,
+        GATED=gate is not None,
+        OTHER=other is not None,
+        SEGMENTS=segments,
+        BLOCK=block,
         num_warps=4,
     )
 
 
-def _convolve(x: Tensor, taps: Tensor, y: Tensor, how: str) -> None:
-    """Multiply y by taps ∗ x, or add it to y, in place.
-
-    Args:
-        x: (B, L, D), positions contiguous in memory.
-        taps: (D, 2L − 1), fp32.
-        y: (B, L, D), positions contiguous in memory.
-        how: `multiply` or `add`.
-    """
-    batch_size, length, channels = x.shape
-    plan = plan_for("forward", x)
-    pairs, points = triton.cdiv(batch_size, 2), plan.config.points
-    whole = plan.segments == 1
-    between = (2 * points * (plan.residues > 1)) if whole else 2 * plan.points
-    for chunk in _chunks(channels, 4 * pairs * between + 16 * plan.points):
-        k = spectrum(taps[chunk], plan)
-        if whole:
-            monarch_conv_kernel[k.shape[0], pairs](
-                x,
-                k,
-                y,
-                k.new_empty(k.shape[0] * pairs * between),
-                plan.f1,
-                plan.f2,
-                plan.twiddle,
-                chunk.start,
-                batch_size,
-                length,
-                *strides(x),
-                *strides(y),
-                MULTIPLY=how == "multiply",
-                RESIDUES=plan.residues,
-                **plan.constants,
-            )
-            continue
-        z = _fold(x, chunk, plan)
-        cyclic_conv_kernel[k.shape[0], pairs, plan.residues](
-            z,
-            k,
-            plan.f1,
-            plan.f2,
-            plan.twiddle,
-            plan.residues,
-            TRANSFORM=True,
-            CONVOLVE=True,
-            **plan.constants,
-        )
-        _unfold(z, y, chunk, plan, how)
-
-
-def _correlate(grad: Tensor, x: Tensor, taps: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and taps, and write taps ∗ x to `conv`.
-
-    taps is (D, 2L − 1), fp32; all others are (B, L, D), positions contiguous in memory.
-    """
-    batch_size, length, channels = x.shape
-    plan = plan_for("backward", x)
-    pairs = triton.cdiv(batch_size, 2)
-    grad_x, grad_taps = empty_sequence_last(x, channels), torch.empty_like(taps)
-    for chunk in _chunks(channels, 16 * pairs * plan.points + 32 * plan.points):
-        k = spectrum(taps[chunk], plan)
-        grad_k = torch.empty_like(k)
-        z, grad_z = _fold(x, chunk, plan), _fold(grad, chunk, plan)
-        tables = plan.f1, plan.f2, plan.twiddle
-        grid = k.shape[0], pairs, plan.residues
-        cyclic_conv_kernel[grid](
-            z, k, *tables, plan.residues, TRANSFORM=True, CONVOLVE=False, **plan.constants
-        )
-        cyclic_correlation_kernel[k.shape[0], plan.residues](
-            grad_z, z, k, grad_k, *tables, pairs, plan.residues, **plan.constants
-        )
-        _unfold(grad_z, grad_x, chunk, plan, "set")
-        if conv is not None:
-            cyclic_conv_kernel[grid](
-                z, k, *tables, plan.residues, TRANSFORM=False, CONVOLVE=True, **plan.constants
-            )
-            _unfold(z, conv, chunk, plan, "set")
-        grad_taps[chunk] = taps_of(grad_k, length)
-    return grad_x, grad_taps
+def _parts(channels: int, plan: Plan, batch_size: int, convolutions: int) -> list[slice]:
+    """Cut the channels into slices whose residue classes fit in the workspace."""
+    each = (
+        2 * plan.operand.itemsize * plan.classes * plan.config.points * triton.cdiv(batch_size, 2)
+    )
+    return chunks(channels, convolutions * each, WORKSPACE_BYTES)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return sequence_last(x if mask is None else x * mask[..., None])
 
 
-def forward(inputs: Inputs, causal: bool) -> Tensor:
-    """Compute `gated_long_conv_op` for any length."""
-    _, u, _, _, taps, res_taps, mask = inputs
-    w, y = _gates(inputs._replace(p=sequence_last(inputs.p)), None)
-    _convolve(w, taps, y, "multiply")
-    if u is not None and res_taps is not None:
-        _convolve(_masked(u, mask), res_taps, y, "add")
+def _term(
+    term: str,
+    inputs: Inputs,
+    x: Tensor,
+    filters: tuple[Tensor, Tensor],
+    y: Tensor,
+    plan: Plan,
+    add: bool = False,
+    source: Tensor | None = None,
+) -> None:
+    """Launch `monarch_conv_kernel`, which writes y (B, L, …) and, if given, source (B, L, D)."""
+    p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
+    batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
+    monarch_conv_kernel[triton.cdiv(batch_size, 2), channels](
+        p,
+        x,
+        inputs.weight,
+        inputs.bias,
+        p if p_bias is None else p_bias,
+        p if mask is None else mask,
+        *filters,
+        y,
+        y if source is None else source,
+        plan.tables.f1,
+        plan.tables.f2,
+        plan.tables.twiddle,
+        batch_size,
+        length,
+        channels,
+        *strides(p),
+        *strides(x),
+        *strides(y),
+        TERM=term,
+        ADD=add,
+        HAS_MASK=mask is not None,
+        HAS_P_BIAS=p_bias is not None,
+        ROWS=plan.rows,
+        **plan.constants,
+    )
+
+
+def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
+    """Return the gradient of the taps (D, 2L − 1) of k ∗ x, where `grad` is that of k ∗ x.
+
+    x and grad are (B, L, D), positions contiguous in memory.
+    """
+    batch_size, length, channels = grad.shape
+    points, grads = plan.config.points, []
+    for chunk in chunks(channels, 8 * plan.classes * points, SPECTRUM_BYTES):
+        shape = chunk.stop - chunk.start, plan.classes, 2, points
+        grad_k = torch.empty(shape, dtype=torch.float32, device=grad.device)
+        correlation_kernel[plan.classes, shape[0]](
+            x,
+            grad,
+            grad_k,
+            plan.tables.f1,
+            plan.tables.f2,
+            plan.tables.twiddle,
+            plan.tables.fold,
+            chunk.start,
+            batch_size,
+            length,
+            plan.segments,
+            *strides(x),
+            *strides(grad),
+            ROWS=plan.rows,
+            **plan.constants,
+        )
+        grads.append(taps_of(grad_k, length, plan))
+    return grads[0] if len(grads) == 1 else torch.cat(grads)
+
+
+def _convolve(x: Tensor, filters: tuple[Tensor, Tensor], plan: Plan, conjugate: bool) -> Tensor:
+    """Return the convolution of x (B, L, D) with filters, or with them backwards.
+
+    The filters are spectra, and there are residue classes.
+    """
+    y = empty_sequence_last(x, x.shape[2])
+    for chunk in _parts(x.shape[2], plan, x.shape[0], 1):
+        _unfold(_classes(x, filters, chunk, plan, conjugate), None, None, y, chunk, plan)
     return y
 
 
-def backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, causal: bool) -> Tensor:
+    """Compute `gated_long_conv_op` for any length."""
+    inputs = inputs._replace(p=sequence_last(inputs.p))
+    taps, res_taps, mask = inputs.taps, inputs.res_taps, inputs.mask
+    plan = plan_for("convolve", inputs.p)
+    y = empty_sequence_last(inputs.p, inputs.p.shape[2] // 3)
+    filters = spectra([taps] if res_taps is None else [taps, res_taps], plan)
+    residual = inputs.u is not None and res_taps is not None
+    if plan.residues == 1:
+        if inputs.u is not None and res_taps is not None:
+            _term("residual", inputs, sequence_last(inputs.u), filters[1], y, plan)
+        _term("gated", inputs, y, filters[0], y, plan, add=residual)
+        return y
+    w, gate = _gates(inputs, None)
+    u = None if inputs.u is None else _masked(inputs.u, mask)
+    for chunk in _parts(y.shape[2], plan, y.shape[0], 1 + residual):
+        gated = _classes(w, filters[0], chunk, plan)
+        other = None if u is None else _classes(u, filters[1], chunk, plan)
+        _unfold(gated, other, gate, y, chunk, plan)
+    return y
+
+
+def backward(grad: Tensor, inputs: Inputs) -> Gradients:
     """Compute `backward_op` for any length, bitwise reproducibly."""
     grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
-    p, u, weight, bias, taps, res_taps, mask = inputs
+    p, u, weight, _, taps, res_taps, mask, _ = inputs
     batch_size, length, channels = grad.shape
     grad_u, grad_res_taps = p.new_empty(0), taps.new_empty(0)
+    plan, correlation = plan_for("convolve", p), plan_for("correlate", p)
+    whole = plan.residues == 1
+    filters = spectra([taps] if res_taps is None else [taps, res_taps], plan)
     if u is not None and res_taps is not None:
-        grad_u, grad_res_taps = _correlate(grad, _masked(u, mask), res_taps, None)
-        grad_u = grad_u if mask is None else grad_u * mask[..., None]
-    w, gated_grad = _gates(inputs, grad)
-    conv = torch.empty_like(w)
-    grad_w, grad_taps = _correlate(gated_grad, w, taps, conv)
+        grad_res_taps = _taps_grad(_masked(u, mask), grad, correlation)
+        if whole:
+            grad_u = empty_sequence_last(u, channels)
+            _term("grad_u", inputs, grad, filters[1], grad_u, plan)
+        else:
+            grad_u = _convolve(grad, filters[1], plan, conjugate=True)
+            grad_u = grad_u if mask is None else grad_u * mask[..., None]
     grad_short = p.new_empty(3 * channels, batch_size, length)
-    positions = tile(length, 1024)
-    gates_grad_kernel[channels, batch_size, triton.cdiv(length, positions)](
+    if whole:
+        grads = grad_short.permute(1, 2, 0)
+        w, gated_grad = empty_sequence_last(p, channels), empty_sequence_last(p, channels)
+        _term("grad_x2", inputs, grad, filters[0], grads, plan, source=w)
+        _term("grad_w", inputs, grad, filters[0], grads, plan, source=gated_grad)
+    else:
+        w, gated_grad = _gates(inputs, grad)
+        conv = _convolve(w, filters[0], plan, conjugate=False)
+        grad_w = _convolve(gated_grad, filters[0], plan, conjugate=True)
+        _gates_grad(inputs, grad, conv, grad_w, grad_short)
+    grad_taps = _taps_grad(w, gated_grad, correlation)
+    grad_p, grad_weight, grad_bias, grad_p_bias = short_conv_backward(
+        grad_short.permute(1, 2, 0), p, weight, inputs.p_bias
+    )
+    return Gradients(grad_p, grad_u, grad_weight, grad_bias, grad_p_bias, grad_taps, grad_res_taps)
+
+
+def _gates_grad(
+    inputs: Inputs, grad: Tensor, conv: Tensor, grad_w: Tensor, grad_short: Tensor
+) -> None:
+    """Write the gradients (3D, B, L) of x1, x2 and v; the others are (B, L, …)."""
+    p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
+    batch_size, length, channels = grad.shape
+    positions = tile(length, TILE)
+    gates_grad_kernel[triton.cdiv(length, positions), channels, batch_size](
         p,
         grad,
-        weight,
-        bias,
+        inputs.weight,
+        inputs.bias,
+        p if p_bias is None else p_bias,
         p if mask is None else mask,
         conv,
         grad_w,
         grad_short,
-        batch_size,
         length,
         channels,
         *strides(p),
         *strides(grad),
         *strides(conv),
+        length,
+        batch_size * length,
         HAS_MASK=mask is not None,
+        HAS_P_BIAS=p_bias is not None,
         POSITIONS=positions,
         num_warps=4,
     )
-    grad_p, grad_weight, grad_bias = short_conv_grad(grad_short, p, weight)
-    return grad_p, grad_u, grad_weight, grad_bias, grad_taps, grad_res_taps

@@ -2,25 +2,40 @@
 
 Dimension key: B batch, L sequence, D channels, T = 2L − 1 taps of a two-sided filter.
 
-`ops/README.md` explains the method. One program computes one channel: it builds tiles of the
-Toeplitz matrices from the taps and keeps everything between p, u and y in registers. Positions are
-contiguous in memory, as the input projection can write them.
+`ops/README.md` explains the method. One program computes one channel and keeps everything between
+p, u and y on the chip. Positions are contiguous in memory, as the input projection can write them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.gates import Inputs, gated, short_conv, short_conv_grad, unmasked
+from m2_plugin.ops.kernels.gates import (
+    Gradients,
+    Inputs,
+    add_sums,
+    adjoint_octets,
+    conv_octets,
+    conv_tile,
+    gated_tile,
+    in_units,
+    load,
+    multiply_octets,
+    next_octets,
+    split_octets,
+    store_sums,
+    unit_of,
+    unmasked,
+)
 from m2_plugin.ops.kernels.launch import (
     dot_precision,
     empty_sequence_last,
     sequence_last,
-    strides,
     tile,
 )
 
@@ -31,29 +46,66 @@ class Config:
 
     batch: int
     positions: int
+    step: int  # of the inner loop over positions
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
-# By bytes per element, and by whether 16 divides the length; if not, addresses take more registers.
-# These are the largest tiles that spill no registers (`tests/ops/aot.py`).
+# By launch, bytes per element, and what the launch's addresses are like: "one" if the length is a
+# multiple of 8 and fits in one tile of this configuration, "many" if it takes more, "any" if 8 does
+# not divide it. None of these spills registers (`tests/ops/aot.py`).
 CONFIGS = {
-    (2, True): Config(batch=32, positions=64, num_warps=8, num_stages=1),
-    (2, False): Config(batch=32, positions=32, num_warps=8, num_stages=1),
-    (4, True): Config(batch=16, positions=32, num_warps=4, num_stages=1),
-    (4, False): Config(batch=16, positions=16, num_warps=4, num_stages=1),
+    ("forward", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("forward", 2, "many"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("forward", 2, "any"): Config(64, 64, 64, num_warps=8, num_stages=1),
+    ("backward", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("backward", 2, "many"): Config(64, 64, 64, num_warps=8, num_stages=1),
+    ("backward", 2, "any"): Config(32, 32, 32, num_warps=4, num_stages=1),
+    ("taps", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("taps", 2, "many"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("taps", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
+    # On an H200 at 512 positions, 147 µs instead of 353 with the tiles of the gated filter.
+    ("taps_res", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("taps_res", 2, "many"): Config(64, 64, 64, num_warps=4, num_stages=2),
+    ("taps_res", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
 }
-# Batch rows for which one program of the forward pass uses the same Toeplitz tiles.
-BATCH_PER_PROGRAM = 256
-# Scratch memory for the diagonals of tiles (gradient of the taps); channels use it in turn.
-SCRATCH_BYTES = 64 << 20
+for _kernel in ("forward", "backward", "taps", "taps_res"):  # fp32
+    for _kind in ("one", "many"):
+        CONFIGS[_kernel, 4, _kind] = Config(16, 32, 32, num_warps=4, num_stages=1)
+    CONFIGS[_kernel, 4, "any"] = Config(16, 16, 16, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def _toeplitz(taps_ptr, lags, length, mask):
-    """Load the taps at a tile of lags, from −(L − 1) to L − 1."""
-    inside = mask & (lags < length) & (lags > -length)
-    return tl.load(taps_ptr + length - 1 + lags, mask=inside, other=0.0)
+def taps_copies_kernel(
+    taps_ptr, res_taps_ptr, out_ptr, length, channels, units, BLOCK: tl.constexpr
+):
+    """Write 8 copies of a filter's taps, copy j shifted by j: any 8 taps are aligned in one.
+
+    Copy j holds at i the tap at lag i + j − width / 2, and 0 beyond the filter. The output is
+    (filters, D, 8, width), where width = 8 · units.
+    """
+    d = tl.program_id(0).to(tl.int64)
+    ptr = taps_ptr
+    if tl.program_id(1) == 1:
+        ptr = res_taps_ptr
+    width = units * 8
+    i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    copy = tl.arange(0, 8)[:, None]
+    lag = i + copy - width // 2
+    inside = (lag < length) & (lag > -length)
+    taps = tl.load(ptr + d * (2 * length - 1) + length - 1 + lag, mask=inside, other=0.0)
+    out = out_ptr + (tl.program_id(1) * channels + d) * 8 * width + copy * width + i
+    tl.store(out, taps.to(out_ptr.dtype.element_ty), mask=i < width)
+
+
+@triton.jit
+def toeplitz_tile(copies, width, first_s, first_t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load the taps at lags t − s as a matrix of s and t. `copies` are those of one filter."""
+    start = width // 2 + first_t - first_s - tl.arange(0, ROWS)
+    copy = start % 8
+    row = tl.multiple_of(copy * width + (start - copy), 8)
+    return tl.load(copies + row[:, None] + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
@@ -62,13 +114,14 @@ def toeplitz_forward_kernel(
     u_ptr,
     weight_ptr,
     bias_ptr,
-    taps_ptr,
-    res_taps_ptr,
+    p_bias_ptr,
+    copies_ptr,
     mask_ptr,
     y_ptr,
     batch_size,
-    length,
+    length_units,
     channels,
+    width_units,
     stride_pb,
     stride_pc,
     stride_ub,
@@ -78,53 +131,58 @@ def toeplitz_forward_kernel(
     RESIDUAL: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BATCH: tl.constexpr,
-    BATCH_TILES: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Compute y for one channel and a tile of positions t."""
-    d = tl.program_id(0).to(tl.int64)
-    first_t = tl.program_id(1) * POSITIONS
-    t = first_t + tl.arange(0, POSITIONS)[None, :]
-    offsets = tl.arange(0, POSITIONS)
+    """Compute y for one channel and a tile of rows and positions t."""
+    first_t = tl.program_id(0) * POSITIONS
+    d = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+    in_batch = batch < batch_size
     dtype = p_ptr.dtype.element_ty
-    taps = taps_ptr + d * (2 * length - 1)
-    res_taps = res_taps_ptr + d * (2 * length - 1)
+    length = length_units * UNIT
+    width = width_units * 8
+    copies = copies_ptr + d * 8 * width
+    stride_pc *= UNIT
+    p_rows = batch * (stride_pb * UNIT)
     end = length
     if CAUSAL:
         end = tl.minimum(length, first_t + POSITIONS)
-    for i in range(BATCH_TILES):
-        first = (tl.program_id(2) * BATCH_TILES + i) * BATCH
-        batch = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
-        in_batch = batch < batch_size
-        acc = tl.zeros((BATCH, POSITIONS), tl.float32)
-        res = tl.zeros((BATCH, POSITIONS), tl.float32)
-        for start in range(0, end, POSITIONS):
-            s = start + offsets
-            cols = s[None, :]
-            mask = in_batch & (cols < length)
-            w = gated(
-                p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
-                batch * stride_pb, batch, cols, length, mask, HAS_MASK,
+    if ONE_TILE:
+        end = POSITIONS
+    acc = tl.zeros((BATCH, POSITIONS), tl.float32)
+    for first in range(0, end, STEP):
+        w = gated_tile(
+            p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc, p_rows,
+            batch, in_batch, first, length, HAS_MASK, HAS_P_BIAS, FULL, BATCH, STEP,
+        )  # fmt: skip
+        matrix = toeplitz_tile(copies, width, first, first_t, STEP, POSITIONS)
+        acc = tl.dot(w.to(dtype), matrix, acc, input_precision=PRECISION)
+    x2 = channels + d
+    acc *= conv_tile(
+        p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, x2, p_rows, in_batch, first_t,
+        length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+    )  # fmt: skip
+    if RESIDUAL:
+        copies += tl.cast(channels, tl.int64) * 8 * width
+        u_ptr += d * (stride_uc * UNIT)
+        for first in range(0, end, STEP):
+            cols = first + tl.arange(0, STEP)[None, :]
+            u = unmasked(
+                u_ptr, mask_ptr, batch * (stride_ub * UNIT), batch, cols, length,
+                in_batch & (cols < length), HAS_MASK, FULL,
             )  # fmt: skip
-            lags = t - s[:, None]
-            inside = (s[:, None] < length) & (t < length)
-            matrix = _toeplitz(taps, lags, length, inside)
-            acc = tl.dot(w.to(dtype), matrix, acc, input_precision=PRECISION)
-            if RESIDUAL:
-                u = unmasked(
-                    u_ptr + d * stride_uc, mask_ptr, batch * stride_ub, batch, cols, length, mask,
-                    HAS_MASK,
-                )  # fmt: skip
-                matrix = _toeplitz(res_taps, lags, length, inside)
-                res = tl.dot(u, matrix, res, input_precision=PRECISION)
-        mask = in_batch & (t < length)
-        x2 = channels + d
-        acc *= short_conv(
-            p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, batch * stride_pb, t, length, mask
-        )
-        tl.store(y_ptr + d * stride_yc + batch * stride_yb + t, (acc + res).to(dtype), mask=mask)
+            matrix = toeplitz_tile(copies, width, first, first_t, STEP, POSITIONS)
+            acc = tl.dot(u, matrix, acc, input_precision=PRECISION)
+    t = first_t + tl.arange(0, POSITIONS)[None, :]
+    y = y_ptr + d * (stride_yc * UNIT) + batch * (stride_yb * UNIT) + t
+    tl.store(y, acc.to(dtype), mask=in_batch & (t < length))
 
 
 @triton.jit
@@ -133,83 +191,152 @@ def toeplitz_backward_kernel(
     p_ptr,
     weight_ptr,
     bias_ptr,
-    taps_ptr,
-    res_taps_ptr,
+    p_bias_ptr,
+    copies_ptr,
     mask_ptr,
-    grad_short_ptr,
+    grad_p_ptr,
     grad_u_ptr,
+    sums_ptr,
     batch_size,
-    length,
+    length_units,
     channels,
+    width_units,
     stride_gb,
     stride_gc,
     stride_pb,
     stride_pc,
+    stride_ob,
+    stride_oc,
     stride_ub,
     stride_uc,
     RESIDUAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BATCH: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Compute the gradients of u and of x1, x2 and v for a tile of positions r.
+    """Compute the gradients of p and u for one channel and a tile of rows, and sums for parameters.
 
     With g = grad · x2: dx2 = grad · (taps ∗ w), dw[r] = Σ_t taps[t − r] · g[t], dx1 = dw · v and
-    dv = dw · x1. du is computed like dw, from grad and the residual taps.
+    dv = dw · x1. du is computed like dw, from grad and the residual taps. The tiles of positions r
+    come last to first, because the adjoint of the short convolution looks two positions ahead.
     """
-    d = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
-    offsets = tl.arange(0, POSITIONS)
-    batch = (tl.program_id(2) * BATCH + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) * BATCH + tl.arange(0, BATCH)[:, None]).to(tl.int64)
     in_batch = batch < batch_size
     dtype = p_ptr.dtype.element_ty
-    taps = taps_ptr + d * (2 * length - 1)
-    res_taps = res_taps_ptr + d * (2 * length - 1)
-    p_rows = batch * stride_pb
+    length = length_units * UNIT
+    width = width_units * 8
+    copies = copies_ptr + d * 8 * width
+    res_copies = copies + tl.cast(channels, tl.int64) * 8 * width
+    stride_pc *= UNIT
+    stride_oc *= UNIT
+    p_rows = batch * (stride_pb * UNIT)
+    out_rows = batch * (stride_ob * UNIT)
+    grad_rows = grad_ptr + d * (stride_gc * UNIT) + batch * (stride_gb * UNIT)
+    u_rows = grad_u_ptr + d * (stride_uc * UNIT) + batch * (stride_ub * UNIT)
     x2 = channels + d
     v = 2 * channels + d
-    conv = tl.zeros((BATCH, POSITIONS), tl.float32)
-    grad_w = tl.zeros((BATCH, POSITIONS), tl.float32)
-    grad_u = tl.zeros((BATCH, POSITIONS), tl.float32)
-    for start in range(0, length, POSITIONS):
-        q = start + offsets
-        cols = q[None, :]
-        mask = in_batch & (cols < length)
-        inside = (q[:, None] < length) & (r < length)
-        lags = r - q[:, None]
-        w = gated(
-            p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
-            p_rows, batch, cols, length, mask, HAS_MASK,
-        )  # fmt: skip
-        matrix = _toeplitz(taps, lags, length, inside)
-        conv = tl.dot(w.to(dtype), matrix, conv, input_precision=PRECISION)
-        grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + cols, mask=mask, other=0.0)
-        g = grad * short_conv(
-            p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, p_rows, cols, length, mask
+    offsets = tl.arange(0, POSITIONS)[None, :]
+    end = length
+    tiles = tl.cdiv(length, POSITIONS)
+    if ONE_TILE:
+        end = POSITIONS
+        tiles = 1
+    zero = tl.zeros((BATCH, 1), tl.float32)
+    x1_0, x1_1, x2_0, x2_1, v_0, v_1 = zero, zero, zero, zero, zero, zero
+    for i in range(0, tiles):
+        tile = tiles - 1 - i
+        first_r = tile * POSITIONS
+        r = first_r + offsets
+        inside = in_batch & (r < length)
+        sums = sums_ptr + (tl.program_id(0) * tiles + tile) * 15 * tl.cast(channels, tl.int64)
+
+        acc = tl.zeros((BATCH, POSITIONS), tl.float32)
+        for first in range(0, end, STEP):
+            w = gated_tile(
+                p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc, p_rows,
+                batch, in_batch, first, length, HAS_MASK, HAS_P_BIAS, FULL, BATCH, STEP,
+            )  # fmt: skip
+            matrix = toeplitz_tile(copies, width, first, first_r, STEP, POSITIONS)
+            acc = tl.dot(w.to(dtype), matrix, acc, input_precision=PRECISION)
+        octets = multiply_octets(
+            split_octets(acc, BATCH, POSITIONS),
+            split_octets(load(grad_rows + r, inside, FULL).to(tl.float32), BATCH, POSITIONS),
         )
-        matrix = _toeplitz(taps, -lags, length, inside)
-        grad_w = tl.dot(g.to(dtype), matrix, grad_w, input_precision=PRECISION)
+        next0, next1, x2_0, x2_1 = next_octets(
+            octets[0], octets[1], x2_0, x2_1, BATCH, POSITIONS // 8
+        )
+        grad_p, sum4, sum_p = adjoint_octets(
+            octets, next0, next1, p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, x2,
+            p_rows, in_batch, first_r, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+        )  # fmt: skip
+        tl.store(grad_p_ptr + x2 * stride_oc + out_rows + r, grad_p.to(dtype), mask=inside)
+        store_sums(sums, x2, sum4, sum_p, HAS_P_BIAS)
+
+        acc = tl.zeros((BATCH, POSITIONS), tl.float32)
+        for first in range(0, end, STEP):
+            cols = first + tl.arange(0, STEP)[None, :]
+            grad = load(grad_rows + cols, in_batch & (cols < length), FULL)
+            gate = conv_tile(
+                p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, x2, p_rows, in_batch,
+                first, length, HAS_P_BIAS, FULL, BATCH, STEP,
+            )  # fmt: skip
+            matrix = tl.trans(toeplitz_tile(copies, width, first_r, first, POSITIONS, STEP))
+            acc = tl.dot((grad * gate).to(dtype), matrix, acc, input_precision=PRECISION)
+        if not FULL:
+            acc = tl.where(inside, acc, 0.0)
+        if HAS_MASK:
+            kept = load(mask_ptr + batch * length + r, inside, FULL).to(tl.float32)
+            acc *= kept
+        grad_w = split_octets(acc, BATCH, POSITIONS)
+        octets = multiply_octets(
+            grad_w,
+            conv_octets(
+                p_ptr + d * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, d, p_rows, in_batch,
+                first_r, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+            ),
+        )  # fmt: skip
+        next0, next1, v_0, v_1 = next_octets(octets[0], octets[1], v_0, v_1, BATCH, POSITIONS // 8)
+        grad_p, sum4, sum_p = adjoint_octets(
+            octets, next0, next1, p_ptr + v * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, v,
+            p_rows, in_batch, first_r, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+        )  # fmt: skip
+        tl.store(grad_p_ptr + v * stride_oc + out_rows + r, grad_p.to(dtype), mask=inside)
+        store_sums(sums, v, sum4, sum_p, HAS_P_BIAS)
+        octets = multiply_octets(
+            grad_w,
+            conv_octets(
+                p_ptr + v * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, v, p_rows, in_batch,
+                first_r, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+            ),
+        )  # fmt: skip
+        next0, next1, x1_0, x1_1 = next_octets(
+            octets[0], octets[1], x1_0, x1_1, BATCH, POSITIONS // 8
+        )
+        grad_p, sum4, sum_p = adjoint_octets(
+            octets, next0, next1, p_ptr + d * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, d,
+            p_rows, in_batch, first_r, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
+        )  # fmt: skip
+        tl.store(grad_p_ptr + d * stride_oc + out_rows + r, grad_p.to(dtype), mask=inside)
+        store_sums(sums, d, sum4, sum_p, HAS_P_BIAS)
+
         if RESIDUAL:
-            matrix = _toeplitz(res_taps, -lags, length, inside)
-            grad_u = tl.dot(grad, matrix, grad_u, input_precision=PRECISION)
-    mask = in_batch & (r < length)
-    if HAS_MASK:
-        kept = tl.load(mask_ptr + batch * length + r, mask=mask, other=0.0).to(tl.float32)
-        grad_w *= kept
-        grad_u *= kept
-    grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + r, mask=mask, other=0.0)
-    # The gradient of the short convolution's output is (3D, B, L).
-    out = grad_short_ptr + batch * length + r
-    size = batch_size.to(tl.int64) * length
-    x1 = short_conv(p_ptr + d * stride_pc, weight_ptr, bias_ptr, d, p_rows, r, length, mask)
-    tl.store(out + v * size, (grad_w * x1).to(dtype), mask=mask)
-    gate = short_conv(p_ptr + v * stride_pc, weight_ptr, bias_ptr, v, p_rows, r, length, mask)
-    tl.store(out + d * size, (grad_w * gate).to(dtype), mask=mask)
-    tl.store(out + x2 * size, (grad * conv).to(dtype), mask=mask)
-    if RESIDUAL:
-        to = grad_u_ptr + d * stride_uc + batch * stride_ub + r
-        tl.store(to, grad_u.to(dtype), mask=mask)
+            acc = tl.zeros((BATCH, POSITIONS), tl.float32)
+            for first in range(0, end, STEP):
+                cols = first + tl.arange(0, STEP)[None, :]
+                grad = load(grad_rows + cols, in_batch & (cols < length), FULL)
+                matrix = tl.trans(toeplitz_tile(res_copies, width, first_r, first, POSITIONS, STEP))
+                acc = tl.dot(grad, matrix, acc, input_precision=PRECISION)
+            if HAS_MASK:
+                kept = load(mask_ptr + batch * length + r, inside, FULL)
+                acc *= kept.to(tl.float32)
+            tl.store(u_rows + r, acc.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -219,12 +346,11 @@ def taps_grad_kernel(
     u_ptr,
     weight_ptr,
     bias_ptr,
+    p_bias_ptr,
     mask_ptr,
-    scratch_ptr,
     out_ptr,
-    first_channel,
     batch_size,
-    length,
+    length_units,
     channels,
     stride_gb,
     stride_gc,
@@ -234,186 +360,267 @@ def taps_grad_kernel(
     stride_uc,
     GATED: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_P_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BATCH: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Compute Σ_b Σ_s g[b, s + lag] · w[b, s] for the lags between two diagonals of tiles.
 
     Pairs of tiles of t and s with the same distance have the same lags, so they share one sum of
-    outer products. The sum is written to scratch memory and read back along its diagonals.
-    Output row j of a channel holds this program's share of the lags (j − tiles) · P + 1 …
-    (j − tiles + 2) · P, where P is the width of a tile.
+    outer products, (s, t). Row s is then rotated by s, which puts each diagonal, one lag, into a
+    column. With one tile, the output is (D, 2L − 1). With more, it is (D, 2 · tiles − 1, 2, P):
+    row j holds this program's share of the lags (j − tiles) · P … (j − tiles + 2) · P − 1.
     """
-    d = first_channel + tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64)
+    length = length_units * UNIT
+    stride_pc *= UNIT
     tiles = tl.cdiv(length, POSITIONS)
-    apart = tl.program_id(1) - (tiles - 1)  # tile of t minus tile of s
-    offsets = tl.arange(0, POSITIONS)
+    apart = tl.program_id(0) - (tiles - 1)  # tile of t minus tile of s
+    from_tile, to_tile = tl.maximum(0, -apart), tl.minimum(tiles, tiles - apart)
+    if ONE_TILE:
+        apart = 0
+        from_tile = 0
+        to_tile = 1
     dtype = p_ptr.dtype.element_ty
     x2 = channels + d
     acc = tl.zeros((POSITIONS, POSITIONS), tl.float32)
-    for i in range(tl.maximum(0, -apart), tl.minimum(tiles, tiles - apart)):
-        s = (i * POSITIONS + offsets)[None, :]
-        t = ((i + apart) * POSITIONS + offsets)[None, :]
-        for first in range(0, batch_size, BATCH):
-            batch = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
-            in_batch = batch < batch_size
-            mask_s = in_batch & (s < length)
-            mask_t = in_batch & (t < length)
-            grad = tl.load(grad_ptr + d * stride_gc + batch * stride_gb + t, mask=mask_t, other=0.0)
+    for first_row in range(0, batch_size, BATCH):
+        batch = (first_row + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+        in_batch = batch < batch_size
+        p_rows = batch * (stride_pb * UNIT)
+        for i in range(from_tile, to_tile):
+            first_s = i * POSITIONS
+            first_t = (i + apart) * POSITIONS
+            t = first_t + tl.arange(0, POSITIONS)[None, :]
+            grad_rows = grad_ptr + d * (stride_gc * UNIT) + batch * (stride_gb * UNIT)
+            grad = load(grad_rows + t, in_batch & (t < length), FULL)
             if GATED:
-                grad *= short_conv(
-                    p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, x2, batch * stride_pb, t, length,
-                    mask_t,
+                gate = conv_tile(
+                    p_ptr + x2 * stride_pc, weight_ptr, bias_ptr, p_bias_ptr, x2, p_rows, in_batch,
+                    first_t, length, HAS_P_BIAS, FULL, BATCH, POSITIONS,
                 )  # fmt: skip
-                w = gated(
-                    p_ptr, weight_ptr, bias_ptr, mask_ptr, d, channels, stride_pc,
-                    batch * stride_pb, batch, s, length, mask_s, HAS_MASK,
-                )  # fmt: skip
+                grad = (grad * gate).to(dtype)
+                w = gated_tile(
+                    p_ptr, weight_ptr, bias_ptr, p_bias_ptr, mask_ptr, d, channels, stride_pc,
+                    p_rows, batch, in_batch, first_s, length, HAS_MASK, HAS_P_BIAS, FULL, BATCH,
+                    POSITIONS,
+                ).to(dtype)  # fmt: skip
             else:
+                s = first_s + tl.arange(0, POSITIONS)[None, :]
                 w = unmasked(
-                    u_ptr + d * stride_uc, mask_ptr, batch * stride_ub, batch, s, length, mask_s,
-                    HAS_MASK,
+                    u_ptr + d * (stride_uc * UNIT), mask_ptr, batch * (stride_ub * UNIT), batch, s,
+                    length, in_batch & (s < length), HAS_MASK, FULL,
                 )  # fmt: skip
-            acc = tl.dot(tl.trans(grad.to(dtype)), w.to(dtype), acc, input_precision=PRECISION)
-    program = tl.program_id(0).to(tl.int64) * (2 * tiles - 1) + tl.program_id(1)
-    scratch = scratch_ptr + program * POSITIONS * POSITIONS
-    out_ptr += (d * (2 * tiles - 1) + tl.program_id(1)) * 2 * POSITIONS
-    tl.store(scratch + offsets[:, None] * POSITIONS + offsets[None, :], acc)
-    tl.debug_barrier()  # other threads of this program wrote what is read now
-    for half in range(2):
-        lag = half * POSITIONS + offsets - (POSITIONS - 1)
-        row = offsets[None, :] + lag[:, None]
-        inside = (row >= 0) & (row < POSITIONS)
-        diagonal = tl.load(scratch + row * POSITIONS + offsets[None, :], mask=inside, other=0.0)
-        tl.store(out_ptr + half * POSITIONS + offsets, tl.sum(diagonal, 1))
+            acc = tl.dot(tl.trans(w), grad, acc, input_precision=PRECISION)
+    s = tl.arange(0, POSITIONS)[:, None]
+    column = tl.arange(0, POSITIONS)[None, :]
+    acc = tl.gather(acc, (s + column) % POSITIONS, 1)
+    wraps = s + column >= POSITIONS
+    lag = tl.arange(0, POSITIONS)
+    high = tl.sum(tl.where(wraps, 0.0, acc), 0)
+    low = tl.sum(tl.where(wraps, acc, 0.0), 0)
+    if ONE_TILE:
+        out_ptr += d * (2 * length - 1) + length - 1
+        tl.store(out_ptr + lag, high, mask=lag < length)
+        tl.store(out_ptr + lag - POSITIONS, low, mask=lag - POSITIONS > -length)
+    else:
+        out_ptr += (d * (2 * tiles - 1) + tl.program_id(0)) * 2 * POSITIONS
+        tl.store(out_ptr + lag, low)
+        tl.store(out_ptr + POSITIONS + lag, high)
 
 
-def _config(p: Tensor) -> Config:
-    return CONFIGS[p.element_size(), p.shape[1] % 16 == 0]
+@dataclass(frozen=True)
+class _Launch:
+    """The tensors of `Inputs` as the kernels take them, and what their launches have in common."""
+
+    p: Tensor
+    u: Tensor
+    parameters: tuple[Tensor, ...]  # weight, bias and p_bias
+    mask: Tensor
+    unit: int  # 8 if 8 divides the length and all strides, else 1
+    constants: dict[str, Any]
+
+    @property
+    def batch_size(self) -> int:
+        return self.p.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.p.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.p.shape[2] // 3
+
+    def config(self, kernel: str) -> Config:
+        """Return the configuration of a launch, its tiles no larger than the sizes."""
+        size = self.p.element_size()
+        one = self.length <= CONFIGS[kernel, size, "one"].positions
+        config = CONFIGS[kernel, size, "any" if self.unit == 1 else "one" if one else "many"]
+        return replace(
+            config,
+            batch=tile(self.batch_size, config.batch),
+            positions=tile(self.length, config.positions),
+            step=tile(self.length, config.step),
+        )
+
+    def options(self, config: Config) -> dict[str, Any]:
+        """Return the keyword arguments of a launch."""
+        return {
+            **self.constants,
+            "UNIT": self.unit,
+            "FULL": self.length % config.positions == self.batch_size % config.batch == 0,
+            "ONE_TILE": self.length <= config.positions,
+            "BATCH": config.batch,
+            "POSITIONS": config.positions,
+            "STEP": config.step,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        }
 
 
-def _constants(p: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """Return the compile-time arguments that all three kernels have, but for tile sizes."""
-    return {
-        "HAS_MASK": mask is not None,
-        "PRECISION": dot_precision(p.dtype),
-        "num_warps": _config(p).num_warps,
-        "num_stages": _config(p).num_stages,
-    }
+def _launch(inputs: Inputs, *others: Tensor) -> _Launch:
+    """Prepare `inputs`; `others` are further sequences (B, L, C) that the kernels will address."""
+    p = sequence_last(inputs.p)
+    u = p if inputs.u is None else sequence_last(inputs.u)
+    p_bias = inputs.bias if inputs.p_bias is None else inputs.p_bias
+    return _Launch(
+        p=p,
+        u=u,
+        parameters=(inputs.weight, inputs.bias, p_bias),
+        mask=p if inputs.mask is None else inputs.mask,  # any tensor for a None
+        unit=unit_of(p, u, *others),
+        constants={
+            "HAS_MASK": inputs.mask is not None,
+            "HAS_P_BIAS": inputs.p_bias is not None,
+            "PRECISION": dot_precision(p.dtype),
+        },
+    )
 
 
-def _pointers(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return p, u, weight, bias, taps, res_taps and mask for a launch; any tensor for a None."""
-    p, u, weight, bias, taps, res_taps, mask = inputs
-    p = sequence_last(p)
-    u = p if u is None else sequence_last(u)
-    taps = taps.to(p.dtype)  # both operands of a product have one dtype
-    res_taps = taps if res_taps is None else res_taps.to(p.dtype)
-    return p, u, weight, bias, taps, res_taps, p if mask is None else mask
+def _copies(inputs: Inputs, dtype: torch.dtype, positions: int) -> tuple[Tensor, int]:
+    """Return the shifted copies of both filters' taps in `dtype`, and their width / 8."""
+    taps, res_taps = inputs.taps, inputs.res_taps
+    channels, length = taps.shape[0], taps.shape[1] // 2 + 1
+    width = 2 * triton.cdiv(length, positions) * positions
+    filters = 1 if res_taps is None else 2
+    copies = torch.empty(filters, channels, 8, width, dtype=dtype, device=taps.device)
+    block = min(triton.next_power_of_2(width), 256)
+    taps_copies_kernel[channels, filters, triton.cdiv(width, block)](
+        taps,
+        taps if res_taps is None else res_taps,
+        copies,
+        length,
+        channels,
+        width // 8,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return copies, width // 8
 
 
 def forward(inputs: Inputs, causal: bool) -> Tensor:
     """Compute `gated_long_conv_op`."""
-    pointers = p, u, *_ = _pointers(inputs)
-    batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
-    y = empty_sequence_last(p, channels)
-    batch, positions = tile(batch_size, _config(p).batch), tile(length, _config(p).positions)
-    batch_tiles = min(triton.cdiv(batch_size, batch), max(1, BATCH_PER_PROGRAM // batch))
+    y = empty_sequence_last(inputs.p, inputs.p.shape[2] // 3)
+    launch = _launch(inputs, y)
+    config = launch.config("forward")
+    copies, width = _copies(inputs, launch.p.dtype, config.positions)
     grid = (
-        channels,
-        triton.cdiv(length, positions),
-        triton.cdiv(batch_size, batch * batch_tiles),
+        triton.cdiv(launch.length, config.positions),
+        triton.cdiv(launch.batch_size, config.batch),
+        launch.channels,
     )
     toeplitz_forward_kernel[grid](
-        *pointers,
+        launch.p,
+        launch.u,
+        *launch.parameters,
+        copies,
+        launch.mask,
         y,
-        batch_size,
-        length,
-        channels,
-        *strides(p),
-        *strides(u),
-        *strides(y),
+        launch.batch_size,
+        launch.length // launch.unit,
+        launch.channels,
+        width,
+        *in_units(launch.unit, launch.p, launch.u, y),
         RESIDUAL=inputs.res_taps is not None,
         CAUSAL=causal,
-        BATCH=batch,
-        BATCH_TILES=batch_tiles,
-        POSITIONS=positions,
-        **_constants(p, inputs.mask),
+        **launch.options(config),
     )
     return y
 
 
-def _taps_grad(grad: Tensor, inputs: Inputs, is_gated: bool) -> Tensor:
+def _taps_grad(grad: Tensor, launch: _Launch, is_gated: bool) -> Tensor:
     """Return the gradient (D, 2L − 1) of one filter's taps, fp32, bitwise reproducible."""
-    p, u, weight, bias, _, _, mask = _pointers(inputs)
-    batch_size, length, channels = grad.shape
-    positions = tile(length, _config(p).positions)
+    length, channels = launch.length, launch.channels
+    config = launch.config("taps" if is_gated else "taps_res")
+    positions = config.positions
     tiles = triton.cdiv(length, positions)
-    together = SCRATCH_BYTES // (4 * (2 * tiles - 1) * positions**2)
-    together = min(max(together, 1), channels)
-    scratch = p.new_empty(together, 2 * tiles - 1, positions, positions, dtype=torch.float32)
-    out = p.new_empty(channels, 2 * tiles - 1, 2, positions, dtype=torch.float32)
-    for first_channel in range(0, channels, together):
-        taps_grad_kernel[min(together, channels - first_channel), 2 * tiles - 1](
-            grad,
-            p,
-            u,
-            weight,
-            bias,
-            mask,
-            scratch,
-            out,
-            first_channel,
-            batch_size,
-            length,
-            channels,
-            *strides(grad),
-            *strides(p),
-            *strides(u),
-            GATED=is_gated,
-            BATCH=tile(batch_size, _config(p).batch),
-            POSITIONS=positions,
-            **_constants(p, inputs.mask),
-        )
-    # The upper half of one program's lags is the lower half of the next program's.
-    lags = torch.zeros(channels, 2 * tiles, positions, dtype=torch.float32, device=p.device)
-    lags[:, :-1] += out[:, :, 0]
-    lags[:, 1:] += out[:, :, 1]
-    first = tiles * positions - 1 - (length - 1)  # the lags begin at −(tiles · positions − 1)
-    return lags.flatten(1)[:, first : first + 2 * length - 1]
-
-
-def backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute `backward_op`, bitwise reproducibly."""
-    grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
-    batch_size, length, channels = grad.shape
-    residual = inputs.res_taps is not None
-    p, _, *pointers = _pointers(inputs)
-    grad_u = empty_sequence_last(p, channels) if residual else p.new_empty(0, 0, 0)  # unused
-    grad_short = p.new_empty(3 * channels, batch_size, length)
-    batch, positions = tile(batch_size, _config(p).batch), tile(length, _config(p).positions)
-    grid = (channels, triton.cdiv(length, positions), triton.cdiv(batch_size, batch))
-    toeplitz_backward_kernel[grid](
+    shape = (channels, 2 * length - 1) if tiles == 1 else (channels, 2 * tiles - 1, 2, positions)
+    out = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    taps_grad_kernel[2 * tiles - 1, channels](
         grad,
-        p,
-        *pointers,
-        grad_short,
-        grad_u,
-        batch_size,
-        length,
+        launch.p,
+        launch.u,
+        *launch.parameters,
+        launch.mask,
+        out,
+        launch.batch_size,
+        length // launch.unit,
         channels,
-        *strides(grad),
-        *strides(p),
-        *strides(grad_u),
-        RESIDUAL=residual,
-        BATCH=batch,
-        POSITIONS=positions,
-        **_constants(p, inputs.mask),
+        *in_units(launch.unit, grad, launch.p, launch.u),
+        GATED=is_gated,
+        **launch.options(config),
     )
-    grad_p, grad_weight, grad_bias = short_conv_grad(grad_short, p, inputs.weight)
-    grad_taps = _taps_grad(grad, inputs, is_gated=True)
+    if tiles == 1:
+        return out
+    # The upper half of one program's lags is the lower half of the next program's.
+    lags = F.pad(out[:, :, 0], (0, 0, 0, 1))
+    lags[:, 1:] += out[:, :, 1]
+    first = tiles * positions - (length - 1)  # the lags begin at −tiles · positions
+    return lags.flatten(1)[:, first : first + 2 * length - 1].contiguous()
+
+
+def backward(grad: Tensor, inputs: Inputs) -> Gradients:
+    """Compute `backward_op`, bitwise reproducibly."""
+    grad = sequence_last(grad)
+    residual = inputs.res_taps is not None
+    grad_p = empty_sequence_last(grad, inputs.p.shape[2])
+    grad_u = empty_sequence_last(grad, grad.shape[2]) if residual else grad.new_empty(0)
+    given_u = grad_u if residual else grad_p  # any tensor for a None
+    launch = _launch(inputs, grad, grad_p, given_u)
+    config = launch.config("backward")
+    copies, width = _copies(inputs, launch.p.dtype, config.positions)
+    batch_tiles = triton.cdiv(launch.batch_size, config.batch)
+    tiles = triton.cdiv(launch.length, config.positions)
+    sums = torch.empty(
+        batch_tiles * tiles, 3 * launch.channels, 5, dtype=torch.float32, device=grad.device
+    )
+    toeplitz_backward_kernel[batch_tiles, launch.channels](
+        grad,
+        launch.p,
+        *launch.parameters,
+        copies,
+        launch.mask,
+        grad_p,
+        given_u,
+        sums,
+        launch.batch_size,
+        launch.length // launch.unit,
+        launch.channels,
+        width,
+        *in_units(launch.unit, grad, launch.p, grad_p, given_u),
+        RESIDUAL=residual,
+        **launch.options(config),
+    )
+    grad_weight, grad_bias, grad_p_bias = add_sums(sums, inputs.p_bias is not None)
+    grad_taps = _taps_grad(grad, launch, is_gated=True)
     grad_res_taps = grad_taps.new_empty(0)
     if residual:
-        grad_res_taps = _taps_grad(grad, inputs, is_gated=False)
-    return grad_p, grad_u, grad_weight, grad_bias, grad_taps, grad_res_taps
+        grad_res_taps = _taps_grad(grad, launch, is_gated=False)
+    return Gradients(grad_p, grad_u, grad_weight, grad_bias, grad_p_bias, grad_taps, grad_res_taps)

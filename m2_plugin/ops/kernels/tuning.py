@@ -1,16 +1,11 @@
 """Chooses a kernel's configuration: candidates are timed once on a machine, the choice is kept.
 
 `triton.autotune` forgets its choice when the process ends; this module writes it to a file in the
-user's cache. Two environment variables change that: `M2_PLUGIN_AUTOTUNE=0` takes the defaults and
-times nothing; `M2_PLUGIN_CACHE` names a folder to use instead of
-`${XDG_CACHE_HOME:-~/.cache}/m2_plugin`.
+user's cache (`cache.py`). `M2_PLUGIN_AUTOTUNE=0` takes the defaults and times nothing.
 """
 
-import json
 import logging
 import os
-import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +14,12 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from m2_plugin.ops.kernels import cache, check
+
 Config = TypeVar("Config")
 
 log = logging.getLogger(__name__)
 
-# Raise this when a kernel changes: older measurements then no longer count.
-VERSION = 1
 WARMUP_MS, MEASURE_MS = 2, 8
 # With fewer rows the device is idle whatever the tiles; with more, the fastest tiles are the same.
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
@@ -54,7 +49,8 @@ def best(
 
     Args:
         op: The name of the launch.
-        key: The class of shapes: all that the choice depends on, printable.
+        key: The class of shapes: all that the choice depends on, printable. Masks, residuals and
+            directions belong to it, if a kernel does less work without them.
         candidates: Configurations, the safe one first. Their `repr` must tell them apart.
         run: A function that launches a candidate; all must compute the same.
         device: The device of the tensors.
@@ -62,6 +58,9 @@ def best(
     Raises:
         Exception: The first candidate's error, if no candidate can be built and launched.
     """
+    compared = check.alternative(len(candidates))
+    if compared is not None:
+        return candidates[compared]
     fixed = len(candidates) == 1 or device.type != "cuda"
     if fixed or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
@@ -70,39 +69,23 @@ def best(
         off = os.environ.get("M2_PLUGIN_AUTOTUNE") == "0"
         if off or torch.cuda.is_current_stream_capturing():
             return candidates[0]
-        path = cache_file(torch.cuda.get_device_name(device))
+        path = cache.path("choices", device)
         name = f"{op} {' '.join(map(str, key))}"
         try:
-            _chosen[entry] = _read(path, name, candidates) or _measure(path, name, candidates, run)
+            kept = _read(path, name, candidates)
+            if kept is not None:
+                _chosen[entry] = kept
+            else:
+                _chosen[entry], found = _measure(name, candidates, run)
+                cache.add(path, name, found, device)
         except torch.OutOfMemoryError:  # for the timer's own buffer: measure another time
             return candidates[0]
     return _chosen[entry]
 
 
-def cache_file(device_name: str) -> Path:
-    """Return the file that holds the choices for a device."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("M2_PLUGIN_CACHE") or os.path.join(caches, "m2_plugin"))
-    name = re.sub(r"[^\w.]+", "-", f"{device_name} triton {triton.__version__} v{VERSION}")
-    return folder / f"{name}.json"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not a JSON object")
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("Kernels will be timed again: %s cannot be read (%s).", path, error)
-        return {}
-
-
 def _read(path: Path, name: str, candidates: Sequence[Config]) -> Config | None:
     """Return the choice in a file, if it was made among the same candidates; else None."""
-    found = _load(path).get(name)
+    found = cache.load(path).get(name)
     names = [repr(config) for config in candidates]
     if not isinstance(found, dict) or found.get("candidates") != names:
         return None
@@ -110,9 +93,9 @@ def _read(path: Path, name: str, candidates: Sequence[Config]) -> Config | None:
 
 
 def _measure(
-    path: Path, name: str, candidates: Sequence[Config], run: Callable[[Config], object]
-) -> Config:
-    """Time the candidates, add the choice to the file and return it."""
+    name: str, candidates: Sequence[Config], run: Callable[[Config], object]
+) -> tuple[Config, dict[str, Any]]:
+    """Time the candidates; return the fastest, and what the file shall hold."""
     times: list[float] = []
     errors: list[Exception] = []
     for config in candidates:
@@ -139,18 +122,4 @@ def _measure(
         "best": repr(fastest),
         "ms": [took if took < float("inf") else None for took in times],
     }
-    _write(path, name, found)
-    return fastest
-
-
-def _write(path: Path, name: str, found: dict[str, Any]) -> None:
-    """Add an entry to a file by replacing it as a whole. Entries of other processes stay."""
-    text = json.dumps(_load(path) | {name: found}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(text + "\n")
-            whole.replace(path)
-    except OSError as error:
-        log.warning("Kernels will be timed again: %s cannot be written (%s).", path, error)
+    return fastest, found

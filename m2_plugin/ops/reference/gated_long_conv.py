@@ -62,8 +62,11 @@ def gated_long_conv_torch(
     taps: Tensor,
     res_taps: Tensor | None,
     mask: Tensor | None,
+    p_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute `gated_long_conv`; arguments as there. A causal filter has zeros at negative lags."""
+    if p_bias is not None:
+        p = p + p_bias.to(p.dtype)
     return gate_and_convolve(
         short_conv(p, weight, bias),
         lambda w: conv_of_taps(w, taps),

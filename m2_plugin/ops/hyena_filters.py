@@ -1,0 +1,216 @@
+"""The taps of Hyena filters (arXiv 2302.10866, section 3.3), many filters at once.
+
+Dimension key: G filters, L sequence, D channels, E positional features, O order.
+"""
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd.function import once_differentiable
+
+from m2_plugin.ops.backend import use_kernel
+from m2_plugin.ops.reference.hyena_filters import MAX_ORDER, OP, Sizes, hyena_filters_torch
+
+
+class MLPWeights(NamedTuple):
+    """The weights of one MLP from positional features to taps."""
+
+    w1: Tensor  # (O, E)
+    b1: Tensor  # (O,)
+    w2: Tensor  # (O, O)
+    b2: Tensor  # (O,)
+    w3: Tensor  # (O, O)
+    b3: Tensor  # (O,)
+    out: Tensor  # (D, O)
+
+
+class FilterWeights(NamedTuple):
+    """The parameters of one filter."""
+
+    z: Tensor  # (H, E), the positional features of H ≥ L positions
+    freq: Tensor  # (O,)
+    skip: Tensor  # (D,), added to the tap at lag 0
+    fwd: MLPWeights  # for lags 0 … L − 1
+    rev: MLPWeights | None  # for lags −1 … −L; None for a causal filter
+
+
+def pack(filters: Sequence[FilterWeights], length: int, before: int) -> tuple[Tensor, Sizes]:
+    """Copy the weights of filters of equal sizes into one tensor, in the order of `Packed`.
+
+    Args:
+        filters: The filters.
+        length: L.
+        before: Number of negative lags, L − 1 or L.
+
+    Returns:
+        The tensor, in one dimension, and what `unpack` needs.
+    """
+    first = filters[0]
+    mlps = [mlp for f in filters for mlp in (f.fwd, f.rev) if mlp is not None]
+    channels, order = first.fwd.out.shape
+    directions = len(mlps) // len(filters)
+    sizes = Sizes(len(filters), directions, length, channels, first.z.shape[1], order, before)
+    w1, b1, w2, b2, w3, b3, out = zip(*mlps, strict=True)
+    parts = *w2, *w3, *out, *w1, *b1, *b2, *b3, *(f.freq for f in filters)
+    parts = *parts, *(f.skip for f in filters), *(f.z for f in filters)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.cat([t.reshape(-1) for t in _shortened(parts, sizes)]), sizes
+    if not torch.is_grad_enabled():
+        packed: Tensor = _flatten_dense_tensors(_shortened(parts, sizes))
+        return packed, sizes
+    return _Pack.apply(sizes, *parts), sizes
+
+
+def _shortened(parts: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
+    """Return the parts with the features of the first L positions only."""
+    return [*parts[: -sizes.filters], *(z[: sizes.length] for z in parts[-sizes.filters :])]
+
+
+class _Pack(torch.autograd.Function):
+    """A cat of flattened tensors. As single views, hundreds of weights would keep the host busy."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: Sizes, *parts: Tensor) -> Tensor:
+        ctx.sizes, ctx.positions = sizes, len(parts[-1])
+        ctx.parts = [t.detach() for t in _shortened(parts, sizes)]  # of which only shapes are used
+        packed: Tensor = _flatten_dense_tensors(ctx.parts)
+        return packed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        filters, length = ctx.sizes.filters, ctx.sizes.length
+        grads = list(_unflatten_dense_tensors(grad, ctx.parts))
+        if length < ctx.positions:
+            first = torch.stack(grads[-filters:])
+            grads[-filters:] = F.pad(first, (0, 0, 0, ctx.positions - length)).unbind(0)
+        return None, *grads
+
+
+class TapsKeeper:
+    """Keeps taps between calls, in evaluation on a GPU, as long as their weights' values stay.
+
+    Values are compared on the device, in every call: an address or a version counter does not tell
+    whether somebody wrote through `.data`. Copies and pickles of a keeper are empty.
+
+    Args:
+        limit: Most bytes to keep. If it is reached, groups of another length give way.
+    """
+
+    def __init__(self, limit: int = 1 << 30):
+        self.limit = limit
+        self.kept: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[type["TapsKeeper"], tuple[int]]:
+        return TapsKeeper, (self.limit,)
+
+    def clear(self) -> None:
+        """Let go of all taps."""
+        with _LOCK:
+            self.kept.clear()
+
+    def taps(
+        self,
+        key: Hashable,
+        packed: Tensor,
+        scale: Tensor,
+        rates: Tensor,
+        sizes: Sizes,
+        w_mod: float,
+        strict: bool,
+    ) -> Tensor:
+        """Return `hyena_filters` of packed weights, for `key` and the current stream.
+
+        Other streams have taps of their own, because nothing would order their kernels.
+        """
+        from m2_plugin.ops.kernels.hyena_filters import kept_taps
+        from m2_plugin.ops.kernels.run import run_kernel
+
+        def keep(*args: Any) -> Tensor:
+            kept = kept_taps(self.kept.get(where), *args)
+            if where not in self.kept and self._has_room(kept.nbytes, sizes.length):
+                self.kept[where] = kept
+            return kept.taps
+
+        device = packed.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        where = sizes, stream, device, key
+        args = packed, scale, rates, sizes, w_mod
+        with _LOCK:
+            taps: Tensor = run_kernel(OP, strict, keep, hyena_filters_torch, *args)
+            return taps
+
+    def _has_room(self, size: int, length: int) -> bool:
+        others = [where for where in self.kept if where[0].length != length]  # type: ignore[index]
+        while (full := sum(k.nbytes for k in self.kept.values()) + size > self.limit) and others:
+            del self.kept[others.pop(0)]
+        return not full
+
+
+_LOCK = threading.Lock()  # a comparison and the kernel that reads its result belong together
+
+
+def hyena_filters(
+    filters: Sequence[FilterWeights],
+    scale: Tensor,
+    rates: Tensor,
+    w_mod: float = 1.0,
+    before: int | None = None,
+    backend: str = "auto",
+    keeper: TapsKeeper | None = None,
+    key: Hashable = None,
+) -> Tensor:
+    """Compute the taps of filters of equal sizes, ordered by lag, with the skip at lag 0.
+
+    With h = z, and three times h ← sin(w_mod · freq · (W·h + b)), the tap at lag t ≥ 0 of channel
+    d is `(out · h[t])[d] · exp(−scale[t] · rates[d])`; the one at lag −t − 1 likewise, from the
+    reverse MLP. The kernel computes in fp32 whatever PyTorch's settings for TF32 are.
+
+    Args:
+        filters: G filters, each with its own weights, all fp32 (or fp64 in PyTorch).
+        scale: (L,), the window's exponent by position.
+        rates: (D,), the window's exponent by channel.
+        w_mod: Constant factor on the frequencies.
+        before: Number of negative lags: L − 1, the default, is what a convolution needs.
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
+        keeper: Where a kernel keeps the taps, for calls without gradients. The result must not be
+            written to, and another call replaces it.
+        key: Tells these filters, and their `scale`, `rates` and `w_mod`, from others of `keeper`.
+
+    Returns:
+        (G, D, before + L), lags −before … L − 1; zeros at the negative lags of a causal filter.
+
+    Raises:
+        RuntimeError: If `backend` is `triton` and it cannot run on these weights.
+    """
+    length = len(scale)
+    packed, sizes = pack(filters, length, length - 1 if before is None else before)
+    if sizes.order > MAX_ORDER:
+        if backend == "triton":
+            raise RuntimeError(
+                f"backend 'triton' cannot run {OP}: the order is {sizes.order}, and the kernel "
+                f"takes at most {MAX_ORDER}"
+            )
+    elif use_kernel(backend, OP, packed):
+        from m2_plugin.ops.kernels.hyena_filters import hyena_filters_op
+
+        strict = backend == "triton"
+        if keeper is not None and _may_keep(packed):
+            return keeper.taps(key, packed, scale, rates, sizes, w_mod, strict)
+        return hyena_filters_op(packed, scale, rates, list(sizes), w_mod, strict)
+    return hyena_filters_torch(packed, scale, rates, sizes, w_mod)
+
+
+def _may_keep(packed: Tensor) -> bool:
+    """Return whether taps may outlive this call: not where a graph would refer to them."""
+    return not (
+        packed.requires_grad
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (packed.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )

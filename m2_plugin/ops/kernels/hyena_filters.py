@@ -1,0 +1,798 @@
+"""The taps of Hyena filters as one kernel, their gradients as three.
+
+All products are as exact as in fp32, whatever PyTorch's settings are, because sines of a high
+frequency amplify errors. Tensor cores compute each as three: forward of float16 pairs, which is
+twice as fast as TF32 and enough for sines and weights, backward of TF32 pairs, with a larger range.
+
+Dimension key: G filters, N MLPs (one or two per filter), L sequence, D channels, E positional
+features, O order.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2_plugin.ops.backend import interpreted
+from m2_plugin.ops.kernels.check import Case, draws, register
+from m2_plugin.ops.kernels.launch import device_class, tile
+from m2_plugin.ops.kernels.op import kernel_op
+from m2_plugin.ops.kernels.run import run_kernel
+from m2_plugin.ops.reference.hyena_filters import (
+    MAX_ORDER,
+    OP,
+    Packed,
+    Sizes,
+    hyena_filters_torch,
+    packed_shapes,
+    unpack,
+)
+
+
+class Config(NamedTuple):
+    """Tiles: positions of a program; hidden columns, and channels, that it takes at a time."""
+
+    positions: int
+    chunk: int
+    channels: int
+    num_warps: int
+
+
+# None spills registers.
+FORWARD = {"large": Config(64, 16, 64, 4), "small": Config(32, 16, 16, 4)}
+HIDDEN = Config(32, 16, 16, 8)
+BACKWARD = {"large": Config(64, 32, 0, 8), "small": Config(32, 16, 0, 4)}
+# Rows and positions at a time of the kernel for the weights' gradients, and its warps.
+WEIGHT_GRAD = {"large": (64, 32, 4), "small": (64, 16, 4)}
+# Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have the same
+# order on every GPU.
+BUSY = 256
+POSITIONS_PER_SPLIT = 256  # at least
+# Weights are multiplied by this before they become pairs of float16 numbers: it puts the smallest
+# difference that matters, 5e-10, above float16's smallest number, and weights of 1,000 below its
+# largest.
+WEIGHT_SCALE = 64.0
+
+
+FLAGS = 512  # programs that compare weights
+
+
+class KeptTaps(NamedTuple):
+    """Taps between calls, and the values that they were computed from."""
+
+    packed: Tensor
+    changed: Tensor  # (FLAGS,) int32, of the last comparison
+    taps: Tensor  # (G, D, before + L)
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that this keeps."""
+        return sum(t.nbytes for t in self)
+
+
+def precision() -> str:
+    """Return the precision of `tl.dot`; the interpreter multiplies in fp32 anyway."""
+    return "ieee" if interpreted() else "tf32x3"
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sine_of_rest(x, half_turns):
+    """The sine of x − π · half_turns, which must be within ±π/2.
+
+    π is subtracted in four parts, of which the first three have so few bits that their products are
+    exact. The hardware's own sine is fast, but wrong by 1e-3 where x is 10,000.
+    """
+    r = x - half_turns * 3.140625
+    r = r - half_turns * 0.0009670257568359375
+    r = r - half_turns * 6.2771141529083251953e-07
+    r = r - half_turns * 1.2154201256553420762e-10
+    # Beyond 1e5 an argument's own rounding says nothing of its sine; this bounds it.
+    r = tl.minimum(tl.maximum(r, -1.5707964), 1.5707964)
+    s = r * r
+    p = 2.605309215709362e-06 * s - 0.0001980935862981474
+    p = p * s + 0.008333062285874259
+    p = p * s - 0.16666659355112512
+    return r + r * (s * p)
+
+
+@triton.jit
+def signed(value, turns):
+    """Negate the value where `turns` is odd."""
+    odd = turns - 2.0 * tl.floor(turns * 0.5)
+    return value * (1.0 - 2.0 * odd)
+
+
+@triton.jit
+def sin(x):
+    """The sine of x, to within 2e-7 for |x| < 1,000 and 3e-6 for |x| < 30,000."""
+    turns = tl.floor(x * 0.31830988618379067 + 0.5)
+    return signed(sine_of_rest(x, turns), turns)
+
+
+@triton.jit
+def cos(x):
+    """The cosine of x, as exact as `sin`."""
+    turns = tl.floor(x * 0.31830988618379067)
+    return signed(sine_of_rest(x, turns + 0.5), turns + 1.0)
+
+
+@triton.jit
+def first_layer(z_ptr, w1_ptr, b1_ptr, t, o, length, ORDER: tl.constexpr, EMB_DIM: tl.constexpr):
+    """z[t] · W1[o] + b1[o], (positions, order)."""
+    x = tl.load(b1_ptr + o, mask=o < ORDER, other=0.0)[None, :] + tl.zeros_like(t)[:, None]
+    for e in tl.static_range(EMB_DIM):
+        z = tl.load(z_ptr + t * EMB_DIM + e, mask=t < length, other=0.0)
+        w = tl.load(w1_ptr + o * EMB_DIM + e, mask=o < ORDER, other=0.0)
+        x += z[:, None] * w[None, :]
+    return x
+
+
+@triton.jit
+def matrix(ptr, rows, cols, num_rows, num_cols):
+    """A tile of a row-major matrix (num_rows, num_cols); zeros outside it."""
+    return tl.load(
+        ptr + rows * num_cols + cols, mask=(rows < num_rows) & (cols < num_cols), other=0.0
+    )
+
+
+@triton.jit
+def split(x):
+    """Write x as the sum of two float16 numbers, to within 3e-8 for |x| ≤ 1."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def add_product(acc, high, low, w, WEIGHT_SCALE: tl.constexpr):
+    """Return acc + WEIGHT_SCALE · (high + low) · w, but for the product of the two low parts."""
+    w_high, w_low = split(w * WEIGHT_SCALE)
+    acc = tl.dot(low, w_high, acc)
+    acc = tl.dot(high, w_low, acc)
+    return tl.dot(high, w_high, acc)
+
+
+@triton.jit
+def taps_kernel(
+    z_ptr,
+    freq_ptr,
+    skip_ptr,
+    w1_ptr,
+    b1_ptr,
+    w2_ptr,
+    b2_ptr,
+    w3_ptr,
+    b3_ptr,
+    out_ptr,
+    scale_ptr,
+    rates_ptr,
+    changed_ptr,
+    taps_ptr,
+    hidden_ptr,
+    w_mod,
+    length,
+    channels,
+    before,
+    mlps,
+    channels_per_program,
+    DIRECTIONS: tl.constexpr,
+    EMB_DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """The taps of some positions and channels of one MLP, (G, D, before + L).
+
+    With `HIDDEN` no taps, but what the backward pass needs: `hidden` (5, N, L, O), the outputs of
+    the hidden layers, and what the sines of the second and third get, without its factor freq.
+    """
+    if FLAGS > 0:  # noqa: SIM102 (not at run time); taps that are kept: is there anything to do?
+        if tl.max(tl.load(changed_ptr + tl.arange(0, FLAGS)), axis=0) == 0:
+            return
+    tiles = tl.cdiv(length, POSITIONS)
+    n = tl.program_id(1).to(tl.int64)
+    g = n // DIRECTIONS
+    direction = n % DIRECTIONS
+    t = (tl.program_id(0) % tiles) * POSITIONS + tl.arange(0, POSITIONS)
+    o = tl.arange(0, WIDTH)
+    freq = w_mod * tl.load(freq_ptr + g * ORDER + o, mask=o < ORDER, other=0.0)[None, :]
+    w1_ptr += n * ORDER * EMB_DIM
+    w2_ptr += n * ORDER * ORDER
+    w3_ptr += n * ORDER * ORDER
+    layer = tl.cast(mlps, tl.int64) * length * ORDER  # an argument of 1 has no .to
+    hidden_ptr += n * length * ORDER
+    at = t[:, None] * ORDER + o[None, :]
+    inside = (t < length)[:, None] & (o < ORDER)[None, :]
+
+    z_ptr += g * length * EMB_DIM
+    x = first_layer(z_ptr, w1_ptr, b1_ptr + n * ORDER, t, o, length, ORDER, EMB_DIM)
+    h = sin(freq * x)
+    if HIDDEN:
+        tl.store(hidden_ptr + at, h, mask=inside)
+    high, low = split(h)
+    # A chunk of the second layer's columns is needed by all of the third's.
+    x = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        w = matrix(w2_ptr, c[None, :], o[:, None], ORDER, ORDER)
+        bias = tl.load(b2_ptr + n * ORDER + c, mask=c < ORDER, other=0.0)
+        f = w_mod * tl.load(freq_ptr + g * ORDER + c, mask=c < ORDER, other=0.0)
+        x2 = tl.zeros((POSITIONS, CHUNK), tl.float32)
+        x2 = add_product(x2, high, low, w, WEIGHT_SCALE) * (1.0 / WEIGHT_SCALE) + bias[None, :]
+        h2 = sin(f[None, :] * x2)
+        if HIDDEN:
+            to = hidden_ptr + t[:, None] * ORDER + c[None, :]
+            chunk = (t < length)[:, None] & (c < ORDER)[None, :]
+            tl.store(to + layer, h2, mask=chunk)
+            tl.store(to + 3 * layer, x2, mask=chunk)
+        w = matrix(w3_ptr, o[None, :], c[:, None], ORDER, ORDER)
+        h2_high, h2_low = split(h2)
+        x = add_product(x, h2_high, h2_low, w, WEIGHT_SCALE)
+    bias = tl.load(b3_ptr + n * ORDER + o, mask=o < ORDER, other=0.0)
+    x = x * (1.0 / WEIGHT_SCALE) + bias[None, :]
+    h = sin(freq * x)
+    if HIDDEN:
+        tl.store(hidden_ptr + 2 * layer + at, h, mask=inside)
+        tl.store(hidden_ptr + 4 * layer + at, x, mask=inside)
+    else:
+        high, low = split(h)
+        scale = tl.load(scale_ptr + t, mask=t < length, other=0.0)
+        col = before + t
+        kept = t < length
+        if direction == 1:
+            col = before - 1 - t
+            kept = t < before
+        first = (tl.program_id(0) // tiles) * channels_per_program
+        for start in range(first, tl.minimum(first + channels_per_program, channels), CHANNELS):
+            d = start + tl.arange(0, CHANNELS)
+            w = matrix(out_ptr + n * channels * ORDER, d[None, :], o[:, None], channels, ORDER)
+            rates = tl.load(rates_ptr + d, mask=d < channels, other=0.0)
+            k = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+            k = add_product(k, high, low, w, WEIGHT_SCALE) * (1.0 / WEIGHT_SCALE)
+            k *= tl.exp(-scale[:, None] * rates[None, :])
+            if direction == 0:
+                skip = tl.load(skip_ptr + g * channels + d, mask=d < channels, other=0.0)
+                k += tl.where(t[:, None] == 0, skip[None, :], 0.0)
+            to = taps_ptr + (g * channels + d[None, :]) * (before + length) + col[:, None]
+            tl.store(to, k, mask=kept[:, None] & (d < channels)[None, :])
+
+
+@triton.jit
+def layer_grad_kernel(
+    z_ptr,
+    freq_ptr,
+    w1_ptr,
+    b1_ptr,
+    weight_ptr,
+    scale_ptr,
+    rates_ptr,
+    grad_ptr,
+    x_ptr,
+    partial_ptr,
+    grad_z_ptr,
+    w_mod,
+    length,
+    num_rows,
+    before,
+    DIRECTIONS: tl.constexpr,
+    LAYER: tl.constexpr,
+    EMB_DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient x of the input of hidden layer `LAYER`'s sine, for some positions of one MLP.
+
+    `grad` is the gradient of the next layer's output: of the taps (G, D, before + L) after layer 3,
+    else (N, L, O); `weight` (N, M, O) is the next layer's. The gradient replaces `x`, (N, L, O); of
+    layer 1, whose input is z, those of z (N, L, E) and of W1 are formed at once. `partial`
+    (N, tiles, rows, O) gets sums over the tile's positions: the gradients of the bias and of freq,
+    and, of layer 1, of the columns of W1.
+    """
+    pid = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    g = n // DIRECTIONS
+    t = pid * POSITIONS + tl.arange(0, POSITIONS)
+    o = tl.arange(0, WIDTH)
+    inside = (t < length)[:, None] & (o < ORDER)[None, :]
+    col = before + t
+    kept = t < length
+    if LAYER == 3:
+        scale = tl.load(scale_ptr + t, mask=t < length, other=0.0)
+        grad_ptr += g * num_rows * (before + length)
+        if n % DIRECTIONS == 1:
+            col = before - 1 - t
+            kept = t < before
+    else:
+        grad_ptr += n * length * num_rows
+    weight_ptr += n * num_rows * ORDER
+    acc = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    for start in range(0, num_rows, CHUNK):
+        m = start + tl.arange(0, CHUNK)
+        valid = kept[:, None] & (m < num_rows)[None, :]
+        if LAYER == 3:
+            at = m[None, :] * (before + length) + col[:, None]
+            grad = tl.load(grad_ptr + at, mask=valid, other=0.0)
+            rates = tl.load(rates_ptr + m, mask=m < num_rows, other=0.0)
+            grad *= tl.exp(-scale[:, None] * rates[None, :])
+        else:
+            grad = tl.load(grad_ptr + t[:, None] * num_rows + m[None, :], mask=valid, other=0.0)
+        w = matrix(weight_ptr, m[:, None], o[None, :], num_rows, ORDER)
+        acc = tl.dot(grad, w, acc, input_precision=PRECISION)
+    freq = w_mod * tl.load(freq_ptr + g * ORDER + o, mask=o < ORDER, other=0.0)[None, :]
+    at = n * length * ORDER + t[:, None] * ORDER + o[None, :]
+    if LAYER == 1:
+        z_ptr += g * length * EMB_DIM
+        w1_ptr += n * ORDER * EMB_DIM
+        x = first_layer(z_ptr, w1_ptr, b1_ptr + n * ORDER, t, o, length, ORDER, EMB_DIM)
+    else:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    acc *= cos(freq * x)
+    rows = 2
+    if LAYER == 1:
+        rows = 2 + EMB_DIM
+    partial_ptr += (n * tl.num_programs(0) + pid) * rows * ORDER + o
+    tl.store(partial_ptr + ORDER, w_mod * tl.sum(acc * x, axis=0), mask=o < ORDER)
+    acc *= freq
+    tl.store(partial_ptr, tl.sum(acc, axis=0), mask=o < ORDER)
+    if LAYER == 1:
+        for e in tl.static_range(EMB_DIM):
+            z = tl.load(z_ptr + t * EMB_DIM + e, mask=t < length, other=0.0)
+            w = tl.load(w1_ptr + o * EMB_DIM + e, mask=o < ORDER, other=0.0)
+            sums = tl.sum(acc * z[:, None], axis=0)
+            tl.store(partial_ptr + (2 + e) * ORDER, sums, mask=o < ORDER)
+            grad_z = tl.sum(acc * w[None, :], axis=1)
+            tl.store(grad_z_ptr + (n * length + t) * EMB_DIM + e, grad_z, mask=t < length)
+    else:
+        tl.store(x_ptr + at, acc, mask=inside)
+
+
+@triton.jit
+def filter_weight_grad_kernel(
+    left_ptr,
+    right_ptr,
+    scale_ptr,
+    rates_ptr,
+    grad_weight_ptr,
+    length,
+    num_rows,
+    before,
+    positions_per_split,
+    DIRECTIONS: tl.constexpr,
+    OF_TAPS: tl.constexpr,
+    ORDER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split, n, m, o] = Σ_{t in split} left[n, t, m] · right[n, t, o].
+
+    With `OF_TAPS`, left is the gradient of the taps (G, D, before + L), times the window.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o = tl.arange(0, WIDTH)
+    first = split * positions_per_split
+    end = tl.minimum(first + positions_per_split, length)
+    last = end
+    step = 1
+    zero = before
+    if OF_TAPS:
+        rates = tl.load(rates_ptr + m, mask=m < num_rows, other=0.0)
+        left_ptr += ((n // DIRECTIONS) * num_rows + m[:, None]) * (before + length)
+        if n % DIRECTIONS == 1:
+            step = -1
+            zero = before - 1
+            last = tl.minimum(end, before)
+    else:
+        left_ptr += n * length * num_rows + m[:, None]
+    right_ptr += n * length * ORDER
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(first, end, POSITIONS):
+        t = start + tl.arange(0, POSITIONS)
+        if OF_TAPS:
+            left = tl.load(
+                left_ptr + zero + step * t[None, :],
+                mask=(m < num_rows)[:, None] & (t < last)[None, :],
+                other=0.0,
+            )
+            scale = tl.load(scale_ptr + t, mask=t < length, other=0.0)
+            left *= tl.exp(-rates[:, None] * scale[None, :])
+        else:
+            left = tl.load(
+                left_ptr + t[None, :] * num_rows,
+                mask=(m < num_rows)[:, None] & (t < end)[None, :],
+                other=0.0,
+            )
+        right = tl.load(
+            right_ptr + t[:, None] * ORDER + o[None, :],
+            mask=(t < end)[:, None] & (o < ORDER)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    to = grad_weight_ptr + (split * tl.num_programs(1) + n) * num_rows * ORDER
+    tl.store(
+        to + m[:, None] * ORDER + o[None, :],
+        acc,
+        mask=(m < num_rows)[:, None] & (o < ORDER)[None, :],
+    )
+
+
+@triton.jit
+def refresh_kernel(new_ptr, kept_ptr, changed_ptr, size, per_program, BLOCK: tl.constexpr):
+    """Replace what differs in a copy of numbers, and flag whether anything did."""
+    first = tl.program_id(0) * per_program
+    end = tl.minimum(first + per_program, size)
+    changed = tl.zeros((BLOCK,), tl.int32)
+    for start in range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        new = tl.load(new_ptr + i, mask=i < end, other=0)
+        differs = (new != tl.load(kept_ptr + i, mask=i < end, other=0)) & (i < end)
+        tl.store(kept_ptr + i, new, mask=differs)
+        changed |= differs.to(tl.int32)
+    tl.store(changed_ptr + tl.program_id(0), tl.max(changed, axis=0))
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def compute_taps(
+    packed: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: Sizes,
+    w_mod: float,
+    taps: Tensor | None = None,
+    changed: Tensor | None = None,
+) -> Tensor:
+    """Launch the kernel for the taps (G, D, before + L).
+
+    Args:
+        packed: The weights, as `pack` gives them.
+        scale: (L,).
+        rates: (D,).
+        sizes: What `pack` gives beside them.
+        w_mod: Constant factor on the frequencies.
+        taps: Where to write, or None for a new tensor. Negative lags of causal filters are zero.
+        changed: int32 flags, as many as a power of two. If all are 0, nothing is written.
+    """
+    if taps is None:
+        taps = new_taps(packed, sizes)
+    with torch.cuda.device_of(packed):
+        _launch_taps(packed, scale, rates, sizes, w_mod, taps, changed, None)
+    return taps
+
+
+def _launch_taps(
+    packed: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: Sizes,
+    w_mod: float,
+    taps: Tensor | None,
+    changed: Tensor | None,
+    hidden: Tensor | None,
+) -> None:
+    """Write taps, or the hidden layers."""
+    w = unpack(packed, sizes)
+    config = HIDDEN if taps is None else FORWARD[device_class(packed.device)]
+    positions = tile(sizes.length, config.positions)
+    channels = tile(sizes.channels, config.channels)
+    order = tile(sizes.order, MAX_ORDER)
+    tiles = triton.cdiv(sizes.length, positions)
+    # Each part of the channels computes the hidden layers again, a third of the work.
+    parts = max(1, min(BUSY // (tiles * sizes.mlps), triton.cdiv(sizes.channels, 4 * channels)))
+    per_program = triton.cdiv(triton.cdiv(sizes.channels, channels), parts) * channels
+    parts = 1 if taps is None else triton.cdiv(sizes.channels, per_program)
+    taps_kernel[(tiles * parts, sizes.mlps)](
+        w.z,
+        w.freq,
+        w.skip,
+        w.w1,
+        w.b1,
+        w.w2,
+        w.b2,
+        w.w3,
+        w.b3,
+        w.out,
+        scale,
+        rates,
+        scale if changed is None else changed,
+        packed if taps is None else taps,
+        packed if hidden is None else hidden,
+        w_mod,
+        sizes.length,
+        sizes.channels,
+        sizes.before,
+        sizes.mlps,
+        per_program,
+        DIRECTIONS=sizes.directions,
+        EMB_DIM=sizes.emb_dim,
+        ORDER=sizes.order,
+        WIDTH=order,
+        POSITIONS=positions,
+        CHUNK=min(config.chunk, order),
+        CHANNELS=channels,
+        FLAGS=0 if changed is None else changed.numel(),
+        WEIGHT_SCALE=WEIGHT_SCALE,
+        HIDDEN=hidden is not None,
+        num_warps=config.num_warps,
+    )
+
+
+def kept_taps(
+    kept: KeptTaps | None,
+    packed: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: Sizes,
+    w_mod: float,
+) -> KeptTaps:
+    """Compute taps, or let those that are kept stand if the weights' values are the same.
+
+    The device compares the values, and the kernel for the taps returns at once if none differs: the
+    host does not wait. So all that reads and writes `kept` must be on one stream, and one call at a
+    time. A new `KeptTaps` holds `packed` itself.
+    """
+    if kept is None:
+        changed = packed.new_empty(FLAGS, dtype=torch.int32)
+        return KeptTaps(packed, changed, compute_taps(packed, scale, rates, sizes, w_mod))
+    per_program = triton.cdiv(packed.numel(), FLAGS)
+    with torch.cuda.device_of(packed):
+        refresh_kernel[(FLAGS,)](
+            packed.view(torch.int32),  # NaNs are equal to themselves
+            kept.packed.view(torch.int32),
+            kept.changed,
+            packed.numel(),
+            per_program,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    compute_taps(packed, scale, rates, sizes, w_mod, kept.taps, kept.changed)
+    return kept
+
+
+def new_taps(packed: Tensor, sizes: Sizes) -> Tensor:
+    """Return memory for taps, with the zeros that the kernel does not write."""
+    shape = sizes.filters, sizes.channels, sizes.before + sizes.length
+    return packed.new_zeros(shape) if sizes.directions == 1 else packed.new_empty(shape)
+
+
+def _forward(packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float) -> Tensor:
+    return compute_taps(packed, scale, rates, sizes, w_mod)
+
+
+def _weight_grad(
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: Sizes,
+    grad_weight: Tensor,
+    of_taps: bool,
+) -> None:
+    """Sum left · rightᵀ over positions into grad_weight (N, M, O)."""
+    rows, positions, num_warps = WEIGHT_GRAD[device_class(right.device)]
+    num_rows = grad_weight.shape[1]
+    rows = tile(num_rows, rows)
+    tiles = triton.cdiv(num_rows, rows)
+    splits = max(
+        1,
+        min(
+            triton.cdiv(BUSY, tiles * sizes.mlps),
+            triton.cdiv(sizes.length, POSITIONS_PER_SPLIT),
+        ),
+    )
+    per_split = triton.cdiv(triton.cdiv(sizes.length, splits), positions) * positions
+    splits = triton.cdiv(sizes.length, per_split)
+    partial = grad_weight if splits == 1 else right.new_empty(splits, *grad_weight.shape)
+    filter_weight_grad_kernel[(tiles, sizes.mlps, splits)](
+        left,
+        right,
+        scale,
+        rates,
+        partial,
+        sizes.length,
+        num_rows,
+        sizes.before,
+        per_split,
+        DIRECTIONS=sizes.directions,
+        OF_TAPS=of_taps,
+        ORDER=sizes.order,
+        WIDTH=tile(sizes.order, MAX_ORDER),
+        ROWS=rows,
+        POSITIONS=positions,
+        PRECISION=precision(),
+        num_warps=num_warps,
+    )
+    if splits > 1:
+        torch.sum(partial, 0, out=grad_weight)
+
+
+def _layer_grad(
+    layer: int,
+    w: Packed,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: Sizes,
+    w_mod: float,
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    grad_z: Tensor,
+) -> Tensor:
+    """Launch `layer_grad_kernel`; return its partial sums, added up, (N, rows, O)."""
+    config = BACKWARD[device_class(x.device)]
+    positions = tile(sizes.length, config.positions)
+    tiles = triton.cdiv(sizes.length, positions)
+    rows = 2 + (sizes.emb_dim if layer == 1 else 0)
+    partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
+    layer_grad_kernel[(tiles, sizes.mlps)](
+        w.z,
+        w.freq,
+        w.w1,
+        w.b1,
+        weight,
+        scale,
+        rates,
+        grad,
+        x,
+        partial,
+        grad_z,
+        w_mod,
+        sizes.length,
+        weight.shape[1],
+        sizes.before,
+        DIRECTIONS=sizes.directions,
+        LAYER=layer,
+        EMB_DIM=sizes.emb_dim,
+        ORDER=sizes.order,
+        WIDTH=tile(sizes.order, MAX_ORDER),
+        POSITIONS=positions,
+        CHUNK=tile(weight.shape[1], config.chunk),
+        PRECISION=precision(),
+        num_warps=config.num_warps,
+    )
+    return partial[:, 0] if tiles == 1 else partial.sum(1)
+
+
+def _backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
+) -> Tensor:
+    with torch.cuda.device_of(packed):
+        return _launch_backward(grad.contiguous(), packed, scale, rates, sizes, w_mod)
+
+
+def _launch_backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
+) -> Tensor:
+    w = unpack(packed, sizes)
+    result = torch.empty_like(packed)
+    grads = unpack(result, sizes)
+    hidden = packed.new_empty(5, sizes.mlps, sizes.length, sizes.order)
+    grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
+    h1, h2, h3, x2, x3 = hidden
+    _launch_taps(packed, scale, rates, sizes, w_mod, None, None, hidden)
+    rest = w, scale, rates, sizes, w_mod
+    sums3 = _layer_grad(3, *rest, grad, w.out, x3, grad_z)
+    sums2 = _layer_grad(2, *rest, x3, w.w3, x2, grad_z)  # x3 is now a gradient; now x2, too
+    sums1 = _layer_grad(1, *rest, x2, w.w2, h1, grad_z)
+    _weight_grad(grad, h3, scale, rates, sizes, grads.out, True)
+    _weight_grad(x3, h2, scale, rates, sizes, grads.w3, False)
+    _weight_grad(x2, h1, scale, rates, sizes, grads.w2, False)
+    grads.b1.copy_(sums1[:, 0])
+    grads.b2.copy_(sums2[:, 0])
+    grads.b3.copy_(sums3[:, 0])
+    grads.w1.copy_(sums1[:, 2:].mT)
+    freq = sums1[:, 1] + sums2[:, 1] + sums3[:, 1]
+    torch.sum(freq.unflatten(0, (sizes.filters, sizes.directions)), 1, out=grads.freq)
+    torch.sum(grad_z.unflatten(0, (sizes.filters, sizes.directions)), 1, out=grads.z)
+    grads.skip.copy_(grad[:, :, sizes.before])
+    return result
+
+
+# --- torch.library --------------------------------------------------------------------------------
+
+
+def _torch_backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
+) -> Tensor:
+    packed = packed.detach().requires_grad_()
+    with torch.enable_grad():
+        taps = hyena_filters_torch(packed, scale, rates, sizes, w_mod)
+    return torch.autograd.grad(taps, packed, grad)[0]
+
+
+@kernel_op("m2_plugin::hyena_filters")
+def hyena_filters_op(
+    packed: Tensor, scale: Tensor, rates: Tensor, sizes: list[int], w_mod: float, strict: bool
+) -> Tensor:
+    """Map packed weights, fp32, to taps (G, D, before + L); `sizes` are those of `Sizes`."""
+    args = packed, scale, rates, Sizes(*sizes), w_mod
+    return run_kernel(OP, strict, _forward, hyena_filters_torch, *args)
+
+
+@hyena_filters_op.register_fake
+def _(packed: Tensor, scale: Tensor, rates: Tensor, sizes: list[int], *_: Any) -> Tensor:
+    return new_taps(packed, Sizes(*sizes))
+
+
+@kernel_op("m2_plugin::hyena_filters_backward")
+def backward_op(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    sizes: list[int],
+    w_mod: float,
+    strict: bool,
+) -> Tensor:
+    """Return the gradient of the packed weights."""
+    args = grad, packed, scale, rates, Sizes(*sizes), w_mod
+    return run_kernel(OP, strict, _backward, _torch_backward, *args)
+
+
+@backward_op.register_fake
+def _(grad: Tensor, packed: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(packed)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    packed, scale, rates, *ctx.rest = inputs
+    ctx.save_for_backward(packed, scale, rates)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return backward_op(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+
+
+hyena_filters_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _refreshed(packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float) -> Tensor:
+    """Return kept taps after one weight changed; what they were before is arbitrary."""
+    other = packed.clone()
+    other[0] += 1
+    changed = packed.new_empty(FLAGS, dtype=torch.int32)
+    kept = KeptTaps(other, changed, new_taps(packed, sizes))
+    return kept_taps(kept, packed, scale, rates, sizes, w_mod).taps
+
+
+@register(OP, always_fp32=True)
+def _cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Compare filters of the published order, and odd causal ones with several partial sums.
+
+    Kernels take seconds to compile here, so each of the two kinds of forward pass has one case.
+    The sines' arguments reach about 30, with a frequency that hardly amplifies errors.
+    """
+    normal = draws(dtype)
+    for sizes, forward, what in (
+        (Sizes(1, 2, 70, 48, 5, 128, 69), _forward, "forward"),
+        (Sizes(2, 1, 300, 17, 3, 20, 299), _refreshed, "kept taps"),
+    ):
+        narrow = sizes.order**-0.5
+        deviations = (narrow, narrow, narrow, 1.0, 3.0, 1.0, 1.0, 0.5, 1.0, 1.0)
+        shapes = packed_shapes(sizes)
+        parts = Packed(*(normal(*s, scale=d) for s, d in zip(shapes, deviations, strict=True)))
+        packed = torch.cat([t.flatten() for t in parts._replace(freq=parts.freq + 3)])
+        scale = torch.linspace(0, 1, sizes.length, dtype=dtype)
+        rates = torch.linspace(3, 15, sizes.channels, dtype=dtype)
+        args = packed, scale, rates, sizes, 1.0
+        name = f"of order {sizes.order}"
+        yield Case(f"{what} {name}", forward, hyena_filters_torch, args)
+        grad = normal(sizes.filters, sizes.channels, sizes.before + sizes.length)
+        yield Case(f"backward {name}", _backward, _torch_backward, (grad, *args))

@@ -1,0 +1,228 @@
+"""Triton kernels that order the spectra of filters as the kernels of Monarch FFTs read them.
+
+Dimension key as in `monarch_conv`. The transforms themselves are `torch.fft`'s, in fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2_plugin.ops.kernels.monarch_plan import Plan
+
+# Memory for spectra in fp32; channels are transformed in turn.
+SPECTRUM_BYTES = 256 << 20
+# Numbers of a tile.
+TILE = 2048
+
+INFINITY_BITS = tl.constexpr(0x7F800000)
+ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
+# The exponents of the smallest and the largest scale, 2^−100 and 2^126, whose reciprocals exist.
+SMALLEST_BITS = tl.constexpr(27 << 23)
+LARGEST_BITS = tl.constexpr(253 << 23)
+RECIPROCAL_BITS = tl.constexpr(254 << 23)
+
+
+@triton.jit
+def largest_bits(x):
+    """Return the bits of the largest absolute value of fp32 numbers; NaN is the largest of all."""
+    return tl.max(x.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
+
+
+@triton.jit
+def scale_of(largest):
+    """Return a power of two near the number with these bits, its reciprocal, and NaN or 0.
+
+    NaN, if the largest number is not finite; no row may spoil the row beside it.
+    """
+    exponent = tl.minimum(tl.maximum(largest & INFINITY_BITS, SMALLEST_BITS), LARGEST_BITS)
+    scale = exponent.to(tl.float32, bitcast=True)
+    inverse = (-exponent + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
+    poison = tl.where(largest < INFINITY_BITS, 0.0, float("nan"))
+    return scale, inverse, poison
+
+
+@triton.jit
+def scaled(x, inverse, poison):
+    """Multiply a row by the reciprocal of its scale; 0 if any of its numbers is not finite."""
+    return tl.where(poison == 0.0, x * inverse, 0.0)
+
+
+@triton.jit
+def _place(at, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Return k1 and k2 of the number at an offset, in the order of `order`."""
+    VECTORS: tl.constexpr = VECTOR // 4
+    odd, half, rest = at % 2, at // 2 % 2, at // 4
+    n, rest = rest % VECTORS, rest // VECTORS
+    pair, rest = rest % 4, rest // 4
+    row, rest = rest % 8, rest // 8
+    warp, rest = rest % WARPS, rest // WARPS
+    n += rest % (N2 // (2 * VECTOR)) * VECTORS
+    row += ((rest // (N2 // (2 * VECTOR)) * WARPS + warp) * 2 + half) * 8
+    return row, (n * 4 + pair) * 2 + odd
+
+
+@triton.jit
+def _offset(k1, k2, VECTOR: tl.constexpr, WARPS: tl.constexpr, N2: tl.constexpr):
+    """Undo `_place`."""
+    VECTORS: tl.constexpr = VECTOR // 4
+    n = k2 // 8
+    at = (k1 // (16 * WARPS) * (N2 // (2 * VECTOR)) + n // VECTORS) * WARPS + k1 // 16 % WARPS
+    at = ((at * 8 + k1 % 8) * 4 + k2 // 2 % 4) * VECTORS + n % VECTORS
+    return at * 4 + k1 // 8 % 2 * 2 + k2 % 2
+
+
+@triton.jit
+def circle_kernel(taps_ptr, circle_ptr, length, points, stride_tc, stride_tt, BLOCK: tl.constexpr):
+    """Put the taps of one channel on a circle: lag t at index t, lag −t at index N − t."""
+    channel = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lag = tl.where(at < length, at, at - points)
+    inside = (at < points) & (lag > -length)
+    at_taps = taps_ptr + channel * stride_tc + (length - 1 + lag).to(tl.int64) * stride_tt
+    x = tl.load(at_taps, mask=inside, other=0.0)
+    tl.store(circle_ptr + channel * points + at, x, mask=at < points)
+
+
+@triton.jit
+def order_spectrum_kernel(
+    half_ptr,
+    k_ptr,
+    scale_ptr,
+    residues,
+    classes,
+    guard,
+    VECTOR: tl.constexpr,
+    WARPS: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the spectrum of one channel by residue classes, scaled.
+
+    `half` has frequencies 0 … N / 2 of a real sequence, real and imaginary parts side by side.
+    """
+    M: tl.constexpr = N1 * N2
+    channel = tl.program_id(0).to(tl.int64)
+    points = residues * M
+    half_ptr += channel * (points + 2)
+    k_ptr += channel * classes * 2 * M
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, points + 2, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.load(half_ptr + at, mask=at < points + 2, other=0.0)
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
+    scale, inverse, poison = scale_of(tl.max(largest))
+    tl.store(scale_ptr + channel, scale / guard + poison)
+    at = tl.arange(0, M)
+    k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
+    for r in range(classes):
+        f = residues * (k1 + N1 * k2) + r
+        mirrored = 2 * f > points
+        f = tl.where(mirrored, points - f, f)
+        re, im = tl.load(half_ptr + 2 * f), tl.load(half_ptr + 2 * f + 1)
+        im = tl.where(mirrored, -im, im)
+        re, im = scaled(re, inverse * guard, poison), scaled(im, inverse * guard, poison)
+        tl.store(k_ptr + at, re.to(k_ptr.dtype.element_ty))
+        tl.store(k_ptr + M + at, im.to(k_ptr.dtype.element_ty))
+        k_ptr += 2 * M
+
+
+@triton.jit
+def order_frequencies_kernel(
+    k_ptr, half_ptr, residues, classes,
+    VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Undo `order_spectrum_kernel` for the gradient of a spectrum, whose real signal counts.
+
+    That of the Hermitian part: half of each number and of the conjugate of its mirror. Where only
+    one of the two was computed, the number is Hermitian already.
+    """
+    M: tl.constexpr = N1 * N2
+    channel = tl.program_id(0).to(tl.int64)
+    points = residues * M
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = 2 * f <= points
+    mirror = tl.where(f > 0, points - f, 0)
+    k_ptr += channel * classes * 2 * M
+    r, q = f % residues, f // residues
+    ok = inside & (r < classes)
+    at = k_ptr + r * 2 * M + _offset(q % N1, q // N1, VECTOR, WARPS, N2)
+    re, im = tl.load(at, mask=ok, other=0.0), tl.load(at + M, mask=ok, other=0.0)
+    r, q = mirror % residues, mirror // residues
+    also = inside & (r < classes)
+    at = k_ptr + r * 2 * M + _offset(q % N1, q // N1, VECTOR, WARPS, N2)
+    re += tl.load(at, mask=also, other=0.0)
+    im -= tl.load(at + M, mask=also, other=0.0)
+    share = tl.where(ok & also, 0.5, 1.0)
+    half_ptr += channel * (points + 2) + 2 * f
+    tl.store(half_ptr, re * share, mask=inside)
+    tl.store(half_ptr + 1, im * share, mask=inside)
+
+
+def spectra(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Tensor]]:
+    """Transform filters' taps (D, 2L − 1), fp32, to (D, C, 2, M), divided by N and scales (D,)."""
+    channels, length = filters[0].shape[0], (filters[0].shape[1] + 1) // 2
+    device, count, points = filters[0].device, len(filters), plan.points
+    shape = count, channels, plan.classes, 2, plan.config.points
+    k = torch.empty(shape, dtype=plan.operand, device=device)
+    scale = torch.empty(count, channels, dtype=torch.float32, device=device)
+    for rows in chunks(count * channels, 8 * points, SPECTRUM_BYTES):
+        circle = torch.empty(rows.stop - rows.start, points, dtype=torch.float32, device=device)
+        for i, taps in enumerate(filters):
+            low, high = max(rows.start, i * channels), min(rows.stop, (i + 1) * channels)
+            if low < high:
+                circle_kernel[triton.cdiv(points, TILE), high - low](
+                    taps[low - i * channels :],
+                    circle[low - rows.start :],
+                    length,
+                    points,
+                    *taps.stride(),
+                    BLOCK=TILE,
+                    num_warps=4,
+                )
+        half = torch.view_as_real(torch.fft.rfft(circle, norm="forward"))
+        order_spectrum_kernel[(half.shape[0],)](
+            half,
+            k.flatten(0, 1)[rows],
+            scale.flatten()[rows],
+            plan.residues,
+            plan.classes,
+            plan.guard,
+            VECTOR=plan.vector,
+            WARPS=plan.config.row_warps,
+            N1=plan.config.n1,
+            N2=plan.config.n2,
+            BLOCK=TILE,
+            num_warps=8,
+        )
+    return list(zip(k, scale, strict=True))
+
+
+def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
+    """Transform the gradient (D, C, 2, M) of a spectrum back to taps (D, 2L − 1)."""
+    channels, points = grad.shape[0], plan.points
+    half = torch.empty(channels, points // 2 + 1, 2, dtype=torch.float32, device=grad.device)
+    order_frequencies_kernel[channels, triton.cdiv(points // 2 + 1, 1024)](
+        grad,
+        half,
+        plan.residues,
+        plan.classes,
+        VECTOR=plan.vector,
+        WARPS=plan.config.row_warps,
+        N1=plan.config.n1,
+        N2=plan.config.n2,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    circle = torch.fft.irfft(torch.view_as_complex(half), n=points)
+    return torch.cat([circle[:, points - (length - 1) :], circle[:, :length]], 1)
+
+
+def chunks(channels: int, bytes_each: int, total: int) -> list[slice]:
+    """Cut the channels into slices that take at most so many bytes together."""
+    together = min(max(1, total // bytes_each), channels)
+    return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]

@@ -1,0 +1,180 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from m2_plugin.ops.hyena_filters import FilterWeights, MLPWeights, TapsKeeper, hyena_filters
+from m2_plugin.ops.kernels import hyena_filters as kernels
+from tests.utils import KERNEL_DEVICE, assert_close, gradients, max_error
+
+
+def weights(length, channels, emb_dim, order, causal):
+    """One filter, with weights large enough for arguments of the sines of about ±100."""
+
+    def mlp():
+        return MLPWeights(
+            torch.randn(order, emb_dim) / 2,
+            torch.randn(order),
+            torch.randn(order, order) / order**0.5,
+            torch.randn(order),
+            torch.randn(order, order) / order**0.5,
+            torch.randn(order),
+            torch.randn(channels, order) / order**0.5,
+        )
+
+    z, freq = torch.randn(length, emb_dim), 10 + torch.randn(order)
+    return FilterWeights(z, freq, torch.randn(channels), mlp(), None if causal else mlp())
+
+
+def tensors(filters):
+    return [t for f in filters for t in (*f[:3], *f.fwd, *(f.rev or ()))]
+
+
+def to(filters, dtype, device=KERNEL_DEVICE):
+    def move(t):
+        return t.to(device, dtype, copy=True).requires_grad_()
+
+    def mlp(m):
+        return None if m is None else MLPWeights(*map(move, m))
+
+    return [FilterWeights(*map(move, f[:3]), mlp(f.fwd), mlp(f.rev)) for f in filters]
+
+
+def run(filters, grad, backend, dtype, length, before, device="cpu"):
+    filters = to(filters, dtype, device)
+    window = torch.linspace(0, 1, length), torch.linspace(3, 15, grad.shape[1])
+    window = [t.to(device, dtype) for t in window]
+    taps = hyena_filters(filters, *window, 1.5, before, backend)
+    results = taps, *gradients(taps, grad.to(taps), *tensors(filters))
+    return [t.cpu() for t in results]
+
+
+@pytest.mark.parametrize(
+    ("num", "length", "channels", "emb_dim", "order", "causal", "full"),
+    [
+        (3, 70, 40, 5, 32, False, False),
+        (1, 33, 17, 3, 20, False, True),
+        (2, 20, 130, 7, 16, True, False),
+        (1, 600, 5, 5, 16, False, False),
+        (1, 1, 3, 3, 8, False, False),
+        (1, 2, 1, 3, 8, True, False),
+        (1, 65, 33, 5, 128, False, False),
+    ],
+    ids=[
+        "several",
+        "last_reverse_tap",
+        "causal",
+        "splits",
+        "one_position",
+        "one_mlp",
+        "published_order",
+    ],
+)
+def test_kernel(num, length, channels, emb_dim, order, causal, full):
+    # More positions than the taps need: the others' features get no gradient.
+    filters = [weights(length + 3, channels, emb_dim, order, causal) for _ in range(num)]
+    before = length if full else length - 1
+    grad = torch.randn(num, channels, before + length)
+    names = ["taps", *(f"gradient {i}" for i in range(len(tensors(filters))))]
+    for name, actual, exact, plain in zip(
+        names,
+        run(filters, grad, "triton", torch.float32, length, before, KERNEL_DEVICE),
+        run(filters, grad, "torch", torch.float64, length, before),
+        run(filters, grad, "torch", torch.float32, length, before),
+        strict=True,
+    ):
+        assert actual.dtype == torch.float32
+        assert_close(name, actual, exact, plain, factor=4, atol=1e-5)
+
+
+@triton.jit
+def sines_kernel(x_ptr, sin_ptr, cos_ptr):
+    i = tl.arange(0, 4096)
+    x = tl.load(x_ptr + i)
+    tl.store(sin_ptr + i, kernels.sin(x))
+    tl.store(cos_ptr + i, kernels.cos(x))
+
+
+@pytest.mark.parametrize(("size", "error"), [(100.0, 2e-7), (3e4, 4e-6), (1e30, 2.0)])
+def test_sines_of_large_arguments(size, error):
+    x = (2 * torch.rand(4096, device=KERNEL_DEVICE) - 1) * size
+    sines, cosines = torch.empty_like(x), torch.empty_like(x)
+    sines_kernel[(1,)](x, sines, cosines)
+    assert max_error(sines, x.double().sin()) <= error
+    assert max_error(cosines, x.double().cos()) <= error
+
+
+def test_wider_filters_are_for_pytorch():
+    filters = to([weights(3, 2, 3, 160, causal=True)], torch.float32)
+    window = torch.zeros(3, device=KERNEL_DEVICE), torch.zeros(2, device=KERNEL_DEVICE)
+    assert hyena_filters(filters, *window).shape == (1, 2, 5)
+    with pytest.raises(RuntimeError, match="order is 160, .* at most 128"):
+        hyena_filters(filters, *window, backend="triton")
+
+
+@pytest.fixture
+def few_flags(monkeypatch):
+    monkeypatch.setattr(kernels, "FLAGS", 4)  # programs take time in the interpreter
+
+
+class Kept:
+    """A keeper and two filters, small, without gradients."""
+
+    def __init__(self, **kwargs):
+        self.keeper = TapsKeeper(**kwargs)
+        self.filters = to([weights(9, 4, 3, 16, causal=False) for _ in range(2)], torch.float32)
+        self.rates = torch.ones(4, device=KERNEL_DEVICE)
+
+    @torch.no_grad()
+    def taps(self, key=0, length=9, kept=True):
+        scale = torch.linspace(0, 1, 9, device=KERNEL_DEVICE)[:length]
+        keeper = self.keeper if kept else None
+        return hyena_filters(self.filters, scale, self.rates, 1.0, None, "triton", keeper, key)
+
+
+def test_kept_taps_follow_the_values(few_flags):
+    case = Kept()
+    first = case.taps().clone()
+    (kept,) = case.keeper.kept.values()
+    kept.taps.add_(1)  # to tell whether they are computed again
+    assert torch.equal(case.taps(), first + 1)
+    weight = case.filters[1].rev.w2
+    for value in (2.0, float("nan")):
+        weight.data[3, 5] = value  # no version counter sees this
+        assert torch.equal(case.taps().nan_to_num(9), case.taps(kept=False).nan_to_num(9))
+        kept.taps.add_(1)
+        assert not torch.equal(case.taps().nan_to_num(9), case.taps(kept=False).nan_to_num(9))
+        weight.data[3, 5] += 1
+        case.taps()
+
+
+def test_kept_taps_have_a_limit(few_flags):
+    case = Kept()
+    case.taps()
+    (kept,) = case.keeper.kept.values()
+    case = Kept(limit=2 * kept.nbytes)
+    for key in range(3):  # the third does not fit
+        assert torch.equal(case.taps(key), case.taps(kept=False))
+    assert len(case.keeper.kept) == 2
+    case.taps(length=5)  # gives way to none of another length
+    assert {where[0].length for where in case.keeper.kept} == {9, 5}
+    case.keeper.clear()
+    assert not case.keeper.kept
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_keep_nothing(copied):
+    case = Kept(limit=12345678)
+    case.taps()
+    other = copied(case.keeper)
+    assert case.keeper.kept and not other.kept and other.limit == 12345678
+
+
+def test_taps_with_gradients_are_not_kept():
+    case = Kept()
+    scale = torch.linspace(0, 1, 9, device=KERNEL_DEVICE)
+    taps = hyena_filters(case.filters, scale, case.rates, backend="triton", keeper=case.keeper)
+    assert taps.requires_grad and not case.keeper.kept

@@ -1,0 +1,176 @@
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from m2_plugin.ops import backend
+from tests.ops.test_gated_long_conv import check_kernels, inputs, run
+from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, relative_error
+
+
+@pytest.fixture
+def small_fft(monkeypatch):
+    """FFTs of 256 points for every length, so that short sequences take several of them."""
+    from m2_plugin.ops.kernels import monarch_plan
+
+    config = monarch_plan.Config(n1=16, n2=16, num_warps=4)
+    monkeypatch.setattr(backend, "MAX_TOEPLITZ_LENGTH", 0)
+    monkeypatch.setattr(
+        monarch_plan, "CONFIGS", dict.fromkeys(monarch_plan.CONFIGS, ((None, config),))
+    )
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "residual", "masked", "causal"),
+    [
+        ((3, 20, 2), True, False, False),
+        ((4, 150, 2), True, True, False),
+        ((1, 256, 1), False, False, True),
+        ((3, 300, 2), True, True, False),
+        ((2, 701, 1), False, True, False),
+        ((1, 1, 2), True, False, True),
+    ],
+    ids=["padded", "two_passes", "causal", "folded", "folded_no_residual", "one_position"],
+)
+def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
+    # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which
+    # nothing rounds afterwards, show it.
+    atol = 1e-5 if dtype == torch.float32 else 1e-3
+    check_kernels(shape, residual, masked, causal, dtype, atol)
+
+
+def test_fft_kernel_with_its_own_configurations():
+    batch, length, channels = 1, 2100, 1
+    tensors = [t.half().float() for t in inputs(batch, length, channels)]
+    dy = torch.randn(batch, length, channels).half()
+    for name, actual, exact in zip(
+        ("y", "dp", "dweight", "dbias", "dtaps", "du", "dres_taps"),
+        run(tensors, dy, "triton", torch.float16),
+        run(tensors, dy, "torch", torch.float64),
+        strict=True,
+    ):
+        assert relative_error(actual, exact) < 2e-3, name
+
+
+def test_fft_kernel_takes_spectra_that_half_precision_cannot_hold(small_fft):
+    p, weight, bias, _, u, _ = inputs(2, 200, 1)
+    taps = torch.full((1, 399), 1 / 400)
+    args = [p, weight, bias, taps, u + 1000, taps]  # its sum is 200,000
+    y = run(args, torch.ones(2, 200, 1), "triton", torch.float16)[0]
+    assert relative_error(y, run(args, torch.ones(2, 200, 1), "torch", torch.float64)[0]) < 2e-3
+
+
+def test_fft_kernel_takes_numbers_whose_reciprocal_is_infinite(small_fft):
+    tensors = inputs(2, 20, 1)
+    tensors[3] = torch.full_like(tensors[3], 1e-40)
+    for result in run(tensors, torch.randn(2, 20, 1), "triton", torch.float16):
+        assert torch.isfinite(result).all()
+
+
+def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft, monkeypatch):
+    from m2_plugin.ops.kernels import monarch_conv, monarch_spectra
+
+    tensors, dy = inputs(2, 300, 3), torch.randn(2, 300, 3)
+    together = run(tensors, dy, "triton", torch.float32)
+    monkeypatch.setattr(monarch_conv, "WORKSPACE_BYTES", 1)
+    for module in (monarch_conv, monarch_spectra):
+        monkeypatch.setattr(module, "SPECTRUM_BYTES", 1)
+    for actual, expected in zip(run(tensors, dy, "triton", torch.float32), together, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def core(tensors, dy, scales, dtype=torch.float16):
+    """The kernels' output and the gradients of p and u, each row's input scaled by its factor."""
+    from m2_plugin.ops.kernels import monarch_conv
+    from m2_plugin.ops.kernels.gates import Inputs
+
+    p, weight, bias, taps, u, res_taps = (t.to(KERNEL_DEVICE) for t in tensors)
+    rows = torch.tensor(scales, device=KERNEL_DEVICE)[:, None, None]
+    given = Inputs(p.to(dtype), (u * rows).to(dtype), weight, bias, taps, res_taps, None)
+    y = monarch_conv.forward(given, causal=False)
+    plain = given._replace(u=u.to(dtype))
+    grad = (dy.to(KERNEL_DEVICE) * rows).to(dtype)
+    return y, *monarch_conv.backward(grad, plain)[:2]
+
+
+@pytest.mark.parametrize("length", [120, 300], ids=["whole", "folded"])
+def test_rows_of_a_batch_do_not_change_each_other(length, small_fft):
+    tensors, dy = inputs(2, length, 1), torch.randn(2, length, 1)
+    alone = core([t[:1] if i in (0, 4) else t for i, t in enumerate(tensors)], dy[:1], [1.0])
+    for scale in (1.0, 30.0, 1000.0):
+        for actual, expected in zip(core(tensors, dy, [1.0, scale]), alone, strict=True):
+            assert relative_error(actual[0], expected[0]) < 1.5e-3, scale
+    for scale in (float("inf"), float("nan")):
+        for actual, expected in zip(core(tensors, dy, [1.0, scale]), alone, strict=True):
+            assert relative_error(actual[0], expected[0]) < 1.5e-3, scale
+            assert not torch.isfinite(actual[1]).any()
+
+
+@pytest.mark.parametrize("length", [120, 300], ids=["whole", "folded"])
+def test_gradient_of_taps_adds_rows_of_any_size(length, small_fft):
+    tensors, dy = inputs(4, length, 1), torch.randn(4, length, 1)
+    rows = torch.tensor([1.0, 1e-3, 30.0, 1e3])[:, None, None]
+    tensors[4] = tensors[4] * rows  # u is large where its gradient is small
+    dy = dy * rows.flip(0)
+    actual = run(tensors, dy, "triton", torch.float16)
+    exact = run(tensors, dy, "torch", torch.float64)
+    for name, i in (("dtaps", 4), ("dres_taps", 6)):
+        assert relative_error(actual[i], exact[i]) < 2e-3, name
+
+
+def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):
+    from m2_plugin.ops.kernels import monarch_plan
+
+    tables = monarch_plan._tables
+    config = monarch_plan.Config(n1=16, n2=16, num_warps=4)
+    args = config, 3, 3, 2, 16, torch.float16
+    assert tables(*args, torch.device("cpu")) is tables(*args, torch.device("cpu"))
+    assert tables.cache_info().maxsize is None  # a graph may read them as long as the process lives
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        tables(*args, torch.device("cuda", 0))
+
+
+def test_tables_of_a_gpu_are_made_outside_of_the_thread_whose_memory_may_be_a_graphs(monkeypatch):
+    import threading
+
+    from m2_plugin.ops.kernels import monarch_plan
+
+    seen = []
+
+    def new_tables(*args):
+        seen.append(threading.current_thread())
+        return SimpleNamespace(device=args[-1])
+
+    monkeypatch.setattr(monarch_plan, "_new_tables", new_tables)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
+    config, device = monarch_plan.Config(n1=16, n2=16, num_warps=4), torch.device("cuda", 0)
+    make = functools.partial(monarch_plan._tables.__wrapped__, config, 3, 3, 2, 16, torch.float16)
+    assert make(device).device == device
+    assert seen[0] is not threading.current_thread() and seen[1] == device
+
+
+@pytest.mark.parametrize(("n1", "n2", "warps"), [(64, 32, 4), (128, 16, 8), (16, 16, 4)])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_order_of_tables_is_that_of_the_kernels(n1, n2, warps, vector):
+    from m2_plugin.ops.kernels import monarch_plan, monarch_spectra
+
+    config = monarch_plan.Config(n1=n1, n2=n2, num_warps=warps)
+    table = torch.arange(n1 * n2).view(1, n1, n2)
+    at = torch.arange(n1 * n2)
+    size = {"VECTOR": vector, "WARPS": config.row_warps, "N2": n2}
+    k1, k2 = monarch_spectra._place.fn(at, N1=n1, **size)
+    assert torch.equal(monarch_plan.order(table, config, vector)[0], k1 * n2 + k2)
+    assert torch.equal(monarch_spectra._offset.fn(k1, k2, **size), at)
+
+
+def test_one_row_takes_half_of_the_residue_classes():
+    from m2_plugin.ops.kernels import monarch_plan
+
+    x = torch.empty(1, 5000, 3, dtype=torch.float16)
+    plan = monarch_plan.plan_for("convolve", x)
+    assert (plan.residues, plan.classes, plan.segments) == (3, 2, 2)
+    assert monarch_plan.plan_for("convolve", x.expand(2, -1, -1)).classes == 3
