@@ -1,7 +1,9 @@
 """Check the installation: which operations run here, with what error and how fast."""
 
 import argparse
+import importlib
 import importlib.metadata
+import pkgutil
 import platform
 import statistics
 import sys
@@ -17,6 +19,7 @@ from torch import Tensor
 from m2_plugin.ops.backend import failures, why_no_kernel
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear, block_shape
 from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.linear_cross_entropy import linear_cross_entropy
 from m2_plugin.ops.monarch_mlp import monarch_mlp
 
 PACKAGES = ("torch", "triton", "transformers", "llm-foundry", "mosaicml", "mosaicml-streaming")
@@ -56,6 +59,8 @@ def cases(batch: int, length: int, hidden: int) -> list[Case]:
     p, u = normal(batch, length, 3 * hidden), normal(batch, length, hidden)
     short = normal(3 * hidden, 3, scale=0.5), normal(3 * hidden, scale=0.5)
     taps = normal(2, hidden, 2 * length - 1, scale=length**-0.5).unbind()
+    words = normal(40 * hidden, hidden, scale=hidden**-0.5), normal(40 * hidden)
+    labels = torch.arange(-(-rows // 4)) % (40 * hidden)  # a quarter of the tokens is masked
 
     def mixer(p: Tensor, u: Tensor, w: Tensor, b: Tensor, *taps: Tensor, backend: str) -> Tensor:
         return gated_long_conv(p, w, b, taps[0], u, taps[1], backend=backend)
@@ -63,10 +68,14 @@ def cases(batch: int, length: int, hidden: int) -> list[Case]:
     def mlp(x: Tensor, up: Tensor, down: Tensor, bias: Tensor, backend: str) -> Tensor:
         return monarch_mlp(x, up, down, bias, size, backend=backend)
 
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return linear_cross_entropy(x, weight, bias, labels.to(x.device), backend=backend)
+
     return [
         Case("block_diagonal_linear", block_diagonal_linear, (x, square, bias)),
         Case("monarch_mlp", mlp, (x, up, down, bias)),
         Case("gated_long_conv", mixer, (p, u), (*short, *taps)),
+        Case("linear_cross_entropy", loss, (x[: len(labels)],), words),
     ]
 
 
@@ -99,6 +108,19 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
         if i >= 3:
             times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def compare(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Compare all kernels with PyTorch anew and keep the verdicts; return what is wrong with each.
+
+    A run does the same before a kernel's first use, and then trusts the verdict.
+    """
+    from m2_plugin.ops import kernels
+    from m2_plugin.ops.kernels import check, launch
+
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)  # which registers its cases
+    return {op: check.recheck(op, device, dtype, launch.allows_tf32()) for op in check.registered()}
 
 
 def versions() -> list[str]:
@@ -139,18 +161,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = why_no_kernel(torch.device(device), dtype)
     backends = ("torch",) if reason else ("torch", "triton")
     say(f"kernels: {f'none, plain PyTorch runs: {reason}' if reason else 'Triton'}\n")
+    broken = []
+    if device == "cuda" and not reason:
+        where = torch.device(device, torch.cuda.current_device())
+        say(
+            "compared with PyTorch on small inputs (before a kernel's first use, runs do the same):"
+        )
+        for op, problem in compare(where, dtype).items():
+            say(f"{op:32}{problem or 'right'}")
+            broken += [op] if problem else []
+        say("")
     batch = args.batch or (32 if device == "cuda" else 2)
     say(f"B {batch}, L {args.length}, D {args.hidden_size}, {str(dtype).removeprefix('torch.')}")
     say(f"{'op':24}{'backend':10}{'error vs fp64':>14}{'forward + backward':>20}")
-    broken = []
     for case in cases(batch, args.length, args.hidden_size):
         exact = evaluate(case, "torch", device, torch.float64)
         errors = {}
         for backend in backends:
             try:
                 errors[backend] = error(evaluate(case, backend, device, dtype), exact)
-            except Exception as problem:
-                say(f"{case.name:24}{backend:10}{type(problem).__name__}: {problem}")
+            except Exception as failure:
+                say(f"{case.name:24}{backend:10}{type(failure).__name__}: {failure}")
                 broken.append(case.name)
                 continue
             took = milliseconds(partial(evaluate, case, backend, device, dtype), device)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from m2_plugin import cli, doctor
+from m2_plugin.ops.kernels import check
 
 
 @pytest.fixture
@@ -36,3 +37,31 @@ def test_without_a_kernel_it_says_why(small, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(small) == 0
     assert "plain PyTorch runs: the kernels run on CUDA devices" in capsys.readouterr().out
+
+
+def test_verdicts_are_found_again_and_shown(small, capsys, monkeypatch):
+    """As on a GPU, which there need not be here: the ops run where they can."""
+    asked = []
+
+    def recheck(op, device, dtype, tf32):
+        asked.append((device, dtype))
+        return "forward: result 0 has an error of 0.5" if op == "monarch_mlp" else None
+
+    monkeypatch.setattr(check, "recheck", recheck)
+    found = doctor.compare(torch.device("cuda", 0), torch.bfloat16)
+    ops = {"add_layer_norm", "hyena_filters"}
+    ops |= {"block_diagonal_linear", "linear_cross_entropy", "monarch_mlp"}
+    assert ops | {"gated_long_conv by fft", "gated_long_conv by toeplitz"} <= set(found)
+    assert [op for op, problem in found.items() if problem] == ["monarch_mlp"]
+    assert set(asked) == {(torch.device("cuda", 0), torch.bfloat16)}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(doctor, "why_no_kernel", lambda device, dtype: None)
+    monkeypatch.setattr(doctor, "cases", lambda *sizes: [])
+    assert cli.main(small) == 1
+    text = capsys.readouterr().out
+    assert "linear_cross_entropy            right" in text
+    assert "monarch_mlp                     forward: result 0 has an error of 0.5" in text
+    assert "broken: monarch_mlp" in text

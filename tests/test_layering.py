@@ -26,10 +26,10 @@ ROOMS = {
     "recipes": ["", "files", "suggest"],
     "ops.backend": [],
     "ops.reference": [],
-    "ops.kernels": ["ops.backend", "ops.reference"],
+    "ops.kernels": ["files", "ops.backend", "ops.reference"],
     "ops": ["ops.backend", "ops.kernels", "ops.reference"],
     "layers": ["ops", "ops.backend", "ops.reference"],
-    "models": ["constants", "layers", "ops.backend", "suggest"],
+    "models": ["constants", "layers", "ops", "ops.backend", "suggest"],
     "checkpoints": ["constants", "data", "files", "layers", "models", "suggest"],
     "data": ["files", "suggest"],
     "glue.tasks": ["suggest"],
@@ -41,7 +41,7 @@ ROOMS = {
         *("checkpoints", "constants", "data", "files", "foundry.mds_index", "glue.tasks"),
         *("layers", "models", "ops", "suggest", "train_report"),
     ],
-    "doctor": ["ops", "ops.backend"],
+    "doctor": ["ops", "ops.backend", "ops.kernels"],
     "embed": ["checkpoints", "constants", "data", "files", "models", "suggest"],
 }
 TENSORS = {"numpy", "safetensors", "torch", "transformers"}

@@ -4,7 +4,7 @@ Dimension key: B batch, L sequence, D channels, H maximum length, E positional f
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2_plugin.layers.plain import has_hooks
+from m2_plugin.ops.backend import check_backend, use_kernel
 from m2_plugin.ops.fft_conv import fft_conv, filter_spectrum, spectral_conv
 from m2_plugin.ops.gated_long_conv import two_sided_taps
+from m2_plugin.ops.hyena_filters import FilterWeights, MLPWeights, TapsKeeper, hyena_filters
+from m2_plugin.ops.reference.hyena_filters import OP as HYENA_FILTERS
 
 # The decay window falls to 1% of its height after 0.3 to 1.5 times the maximum length, by channel.
 DECAY_TARGET = 0.01
@@ -137,9 +140,10 @@ class HyenaFilter(nn.Module):
         w: Initial frequency of the sines.
         w_mod: Constant factor on the frequencies.
         bidirectional: Whether a second MLP generates taps for negative lags.
+        backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
 
     Raises:
-        ValueError: If `emb_dim` is even or less than 3.
+        ValueError: If `emb_dim` is even or less than 3, or `backend` unknown.
     """
 
     def __init__(
@@ -151,13 +155,16 @@ class HyenaFilter(nn.Module):
         w: float = 10.0,
         w_mod: float = 1.0,
         bidirectional: bool = True,
+        backend: str = "auto",
     ):
         super().__init__()
+        check_backend(backend)
         self.channels = channels
         self.max_length = max_length
         self.emb_dim = emb_dim
         self.w = w
         self.w_mod = w_mod
+        self.backend = backend
         _check_emb_dim(emb_dim)
         self.pos_emb = nn.Parameter(torch.empty(max_length, emb_dim))
         self.freq = nn.Parameter(torch.empty(order))
@@ -186,13 +193,16 @@ class HyenaFilter(nn.Module):
         return self
 
     def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the window `exp(−t·|δ|)`, (L, D).
+        """Return the window `exp(−s(t)·|δ|)`, (L, D).
 
         It is not a buffer, which would have no values after initialisation on the meta device.
         """
-        t = torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)
-        t = t.narrow(0, 0, length).unsqueeze(1)
-        return torch.exp(-t * self.decay_rates(dtype, device))
+        scale = self.decay_scale(length, dtype, device).unsqueeze(1)
+        return torch.exp(-scale * self.decay_rates(dtype, device))
+
+    def decay_scale(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return s(t) = t / (H − 1), (L,)."""
+        return torch.linspace(0, 1, self.max_length, dtype=dtype, device=device)[:length]
 
     def decay_rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return `|δ|`, (D,)."""
@@ -202,14 +212,104 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Return the taps at lags 0 … L−1, and at −1 … −L or None, each (L, D)."""
-        dtype = torch.promote_types(self.pos_emb.dtype, torch.float32)
+        if self.wants_kernel() and (weights := self.weights(None)) is not None:
+            taps = taps_of_filters([self], [weights], length, length)[0]  # lags −L … L−1
+            k_rev = None if self.rev is None else taps[:, :length].flip(1).t()
+            return taps[:, length:].t(), k_rev
+        wide = dtype = torch.promote_types(self.pos_emb.dtype, torch.float32)
+        if self.pos_emb.device.type == "cuda":
+            wide = torch.float64  # PyTorch may multiply fp32 in TF32, which the sines amplify
         with torch.autocast(self.pos_emb.device.type, enabled=False):
-            z = self.pos_emb.narrow(0, 0, length).to(dtype)
-            freq = self.w_mod * self.freq.to(dtype)
-            decay = self.decay(length, dtype, z.device)
-            k_fwd = self.fwd(z, freq) * decay
-            k_rev = None if self.rev is None else self.rev(z, freq) * decay
+            z = self.pos_emb.narrow(0, 0, length).to(wide)
+            freq = self.w_mod * self.freq.to(wide)
+            decay = self.decay(length, wide, z.device)
+            k_fwd = (self.fwd(z, freq) * decay).to(dtype)
+            k_rev = None if self.rev is None else (self.rev(z, freq) * decay).to(dtype)
         return k_fwd, k_rev
+
+    def wants_kernel(self) -> bool:
+        """Return whether a kernel shall compute the taps, if nothing speaks against it."""
+        return use_kernel(self.backend, HYENA_FILTERS, self.pos_emb)
+
+    def settings(self) -> tuple[Any, ...]:
+        """Return all that the taps depend on beside the parameters."""
+        sizes = self.channels, self.max_length, self.emb_dim, self.rev is None
+        return type(self), *sizes, self.w_mod, self.backend
+
+    def weights(self, skip: Tensor | None) -> FilterWeights | None:
+        """Return the parameters for a kernel, or None if it must not read them.
+
+        A kernel calls no modules. Nothing but parameters may have a part in the taps: no hook of a
+        part of this filter, no other class. And all must be here, not sharded. Hooks of the filter
+        itself are its caller's business.
+
+        Args:
+            skip: (D,) in fp32, to be added at lag 0; zeros if None.
+        """
+        if "decay" in self.__dict__ or type(self).decay is not HyenaFilter.decay:
+            return None
+        pos_emb, freq = self.pos_emb, self.freq
+        if skip is None:
+            skip = freq.new_zeros(self.channels)
+        order = freq.shape[0]
+        mlps = [
+            None if mlp is None else _mlp_weights(mlp, self.emb_dim, order, self.channels)
+            for mlp in (self.fwd, self.rev)
+        ]
+        if (
+            mlps[0] is None
+            or (mlps[1] is None and self.rev is not None)
+            or not _all_here((pos_emb, freq, skip))
+            or pos_emb.shape != (self.max_length, self.emb_dim)
+            or skip.shape != (self.channels,)
+        ):
+            return None
+        return FilterWeights(pos_emb, freq, skip, mlps[0], mlps[1])
+
+
+def _mlp_weights(mlp: nn.Module, emb_dim: int, order: int, channels: int) -> MLPWeights | None:
+    """Return the weights of a `FilterMLP` that is nothing else."""
+    if type(mlp) is not FilterMLP or "forward" in mlp.__dict__ or has_hooks(mlp):
+        return None
+    layers = mlp.layers
+    if type(layers) is not nn.ModuleList or has_hooks(layers):
+        return None
+    found: list[Tensor | None] = []
+    for layer in (*layers, mlp.out):
+        if type(layer) is not FilterLinear or "forward" in layer.__dict__ or has_hooks(layer):
+            return None
+        found += layer.weight, layer.bias
+    vector, square = (order,), (order, order)
+    shapes = ((order, emb_dim), vector, square, vector, square, vector, (channels, order))
+    if len(found) != 8 or found.pop() is not None or not _all_here(found):
+        return None
+    if tuple(t.shape for t in found) != shapes:  # type: ignore[union-attr]
+        return None
+    return MLPWeights(*found)  # type: ignore[arg-type]
+
+
+def _all_here(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether all are ordinary tensors in fp32: not missing, quantised or sharded."""
+    return all(
+        type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32  # type: ignore[union-attr]
+        for t in tensors
+    )
+
+
+def taps_of_filters(
+    filters: Sequence[HyenaFilter],
+    weights: Sequence[FilterWeights],
+    length: int,
+    before: int,
+    keeper: TapsKeeper | None = None,
+    group: int = 0,
+) -> Tensor:
+    """Compute taps of filters of equal settings from their weights, (G, D, before + L)."""
+    first, z = filters[0], weights[0].z
+    dtype, device = z.dtype, z.device
+    scale, rates = first.decay_scale(length, dtype, device), first.decay_rates(dtype, device)
+    key = group, *first.settings()
+    return hyena_filters(weights, scale, rates, first.w_mod, before, first.backend, keeper, key)
 
 
 def _is_half(t: Tensor) -> bool:
@@ -260,7 +360,7 @@ class LongConv(nn.Module):
         **filter_kwargs: More arguments of `HyenaFilter`.
     """
 
-    def __init__(self, channels: int, max_length: int, **filter_kwargs: float | int | bool):
+    def __init__(self, channels: int, max_length: int, **filter_kwargs: float | int | bool | str):
         super().__init__()
         self.filter = HyenaFilter(channels, max_length, **filter_kwargs)  # type: ignore[arg-type]
         self.skip = nn.Parameter(torch.empty(channels))
@@ -291,9 +391,29 @@ class LongConv(nn.Module):
         Raises:
             ValueError: If the sequence is longer than the filter.
         """
-        self._check_length(length)
-        k_fwd, k_rev = self.filter(length)
-        return two_sided_taps(k_fwd, k_rev, self.skip)
+        return taps_of([self], length)[0]
+
+    def weights(self) -> FilterWeights | None:
+        """Return the parameters of filter and skip for a kernel, or None if it must not read them.
+
+        A kernel calls no modules. So a hook, an adapter or another class rules it out, and so does
+        FSDP, which gathers a filter's parameters in its call.
+        """
+        filter = self.filter
+        kind, own = type(filter), filter.__dict__
+        if (
+            not isinstance(filter, HyenaFilter)
+            or kind.forward is not HyenaFilter.forward
+            or kind.__call__ is not nn.Module.__call__
+            or "forward" in own
+            or has_hooks(filter)
+            or type(self) is not LongConv
+            or "forward" in self.__dict__
+            or has_hooks(self)
+            or not filter.wants_kernel()
+        ):
+            return None
+        return filter.weights(self.skip)
 
     def _check_length(self, length: int) -> None:
         if length > self.filter.max_length:
@@ -337,6 +457,48 @@ class LongConv(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles get: all but the kept spectrum."""
         return self.__dict__ | {"kept": None}
+
+
+def taps_of(convs: Sequence[LongConv], length: int) -> list[Tensor]:
+    """Return `taps(length)` of each convolution, by one launch of a kernel where that is possible.
+
+    Raises:
+        ValueError: If the sequence is longer than the filters.
+    """
+    taps = batched_taps(convs, length)
+    if taps is None:
+        taps = []
+        for conv in convs:
+            k_fwd, k_rev = conv.filter(length)
+            taps.append(two_sided_taps(k_fwd, k_rev, conv.skip))
+    return taps
+
+
+def batched_taps(
+    convs: Sequence[LongConv], length: int, keeper: TapsKeeper | None = None, group: int = 0
+) -> list[Tensor] | None:
+    """Return the taps by one launch of a kernel; None if these filters need to be called.
+
+    Args:
+        convs: The convolutions.
+        length: L.
+        keeper: Where to keep the taps in evaluation without gradients; see `hyena_filters`.
+        group: Tells these convolutions from others of `keeper`.
+
+    Raises:
+        ValueError: If the sequence is longer than the filters.
+    """
+    weights = []
+    for conv in convs:
+        conv._check_length(length)
+        found = conv.weights()
+        if found is None or conv.filter.settings() != convs[0].filter.settings():
+            return None
+        weights.append(found)
+    filters = [conv.filter for conv in convs]
+    if torch.is_grad_enabled():
+        keeper = None
+    return list(taps_of_filters(filters, weights, length, length - 1, keeper, group).unbind(0))
 
 
 FILTER_MODULES = (LongConv, FilterMLP, FilterLinear, nn.ModuleList)  # and HyenaFilter's kinds

@@ -6,6 +6,7 @@ Dimension key: D hidden, F intermediate, K blocks.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2_plugin.layers.add_norm import add_norm
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.plain import is_plain
 from m2_plugin.ops.monarch_mlp import monarch_mlp
@@ -20,7 +21,10 @@ class DenseMLP(nn.Module):
         glu: Whether to gate the activation; if not, it is GELU(W_up · x).
         dropout: Probability of dropping an activation.
         layer_norm_eps: Epsilon of the LayerNorm.
+        backend: `auto`, `torch` or `triton`, as in `add_layer_norm`.
     """
+
+    sequence_last = False  # whether only a mixer reads the output; see `add_layer_norm`
 
     def __init__(
         self,
@@ -29,9 +33,11 @@ class DenseMLP(nn.Module):
         glu: bool = True,
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-12,
+        backend: str = "auto",
     ):
         super().__init__()
         self.glu = glu
+        self.backend = backend
         self.dropout = nn.Dropout(dropout)
         self.up_proj = nn.Linear(hidden_size, intermediate_size * (2 if glu else 1), bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size)
@@ -40,7 +46,7 @@ class DenseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         h = self.dropout(_activate(self.up_proj(x), self.glu))
-        return self.norm(self.down_proj(h) + x)
+        return add_norm(self.norm, self.down_proj(h), x, self.sequence_last, self.backend)
 
 
 def _activate(h: Tensor, glu: bool) -> Tensor:
@@ -63,6 +69,8 @@ class MonarchMLP(nn.Module):
         layer_norm_eps: Epsilon of the LayerNorm.
         backend: `auto`, `torch` or `triton`, as in `monarch_mlp`.
     """
+
+    sequence_last = False  # as in `DenseMLP`
 
     def __init__(
         self,
@@ -94,7 +102,7 @@ class MonarchMLP(nn.Module):
         y = call_monarch_mlp(
             self.up_proj, self.down_proj, x, self.glu, dropout_p, backend=self.backend
         )
-        return self.norm(y + x)
+        return add_norm(self.norm, y, x, self.sequence_last, self.backend)
 
 
 def call_monarch_mlp(

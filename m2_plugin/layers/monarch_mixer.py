@@ -4,14 +4,19 @@ Dimension key: B batch, L sequence, D hidden.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2_plugin.layers.long_conv import LongConv
+from m2_plugin.layers.add_norm import add_norm
+from m2_plugin.layers.long_conv import LongConv, batched_taps, taps_of
 from m2_plugin.layers.plain import is_plain
-from m2_plugin.ops.backend import check_backend, use_long_conv_kernel
+from m2_plugin.ops.backend import autocast_dtype, check_backend, use_long_conv_kernel
 from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.hyena_filters import TapsKeeper
+from m2_plugin.ops.input_projection import input_projection
 from m2_plugin.ops.reference.gated_long_conv import gate_and_convolve
 from m2_plugin.ops.short_conv import short_conv
 
@@ -100,6 +105,7 @@ class MonarchMixer(nn.Module):
                 w=filter_w,
                 w_mod=filter_w_mod,
                 bidirectional=bidirectional,
+                backend=backend,
             )
 
         self.bidirectional = bidirectional
@@ -126,43 +132,83 @@ class MonarchMixer(nn.Module):
         p = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
         return p.unflatten(1, u.shape[:2]).permute(1, 2, 0)  # from (3D, B·L)
 
-    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        mask: Tensor | None = None,
+        taps: Tensor | None = None,
+        res_taps: Tensor | None = None,
+    ) -> Tensor:
         """Map (B, L, D) to (B, L, D).
 
         Args:
             u: (B, L, D).
             mask: (B, L, 1) of u's dtype, 1 at tokens and 0 at padding. It keeps padding out of the
                 long convolutions, so that outputs do not depend on the amount of padding.
+            taps: (D, 2L − 1), what `long_conv.taps(L)` returns, from a caller that computed it
+                together with others (`taps_of_mixers`).
+            res_taps: The same of `residual_conv`.
 
         Raises:
             ValueError: If the sequence is longer than the filters.
             RuntimeError: If `backend` is `triton` and no kernel can run.
         """
-        u = self.norm(u)
         use_kernel = self._use_kernel(u)
-        p = self.project(u)
+        if isinstance(self.norm, nn.Identity):
+            u = self.norm(u)
+        else:
+            u = add_norm(self.norm, u, None, sequence_last=use_kernel, backend=self.backend)
         if use_kernel:
-            return self.out_proj(self._fused(p, u, mask))
+            return self._fused(u, mask, taps, res_taps)
         y = gate_and_convolve(
-            self.short_conv(p), self.long_conv, u, self.residual_conv, mask, self.dropout
+            self.short_conv(self.project(u)),
+            self.long_conv,
+            u,
+            self.residual_conv,
+            mask,
+            self.dropout,
         )
         return self.out_proj(self.dropout(y))
 
-    def _fused(self, p: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute everything between the two projections with kernels."""
-        length, residual = u.shape[1], self.residual_conv
+    @property
+    def long_convs(self) -> list[LongConv]:
+        """The long convolutions: one, or two with the residual one."""
+        residual = self.residual_conv
+        return [self.long_conv] if residual is None else [self.long_conv, residual]
+
+    def _fused(
+        self, u: Tensor, mask: Tensor | None, taps: Tensor | None, res_taps: Tensor | None
+    ) -> Tensor:
+        """Compute all with kernels: the projections are matrix products without copies or sums."""
+        residual = self.residual_conv
+        if taps is None:
+            taps, *rest = taps_of(self.long_convs, u.shape[1])
+            res_taps = rest[0] if rest else None
         weight, bias = self.short_conv.weight, self.short_conv.bias
-        return gated_long_conv(
+        u = u.to(autocast_dtype(u))  # once, for both readers
+        if is_plain(self.in_proj, nn.Linear):
+            p, u = input_projection(u, self.in_proj.weight.to(u.dtype))
+            p_bias = self.in_proj.bias
+        else:
+            p, p_bias = self.in_proj(u), None
+        y = gated_long_conv(
             p,
             weight,
             weight.new_zeros(len(weight)) if bias is None else bias,
-            self.long_conv.taps(length),
+            taps,
             None if residual is None else u,
-            None if residual is None else residual.taps(length),
+            res_taps,
             None if mask is None else mask.squeeze(-1),
             causal=not self.bidirectional,
             backend=self.backend,
+            p_bias=p_bias,
         )
+        if not is_plain(self.out_proj, nn.Linear):
+            return self.out_proj(y)
+        # As a matrix, so that the product adds the bias: for three dimensions that are not
+        # contiguous PyTorch adds it in a pass of its own.
+        rows = F.linear(y.flatten(0, 1), self.out_proj.weight, self.out_proj.bias)
+        return rows.unflatten(0, y.shape[:2])
 
     def _use_kernel(self, u: Tensor) -> bool:
         if self.training and self.dropout.p > 0:
@@ -180,3 +226,36 @@ class MonarchMixer(nn.Module):
         return is_plain(self.short_conv, ShortConv) and all(
             conv is None or is_plain(conv, LongConv) for conv in convs
         )
+
+
+def taps_of_mixers(
+    mixers: Sequence[nn.Module], x: Tensor, keeper: TapsKeeper | None = None, group: int = 0
+) -> list[list[Tensor]] | None:
+    """Compute the taps of several mixers by one launch of a kernel.
+
+    Args:
+        mixers: Modules that will be called with inputs like `x`.
+        x: (B, L, D), which says where and how the mixers will compute.
+        keeper: Where to keep the taps in evaluation without gradients; see `hyena_filters`.
+        group: Tells these mixers from others of `keeper`.
+
+    Returns:
+        For each mixer the arguments `taps` and, if it has a residual convolution, `res_taps`. None
+        if one of the modules is something else than a plain mixer of equal settings, computes
+        without kernels, or has filters that must be called.
+
+    Raises:
+        ValueError: If the sequence is longer than the filters.
+    """
+    convs: list[LongConv] = []
+    for mixer in mixers:
+        if not (isinstance(mixer, MonarchMixer) and is_plain(mixer, MonarchMixer)):
+            return None
+        if not mixer._use_kernel(x):
+            return None
+        convs += mixer.long_convs
+    taps = batched_taps(convs, x.shape[1], keeper, group)
+    if taps is None:
+        return None
+    number = len(convs) // len(mixers)
+    return [taps[i : i + number] for i in range(0, len(taps), number)]

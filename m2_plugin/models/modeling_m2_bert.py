@@ -27,27 +27,36 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import cached_file, logging
 
+from m2_plugin.layers.add_norm import add_norm
 from m2_plugin.layers.alibi_attention import AlibiAttention
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter, LongConv
 from m2_plugin.layers.mlp import DenseMLP, MonarchMLP
-from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv
+from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv, taps_of_mixers
+from m2_plugin.layers.plain import is_plain
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.sentence_folder import read_modules, write_modules
+from m2_plugin.ops.hyena_filters import TapsKeeper
+from m2_plugin.ops.linear_cross_entropy import linear_cross_entropy
 
 log = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that tell where files of the hub are.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Most that the taps of several layers, computed at once, may take.
+TAPS_BYTES = 256 << 20
 IGNORE_INDEX = -100  # label of a position without loss, as in torch's cross_entropy
 
 
 class M2BertEmbeddings(nn.Module):
     """LayerNorm(word + token type + position), then dropout."""
 
+    sequence_last = False  # whether only a mixer reads the output; see `add_layer_norm`
+
     def __init__(self, config: M2BertConfig):
         super().__init__()
         width = config.hidden_size
+        self.backend = config.backend
         self.word_embeddings = nn.Embedding(
             config.vocab_size, width, padding_idx=config.pad_token_id
         )
@@ -71,12 +80,13 @@ class M2BertEmbeddings(nn.Module):
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
             token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
-        x = x + self.token_type_embeddings(token_type_ids)
+        # All but the words first: usually they are the same in every row of the batch.
+        others = self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            x = x + self.position_embeddings(position_ids)
-        return self.dropout(self.norm(x))
+            others = others + self.position_embeddings(position_ids)
+        return self.dropout(add_norm(self.norm, x, others, self.sequence_last, self.backend))
 
 
 class ExtendedFilter(HyenaFilter):
@@ -98,14 +108,18 @@ class ExtendedFilter(HyenaFilter):
         self.extended_from = list(extended_from)
         super().__init__(channels, max_length, **kwargs)
 
-    def decay(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the window, (L, D)."""
-        t = torch.arange(length, dtype=dtype, device=device).unsqueeze(1)
+    def decay_scale(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return s(t), (L,)."""
+        t = torch.arange(length, dtype=dtype, device=device)
         s = t / (self.extended_from[0] - 1)
         for i, (before, after) in enumerate(pairwise([*self.extended_from, self.max_length])):
             beyond = 1 + i / 2 + (t - (before - 1)) / (2 * (after - before))
             s = torch.where(t < before, s, beyond)
-        return torch.exp(-s * self.decay_rates(dtype, device))
+        return s
+
+    def settings(self) -> tuple[Any, ...]:
+        """Return all that the taps depend on beside the parameters."""
+        return *super().settings(), *self.extended_from
 
 
 class M2BertLayer(nn.Module):
@@ -140,20 +154,25 @@ class M2BertLayer(nn.Module):
             )
         mlp_cls: Callable[..., nn.Module] = DenseMLP
         if config.use_monarch_mlp:
-            mlp_cls = partial(
-                MonarchMLP, nblocks=config.monarch_mlp_nblocks, backend=config.backend
-            )
+            mlp_cls = partial(MonarchMLP, nblocks=config.monarch_mlp_nblocks)
         self.mlp = mlp_cls(
             config.hidden_size,
             config.intermediate_size,
             glu=config.use_glu_mlp,
             dropout=config.hidden_dropout_prob,
             layer_norm_eps=config.layer_norm_eps,
+            backend=config.backend,
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B, L, D) to (B, L, D); mask (B, L, 1) is 1 at tokens, 0 at padding."""
-        return self.mlp(self.mixer(x, mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, *taps: Tensor) -> Tensor:
+        """Map (B, L, D) to (B, L, D).
+
+        Args:
+            x: (B, L, D).
+            mask: (B, L, 1), 1 at tokens and 0 at padding, or None.
+            *taps: Of a Monarch mixer's filters, if the caller computed them (`taps_of_mixers`).
+        """
+        return self.mlp(self.mixer(x, mask, *taps))
 
 
 def _extend_filters(mixer: MonarchMixer, config: M2BertConfig) -> None:
@@ -168,6 +187,7 @@ def _extend_filters(mixer: MonarchMixer, config: M2BertConfig) -> None:
                 w=config.hyena_w,
                 w_mod=config.hyena_w_mod,
                 bidirectional=config.bidirectional,
+                backend=config.backend,
             )
 
 
@@ -287,6 +307,12 @@ class M2BertModel(M2BertPreTrainedModel):
         self.embeddings = M2BertEmbeddings(config)
         self.layers = nn.ModuleList(M2BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
+        self._looked_for_padding = False
+        if config.sequence_mixer == "monarch_mixer" and not config.hyena_training_additions:
+            # Only the mixer of the next layer reads these. What leaves the encoder is as ever.
+            for module in (self.embeddings, *(layer.mlp for layer in self.layers[:-1])):
+                module.sequence_last = True
+        self._keeper = TapsKeeper()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -303,6 +329,63 @@ class M2BertModel(M2BertPreTrainedModel):
         if attention_mask is None or not (attends or self.config.mask_padding):
             return None
         return attention_mask.to(dtype).unsqueeze(-1)
+
+    def _warn_of_padding(self, input_ids: Tensor) -> None:
+        """Warn once if ids begin or end with padding. transformers' own needs more of a config.
+
+        On other devices than a CPU the host would wait for the ids: there it looks at those of a
+        model's first call only, and not while a CUDA graph is captured.
+        """
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        if input_ids.device.type != "cpu":
+            capturing = input_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self._looked_for_padding or capturing:
+                return
+            self._looked_for_padding = True
+        if self.config.pad_token_id in input_ids[:, [0, -1]]:
+            log.warning_once(
+                "The input_ids hold padding and there is no attention_mask: pass the one that the "
+                "tokenizer returns, so that poolers and mask_padding leave padding out."
+            )
+
+    def _taps(self, first: int, x: Tensor, checkpointing: bool) -> list[Sequence[Tensor]]:
+        """Compute the taps of many layers at once.
+
+        Args:
+            first: Index of the first layer.
+            x: (B, L, D), its input.
+            checkpointing: Whether layers will be computed again. Taps that a layer computes itself
+                take memory only while it is.
+
+        Returns:
+            Arguments for calls of layer `first` and some after it. () for a layer that computes its
+            own.
+        """
+        config, count = self.config, len(self.layers)
+        size = 8 * x.shape[2] * (2 * x.shape[1] - 1)  # two filters of a layer
+        alone: list[Sequence[Tensor]] = [()] * (count - first)
+        if config.sequence_mixer != "monarch_mixer":
+            return alone
+        if checkpointing and count * size > TAPS_BYTES:
+            return alone
+        number = max(1, -(-count // -(-count * size // TAPS_BYTES)))
+        group = self.layers[first : first + number]
+        if not all(is_plain(layer, M2BertLayer) for layer in group):
+            return alone
+        keeper = None if self.training else self._keeper
+        taps = taps_of_mixers([layer.mixer for layer in group], x, keeper, first)
+        return alone[: len(group)] if taps is None else [*taps]
+
+    def train(self, mode: bool = True) -> "M2BertModel":
+        """Set the mode; in training no taps are kept."""
+        if mode:
+            self._keeper.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._keeper.clear()
+        return super()._apply(*args, **kwargs)
 
     def _padded(
         self,
@@ -381,7 +464,7 @@ class M2BertModel(M2BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if input_ids is not None and attention_mask is None:
-            _warn_of_padding(input_ids, self.config.pad_token_id)
+            self._warn_of_padding(input_ids)
 
         if (full := self.config.padded_length) is not None:
             # No mask is needed: the mixers read one only where padding changes nothing.
@@ -391,14 +474,19 @@ class M2BertModel(M2BertPreTrainedModel):
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = self._mask(attention_mask, x.dtype)
         hidden_states = [x]
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask)
+        checkpointing = self.gradient_checkpointing and self.training
+        ready: list[Sequence[Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            ready = ready or self._taps(i, x, checkpointing)
+            taps = ready.pop(0)
+            if checkpointing:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask, *taps)
             else:
-                x = layer(x, mask)
+                x = layer(x, mask, *taps)
             hidden_states.append(x)
         if mask is not None and self.config.sequence_mixer == "alibi_attention":
             x = x * mask  # the reference removes padding before the encoder, then fills in zeros
+        x = x.contiguous()  # it is, unless the last layers were removed
         if full is not None:
             x, hidden_states = x[:, :length], [states[:, :length] for states in hidden_states]
         output = BaseModelOutput(
@@ -454,6 +542,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         masked_logits_only: bool = False,
+        loss_only: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -467,11 +556,21 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
                 `logits` are (M, V), in the order of `labels[labels != -100]`. At 15% masking this
                 saves most of the decoder's work. M depends on the data, so `torch.compile` makes
                 two graphs. Without labels this has no effect.
+            loss_only: Whether `logits` may be None. Then a GPU does not keep them: with their
+                gradients they take 300 KB for each labelled position. This implies
+                `masked_logits_only`; it has no effect without labels, or if a call of the decoder
+                does more than its product (hooks, adapters).
 
         Returns:
             `loss`, the mean cross-entropy in nats over the labelled positions (0 if there are
-            none), and `logits`, (B, L, V) unless `masked_logits_only`.
+            none), and `logits`, (B, L, V) unless `masked_logits_only` or `loss_only`.
         """
+        labelled = None
+        if labels is not None and (masked_logits_only or loss_only):
+            # Compute the indices once, and before the encoder: on a GPU the host waits for their
+            # number, and after the encoder it would wait for all that runs until then.
+            labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
+            labels = labels.flatten()[labelled]
         encoded = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -482,12 +581,16 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             return_dict=True,
         )
         x = encoded.last_hidden_state
-        if labels is not None and masked_logits_only:
-            # Compute the indices once: on a GPU each boolean index would wait for the device.
-            labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
-            x, labels = x.flatten(0, 1)[labelled], labels.flatten()[labelled]
-        logits = self.decoder(self.head(x))
-        loss = None if labels is None else _mean_cross_entropy(logits, labels)
+        if labelled is not None:
+            x = x.flatten(0, 1).index_select(0, labelled)
+        x, logits, loss = self.head(x), None, None
+        if labels is not None and loss_only and is_plain(self.decoder, nn.Linear):
+            loss = linear_cross_entropy(
+                x, self.decoder.weight, self.decoder.bias, labels, self.config.backend
+            )
+        else:
+            logits = self.decoder(x)
+            loss = None if labels is None else _mean_cross_entropy(logits, labels)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
@@ -884,17 +987,6 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits, labels = logits.flatten(0, -2).float(), labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-
-
-def _warn_of_padding(input_ids: Tensor, pad_token_id: int) -> None:
-    """Warn once if ids begin or end with padding. transformers' own needs more of a config."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not input_ids.numel():
-        return
-    if pad_token_id in input_ids[:, [0, -1]]:
-        log.warning_once(
-            "The input_ids hold padding and there is no attention_mask: pass the one that the "
-            "tokenizer returns, so that poolers and mask_padding leave padding out."
-        )
 
 
 def _wants_dict(return_dict: bool | None, config: Any) -> bool:

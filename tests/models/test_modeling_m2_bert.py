@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from m2_plugin.models import (
     M2BertForMaskedLM,
     M2BertForSequenceClassification,
     M2BertModel,
+    modeling_m2_bert,
 )
 from tests.utils import GOLDEN, KERNEL_DEVICE, TOKENIZER, max_error
 
@@ -265,6 +267,34 @@ def test_label_zero_counts_and_no_label_gives_no_nan():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_loss_only_gives_the_loss_and_its_gradients():
+    model = M2BertForMaskedLM(small(hidden_dropout_prob=0.0))
+    x = ids()
+    labels = torch.where(torch.rand(x.shape) < 0.3, x, -100)
+    results = []
+    for flag in ("loss_only", "masked_logits_only"):
+        output = model(x, labels=labels, **{flag: True})
+        assert (output.logits is None) == (flag == "loss_only")
+        results.append((output.loss, *torch.autograd.grad(output.loss, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    loss, *_ = model(x, labels=labels, loss_only=True, return_dict=False)
+    assert loss == results[0][0]
+    assert model(x, loss_only=True).logits.shape == (2, 20, 104)
+    none = model(x, labels=torch.full_like(x, -100), loss_only=True)
+    assert none.loss == 0 and none.logits is None
+
+
+def test_loss_only_calls_a_decoder_that_has_hooks():
+    """As an adapter's: its logits decide."""
+    model = M2BertForMaskedLM(small()).eval()
+    x = ids()
+    model.decoder.register_forward_hook(lambda module, args, output: output * 0)
+    output = model(x, labels=x, loss_only=True)
+    assert output.logits.shape == (40, 104)
+    assert output.loss.item() == pytest.approx(4.644, abs=1e-3)  # ln 104
+
+
 def test_a_few_steps_fit_a_batch():
     model = M2BertForMaskedLM(small(hidden_dropout_prob=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -367,3 +397,80 @@ def test_longer_than_the_model():
         sequence_mixer="alibi_attention", num_attention_heads=4, use_positional_encodings=False
     )
     assert M2BertModel(endless)(ids(length=40)).last_hidden_state.shape == (2, 40, 16)
+
+
+@pytest.fixture
+def filter_launches(monkeypatch):
+    """The numbers of filters that kernels computed taps of, a list that grows."""
+    from m2_plugin.ops.kernels import hyena_filters
+
+    found, compute = [], hyena_filters.compute_taps
+
+    def spy(packed, scale, rates, sizes, *args):
+        found.append(sizes.filters)
+        return compute(packed, scale, rates, sizes, *args)
+
+    monkeypatch.setattr(hyena_filters, "compute_taps", spy)
+    return found
+
+
+def small_with_kernels() -> M2BertModel:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "hyena_filter_order": 8}
+    config = small(backend="triton", use_monarch_mlp=False, hidden_dropout_prob=0.0, **sizes)
+    return M2BertModel(config).to(KERNEL_DEVICE)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "other"])
+def test_filters_of_all_layers_at_once_or_by_layer(reentrant, monkeypatch, filter_launches):
+    model = small_with_kernels().train()
+    layers = len(model.layers)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    embeddings = torch.randn(2, 6, 8, device=KERNEL_DEVICE, requires_grad=True)
+    results = []
+    for limit in (1 << 28, 1):
+        monkeypatch.setattr(modeling_m2_bert, "TAPS_BYTES", limit)
+        y = model(inputs_embeds=embeddings).last_hidden_state
+        model.zero_grad()
+        y.sum().backward()
+        results.append((y, *(p.grad for p in model.layers.parameters())))
+    by_layer = layers if reentrant is None else 2 * layers  # computed again
+    assert filter_launches == [2 * layers] + by_layer * [2]
+    for one, other in zip(*results, strict=True):
+        assert max_error(one, other) < 1e-6 * max(1.0, other.abs().max().item())
+
+
+def test_a_layer_that_is_not_plain_computes_its_own_filters(filter_launches):
+    model = small_with_kernels().eval()
+    x = torch.randint(5, 100, (1, 6), device=KERNEL_DEVICE)
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+        model.layers[-1].register_forward_hook(lambda *_: None)
+        assert torch.equal(model(x).last_hidden_state, expected)
+    layers = len(model.layers)
+    assert filter_launches == [2 * layers] + layers * [2]
+
+
+def test_kept_taps_follow_the_model(monkeypatch):
+    from m2_plugin.ops.kernels import hyena_filters
+
+    monkeypatch.setattr(hyena_filters, "FLAGS", 4)  # programs take time in the interpreter
+    model = small_with_kernels().eval()
+    x = torch.randint(5, 100, (1, 6), device=KERNEL_DEVICE)
+    with torch.no_grad():
+        before = model(x).last_hidden_state
+        (kept,) = model._keeper.kept.values()
+        model.layers[1].mixer.residual_conv.filter.fwd.out.weight.data += 1
+        after = model(x).last_hidden_state
+        assert torch.equal(copy.deepcopy(model)(x).last_hidden_state, after)
+    assert max_error(before, after) > 1e-3
+    assert list(model._keeper.kept.values()) == [kept]
+    model.train()
+    assert not model._keeper.kept
+    with torch.no_grad():
+        model(x)  # in training nothing is kept
+        assert not model._keeper.kept
+        model.eval()(x)
+    assert model._keeper.kept
+    model.to(torch.float16)
+    assert not model._keeper.kept
