@@ -149,12 +149,15 @@ class _MaskedLM(BertComposerModel):
         """Run the model.
 
         With labels, M2-BERT's decoder runs only at the M masked positions and returns logits
-        (M, V). Composer passes `masked_logits_only` only to models whose forward accepts it.
+        (M, V), and none in training without metrics. Composer passes these two arguments only to
+        models whose forward accepts them.
 
         Args:
             batch: `input_ids`, `attention_mask`, ... each (B, L), with or without `labels`.
         """
-        return super().forward({**batch, "masked_logits_only": "labels" in batch})
+        labelled = "labels" in batch
+        unread = labelled and self.training and not self.train_metrics
+        return super().forward({**batch, "masked_logits_only": labelled, "loss_only": unread})
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> torch.Tensor:
         """Return fp32 logits (M, V) at the M masked positions; keep their labels for the metrics.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as tdist
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
-from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.utils.builders import build_composer_model
 from torch import nn
@@ -40,6 +39,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from m2_plugin.foundry.optimizers import DecoupledAdamW
 from m2_plugin.layers.long_conv import HyenaFilter
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 1000}

@@ -114,6 +114,17 @@ def test_training_step_decodes_masked_positions_only():
     assert set(model.get_metrics(is_train=True)) == {"LanguageCrossEntropy", "MaskedAccuracy"}
 
 
+def test_logits_are_computed_only_if_somebody_reads_them():
+    """Training metrics and evaluation do; the loss alone needs none, and is the same."""
+    model, batch = build("m2_bert", "mlm", overrides={"hidden_dropout_prob": 0.0}), mlm_batch()
+    training = model.train()(batch)
+    assert "logits" not in training
+    assert model.loss(training, batch) is training["loss"]
+    assert model.eval()(batch)["logits"].ndim == 2
+    torch.testing.assert_close(model(batch)["loss"], training["loss"])
+    assert model({"input_ids": batch["input_ids"]})["logits"].ndim == 3
+
+
 @families
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
 def test_classification_metrics(family, num_labels, tokenizer):

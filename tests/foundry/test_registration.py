@@ -17,6 +17,7 @@ NAMES = {
     "dataloaders": ["mlm_text", "glue", "text_classification"],
     "callbacks": ["seed_each_batch", "loss_curve", "eval_results"],
     "callbacks_with_config": ["run_guard"],
+    "optimizers": ["fused_decoupled_adamw"],
     "ffns": ["monarch_mlp", "monarch_glu"],
     "attention_classes": ["monarch_mixer"],
     "module_init_fns": ["monarch"],
@@ -47,7 +48,7 @@ def test_llm_foundry_finds_our_fully_connected_layers():
 
 def test_no_name_is_one_of_llm_foundrys():
     """An entry point of the same name would override llm-foundry's in every run of every user."""
-    for group, names in (NAMES | OTHERS).items():
+    for group, names in [*NAMES.items(), *OTHERS.items()]:
         namespace = tuple(getattr(registry, group).namespace)
         registered = {key[-1] for key in catalogue.REGISTRY if key[:-1] == namespace}
         assert registered
