@@ -40,10 +40,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# This installs nothing. It needs a GPU, torch, Triton and transformers.
+# This installs nothing. It needs a GPU, torch, Triton and transformers. SITE=FOLDER names a folder
+# with llm-foundry and this package (`pip install --target`), for the training part alone.
 gpu-bench: PYTHON = python3
 gpu-bench:
-	OUT=tests/benchmarks/results $(PYTHON) tests/benchmarks/gpu.py; ended=$$?; \
+	OUT=tests/benchmarks/results $(PYTHON) tests/benchmarks/gpu.py $(if $(SITE),--site $(SITE)); \
+	    ended=$$?; \
 	    PYTHONPATH=. $(PYTHON) tests/benchmarks/report.py; exit $$ended
 
 clean:

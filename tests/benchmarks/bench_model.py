@@ -80,6 +80,8 @@ PROVIDERS = {
 }
 # The plain PyTorch path is there to show what the kernels gain; all logits, what the head costs.
 ONLY = {"m2_bert_torch": "forward", "m2_bert_all_logits": "step"}
+# Arguments of a model as it is trained: only M2-BERT's head can leave out what has no loss.
+TRAINED = dict.fromkeys(("m2_bert", "m2_bert_torch"), {"loss_only": True})
 EVENT_S = 0.02  # what is between two events on a GPU takes at least so long
 
 
@@ -105,11 +107,11 @@ def build(provider: str, scale: str, length: int, device: str) -> torch.nn.Modul
 
 
 def setup(
-    provider: str, scale: str, length: int, batch: int, device: str, compiled: bool
-) -> dict[str, Callable[[], None]]:
-    """Returns what is timed: `forward` and `step` of one model on one batch."""
+    provider: str, scale: str, length: int, batch: int, what: str, device: str, compiled: bool
+) -> Callable[[], None]:
+    """Returns what is timed: a `forward` pass or a training `step` of one model on one batch."""
     torch.manual_seed(0)
-    model = build(provider, scale, length, device)
+    model = build(provider, scale, length, device).train(what == "step")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(1000, 30000, (batch, length), device=device)
     chosen = torch.rand(ids.shape, device=device) < 0.15
@@ -118,28 +120,24 @@ def setup(
     trained: Any = model
     if compiled:
         encoder, trained = torch.compile(encoder), torch.compile(model)
-    # Each as it is trained: only M2-BERT's head can leave out what has no loss.
-    masked_only = provider in ("m2_bert", "m2_bert_torch")
-    flags = {"masked_logits_only": True} if masked_only else {}
+    flags = TRAINED.get(provider, {})
     on_gpu = device == "cuda"
 
     def autocast() -> contextlib.AbstractContextManager:
         return torch.autocast(device, torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
     def forward() -> None:
-        model.eval()
         with torch.no_grad(), autocast():
             encoder(ids)
 
     def step() -> None:
-        model.train()
         with autocast():
             loss = trained(ids, labels=labels, **flags).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"forward": forward, "step": step}
+    return forward if what == "forward" else step
 
 
 def seconds(fn: Callable[[], Any], device: str, calls: int = 1) -> float:
@@ -204,7 +202,7 @@ def measure(
     for provider in providers:
 
         def make(provider: str = provider) -> Callable[[], None]:
-            return setup(provider, scale, length, batch, device, args.compile)[what]
+            return setup(provider, scale, length, batch, what, device, args.compile)
 
         fn, row[provider] = warm(make, device)
         if fn is None:

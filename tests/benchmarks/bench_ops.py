@@ -20,6 +20,7 @@ layer, once for a batch, to be seen beside `gated_long_conv`.
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -298,8 +299,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--limit", type=float, default=1e9, help="start no row after so many s")
+    parser.add_argument("--compiled", nargs="*", type=int, help="lengths to torch.compile at")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.compiled is not None:
+        global COMPILED
+        COMPILED = tuple(args.compiled)
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     deadline = time.monotonic() + args.limit
     rate = rates(args.device, args.dtype)
@@ -326,17 +331,16 @@ def main() -> None:
     for length in others:
         jobs.append(("gated_long_conv", length))
     jobs += [("hyena_filters", length) for length in args.lengths]
-    for op, length in jobs:
-        for what in ("forward", "step"):
-            if time.monotonic() > deadline:
-                print(f"{op} {length} {what}: left out, no time")
-                continue
-            rows.append(measure(op, length, what, rate, args))
-            free(args.device)
-            show(rows[-1])
-            whole = path.with_suffix(".tmp")
-            whole.write_text(json.dumps(report | {"fallbacks": failures(), "rows": rows}, indent=1))
-            whole.replace(path)
+    for what, (op, length) in itertools.product(("forward", "step"), jobs):
+        if time.monotonic() > deadline:
+            print(f"{op} {length} {what}: left out, no time")
+            continue
+        rows.append(measure(op, length, what, rate, args))
+        free(args.device)
+        show(rows[-1])
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(report | {"fallbacks": failures(), "rows": rows}, indent=1))
+        whole.replace(path)
     print(f"written to {path}")
 
 

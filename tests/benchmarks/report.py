@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 NONE = "–"
+WHAT = {"forward": "encoder forward", "step": "training step"}
 NO_GPU = "Not measured yet: run `make gpu-bench` on a machine with a GPU."
 
 
@@ -51,11 +52,35 @@ def measured() -> str:
         ours, theirs = row["m2_bert"]["median_s"], row["bert_sdpa"]["median_s"]
         what = f"Training step, base size, {row['batch']} × {length:,} tokens, 1 CPU thread"
         rows.append([what, f"{ours:.1f} s", f"BERT-base {theirs:.1f} s", f"{row['speedup']:.1f}×"])
+    if (RESULTS / "model_cuda.json").exists():
+        report = load("model_cuda")
+        found = {(r["what"], r["length"]): r for r in report["rows"] if r["scale"] == "base"}
+        for kind, length in (("step", 128), ("step", 2048), ("forward", 8192)):
+            row = found.get((kind, length), {})
+            if "speedup" in row:
+                ours, theirs = (1e3 * row[n]["median_s"] for n in ("m2_bert", "bert_sdpa"))
+                what = f"{WHAT[kind].capitalize()}, base size, {row['batch']} × {length:,} tokens"
+                what += f", bf16, {report['device'].removeprefix('NVIDIA ')}"
+                other = f"BERT-base {theirs:.0f} ms"
+                rows.append([what, f"{ours:.0f} ms", other, f"{row['speedup']:.1f}×"])
     ours, theirs = (tokens[name]["convert_s"] for name in ("ours, 2 workers", "llm-foundry"))
     what = "Convert 59 MB of text to tokens in MDS, 2 cores"
     other = f"llm-foundry's converter {theirs:.1f} s"
     rows.append([what, f"{ours:.1f} s", other, f"{theirs / ours:.1f}×"])
-    return table(["what", "m2_plugin", "compared with", "faster by"], rows, 3)
+    note = ""
+    if (RESULTS / "model_cuda.json").exists() and "note" in load("model_cuda"):
+        found = {(r["provider"], r["what"], r["length"]): r for r in load("profile_cuda")["rows"]}
+        ratios = [
+            theirs["ms"] / found["m2_bert", what, length]["ms"]
+            for (provider, what, length), theirs in found.items()
+            if provider == "bert_sdpa"
+        ]
+        note = (
+            "\n\nOn the GPU, M2-BERT and BERT ran in two runs of one day. In batches of this size "
+            "M2-BERT's kernels wait for the host; BERT's kernels alone take "
+            f"{min(ratios):.1f} to {max(ratios):.1f} times as long as M2-BERT's."
+        )
+    return table(["what", "m2_plugin", "compared with", "faster by"], rows, 3) + note
 
 
 def quickstart_line() -> str:
@@ -90,7 +115,7 @@ def model_cpu() -> str:
         rows.append(
             [
                 row["scale"],
-                {"forward": "encoder forward", "step": "training step"}[row["what"]],
+                WHAT[row["what"]],
                 str(row["length"]),
                 str(row["batch"]),
                 *(spread(row[name], "s", "{:.3f}") for name in ("m2_bert", "bert_sdpa")),
@@ -150,7 +175,7 @@ def model_cuda() -> str:
         f"with SDPA (`bench_model.py --device cuda`). The last columns are the peak memory of a "
         f"training step in GiB. bf16 autocast, 32,768 tokens in a batch at every length, medians; "
         f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, "
-        f"{report['date']}.\n\n"
+        f"{report['date']}. {report.get('note', '')}\n\n"
     )
     names = ["× BERT", "× eager", "× ModernBERT"]
     header = ["L", "forward", *names, "training step", *names, "memory", "BERT's"]
@@ -158,6 +183,186 @@ def model_cuda() -> str:
     if (RESULTS / "model_cuda.png").exists():
         picture = "\n\n![Throughput by length](results/model_cuda.png)"
     return intro + table(header, rows) + picture
+
+
+def profile_cuda() -> str:
+    """Write the sums over kernels of both models, and M2-BERT's by kind of kernel."""
+    if not (RESULTS / "profile_cuda.json").exists():
+        return NO_GPU
+    report = load("profile_cuda")
+    found = {(r["provider"], r["what"], r["length"]): r for r in report["rows"]}
+    sums, kinds = [], []
+    for what in ("forward", "step"):
+        for length in sorted({r["length"] for r in report["rows"]}):
+            ours, theirs = (found.get((p, what, length)) for p in ("m2_bert", "bert_sdpa"))
+            if ours is None:
+                continue
+            line = [WHAT[what], str(length), f"{ours['ms']:.1f}"]
+            if theirs is None:
+                line += [NONE, NONE]
+            else:
+                line += [f"{theirs['ms']:.1f}", f"**{theirs['ms'] / ours['ms']:.2f}×**"]
+            sums.append(line)
+            parts = dict.fromkeys(KINDS, 0.0)
+            for kernel in ours["kernels"]:
+                parts[kind_of(kernel["name"])] += kernel["ms"]
+            rest = ours["ms"] - sum(parts.values())  # shorter than those that are listed
+            parts["other"] += rest
+            kinds.append([WHAT[what], str(length), *(f"{ms:.1f}" for ms in parts.values())])
+    intro = (
+        f"The milliseconds of all kernels of one pass, base size, {report['tokens']:,} tokens, "
+        f"bf16 autocast, {report['device']}, torch {report['torch']}, {report['date']} "
+        f"(`bench_profile.py`). That is the time of a pass if the host is ahead of the GPU. "
+        f"{report.get('note', '')}\n\n"
+    )
+    header = ["what", "L", "M2-BERT", "BERT", "BERT / M2-BERT"]
+    by_kind = table(["M2-BERT's, ms", "L", *KINDS], kinds)
+    return intro + table(header, sums) + "\n\n" + by_kind
+
+
+# Kinds of kernels, by what begins their names.
+KINDS = {
+    "MLP": ("mlp_", "activation_grad"),
+    "convolutions": (
+        *("toeplitz", "taps_copies", "taps_grad", "monarch", "cyclic", "correlation", "unfold"),
+        *("fold", "gates", "short_conv", "order_", "circle", "void vector_fft", "void regular_fft"),
+    ),
+    "filters": ("taps_kernel", "refresh", "layer_grad", "filter_weight"),
+    "LayerNorm": ("add_layer_norm",),
+    "cuBLAS": ("nvjet", "sm90_xmma", "sm80_xmma", "cutlass"),
+    "other": (),
+}
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a kernel."""
+    return next((kind for kind, begins in KINDS.items() if name.startswith(begins)), "other")
+
+
+def step_model() -> str:
+    if not (RESULTS / "step_model.json").exists():
+        return "Not computed yet: run `python tests/benchmarks/step_model.py`."
+    report = load("step_model")
+    found = {(r["device"], r["what"], r["length"]): r for r in report["rows"]}
+    devices = list(dict.fromkeys(r["device"] for r in report["rows"]))
+
+    def measured(name: str) -> dict[str, Any]:
+        there = (RESULTS / f"{name}.json").exists()
+        found = load(name) if there else {"rows": [], "device": ""}
+        return found if device in found["device"] else {"rows": []}
+
+    named = [load(n) for n in ("profile_cuda", "model_cuda") if (RESULTS / f"{n}.json").exists()]
+    device = next((d for d in devices for r in named if d in r["device"]), devices[0])
+    passes = {(r["what"], r["length"]): r for r in measured("model_cuda")["rows"]}
+    sums = {(r["provider"], r["what"], r["length"]): r for r in measured("profile_cuda")["rows"]}
+
+    def pair(predicted: float, taken: float | None, form: str = "{:.1f}") -> str:
+        return f"{form.format(predicted)} / {NONE if taken is None else form.format(taken)}"
+
+    lengths = sorted({r["length"] for r in report["rows"]})
+    rows = []
+    for what in WHAT:
+        for length in lengths:
+            if (row := found.get((device, what, length))) is None:
+                continue
+            models = {name: row[name] for name in ("m2_bert", "bert_sdpa")}
+            line = [WHAT[what], str(length)]
+            for model in models.values():
+                line.append(f"{model['launches']:,}")
+                line.append(f"{model['bytes_per_token'] / 1e3:,.0f}")
+                line.append(f"{model['operations_per_token'] / 1e6:,.0f}")
+            taken = {n: sums[n, what, length]["ms"] for n in models if (n, what, length) in sums}
+            line += [pair(model["kernels_ms"], taken.get(name)) for name, model in models.items()]
+            ours, theirs = (model["kernels_ms"] for model in models.values())
+            both = taken["bert_sdpa"] / taken["m2_bert"] if len(taken) == 2 else None
+            line.append(pair(theirs / ours, both, "{:.2f}×"))
+            for name, model in models.items():
+                timed = passes.get((what, length), {}).get(name, {}).get("median_s")
+                line.append(pair(model["ms"], None if timed is None else 1e3 * timed))
+            rows.append(line)
+    text = (
+        f"**Predicted, not measured** (`step_model.py`): a step of M2-BERT-base and of BERT-base "
+        f"with SDPA on one {device}, bf16 autocast, {report['tokens']:,} tokens, from what is "
+        f"launched and compiled; torch {report['torch']}, Triton {report['triton']}, "
+        f"{report['date']}. Rates of PyTorch's ops, and two constants of kernels, were fitted to "
+        f"measurements at four lengths on an H200, before the kernels had their present form; a "
+        f"prediction may be wrong by 40%. Launches, KB and MFLOP of a token are those of M2-BERT "
+        f"and then of BERT. A pair is *predicted / measured*: the sum over kernels, and the whole "
+        f"pass, of which the host's time is not predicted.\n\n"
+    )
+    header = ["what", "L", "launches", "KB", "MFLOP", "BERT's", "KB", "MFLOP"]
+    header += ["predicted M2-BERT, kernels, ms", "BERT, kernels, ms", "BERT / M2-BERT"]
+    header += ["M2-BERT, pass, ms", "BERT, pass, ms"]
+    text += table(header, rows)
+    text += "\n\nOur kernels in it: those of at least 1% of a step. *Held* are programs × warps "
+    text += "that a multiprocessor holds; the limit is the part that takes longest.\n\n"
+    rows = []
+    for what in WHAT:
+        for length in (128, 2048, 8192):
+            row = found.get((device, what, length), {}).get("m2_bert", {"rows": []})
+            for kernel in row["rows"]:
+                if "registers" in kernel:
+                    line = [WHAT[what], str(length), f"`{kernel['name']}`"]
+                    line += [str(kernel["launches"]), f"{kernel['ms'] / kernel['launches']:.3f}"]
+                    line += [str(kernel["registers"]), str(kernel["spilled_bytes"])]
+                    line.append(f"{kernel['programs_per_processor']} × {kernel['warps']}")
+                    line += [kernel["matrix_unit"] or NONE, kernel["limit"]]
+                    rows.append(line)
+    header = ["what", "L", "kernel", "launches", "predicted ms each", "registers", "spilled bytes"]
+    header += ["held", "matrix unit", "predicted limit"]
+    text += table(header, rows, 3)
+    if others := [d for d in devices if d != device]:
+        text += "\n\nPredicted BERT / M2-BERT on other GPUs, by their data sheets:\n\n"
+        rows = [
+            [name, WHAT[what]]
+            + [
+                f"{found[name, what, n]['speedup']:.2f}×" if (name, what, n) in found else NONE
+                for n in lengths
+            ]
+            for name in others
+            for what in WHAT
+        ]
+        text += table(["GPU", "predicted", *(f"{n:,}" for n in lengths)], rows)
+    return text
+
+
+def training_cuda() -> str:
+    if not (RESULTS / "training_cuda.json").exists():
+        return NO_GPU
+    report = load("training_cuda")
+    names = {"m2_bert": "M2-BERT-base", "bert": "BERT-base"}
+    done = {n: m for n, m in report["models"].items() if "tokens_per_s" in m}
+    rows = []
+    for name, found in report["models"].items():
+        if name not in done:
+            rows.append([names[name], found["error"].splitlines()[0], *[NONE] * 4])
+            continue
+        mfu, peak = found["mfu"], found.get("peak_bytes")
+        rows.append(
+            [
+                names[name],
+                f"{found['parameters'] / 1e6:.0f} M",
+                f"{found['batches']} in {found['seconds']:.0f} s",
+                f"{found['tokens_per_s'] / 1e3:,.0f}",
+                NONE if mfu is None else f"{mfu:.1%}",
+                NONE if peak is None else f"{peak / 2**30:.1f}",
+            ]
+        )
+    text = (
+        f"The recipes `m2-bert-base.yaml` and `bert-base.yaml` through llm-foundry's "
+        f"`train_from_yaml` on one {report['device']}: {report['batch']:,} sequences a step in "
+        f"microbatches of {report['microbatch']}, `{report['precision']}`, "
+        f"`{report['optimizer']}`, data from MDS; the first masks 30% of the tokens, the second "
+        f"15%; torch {report['torch']}, transformers {report['transformers']}, {report['date']} "
+        f"(`bench_training.py`). The share is that of "
+        f"the device's dense bf16 rate which the model's matrix products take (MFU).\n\n"
+    )
+    header = ["model", "parameters", "batches", "thousand tokens/s", "MFU", "peak memory, GiB"]
+    text += table(header, rows, 1)
+    if set(done) == set(names):
+        ratio = done["m2_bert"]["tokens_per_s"] / done["bert"]["tokens_per_s"]
+        text += f"\n\nM2-BERT trains on {ratio:.2f} times as many tokens a second."
+    return text
 
 
 def ops_cuda() -> str:
@@ -561,7 +766,17 @@ def retrieval() -> str:
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they stand in
     "README.md": (quickstart_line, measured),
     "tests/benchmarks/README.md": (
-        *(model_cpu, model_cuda, ops_cuda, conversion, quickstart, kills, glue_quickstart),
+        *(
+            model_cpu,
+            model_cuda,
+            profile_cuda,
+            training_cuda,
+            step_model,
+            ops_cuda,
+            conversion,
+            quickstart,
+        ),
+        *(kills, glue_quickstart),
         *(retrieval, extension, import_cost, serving, gpt, scaling),
     ),
 }
