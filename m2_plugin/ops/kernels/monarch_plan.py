@@ -59,11 +59,13 @@ CONFIGS = {
     ("convolve", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
     ("convolve", "small", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
     ("correlate", "large", 4): (
-        (1024, Config(n1=16, n2=16, num_warps=4, registers=168)),
+        (128, Config(n1=16, n2=16, num_warps=4)),
+        (2048, Config(n1=16, n2=16, num_warps=4, registers=168)),
         (None, Config(n1=16, n2=16, num_warps=4)),
     ),
     ("correlate", "small", 4): (
-        (1024, Config(n1=16, n2=16, num_warps=4, registers=168)),
+        (128, Config(n1=16, n2=16, num_warps=4)),
+        (2048, Config(n1=16, n2=16, num_warps=4, registers=168)),
         (None, Config(n1=16, n2=16, num_warps=4)),
     ),
 }
