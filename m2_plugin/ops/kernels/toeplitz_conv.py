@@ -66,7 +66,7 @@ CONFIGS = {
     ("taps", 2, "many"): Config(64, 128, 64, num_warps=8, num_stages=1),
     ("taps", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
     # On an H200 at 512 positions, 147 µs instead of 353 with the tiles of the gated filter.
-    ("taps_res", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
+    ("taps_res", 2, "one"): Config(32, 128, 64, num_warps=8, num_stages=3),
     ("taps_res", 2, "many"): Config(64, 64, 64, num_warps=4, num_stages=2),
     ("taps_res", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
 }
@@ -74,6 +74,8 @@ for _kernel in ("forward", "backward", "taps", "taps_res"):  # fp32
     for _kind in ("one", "many"):
         CONFIGS[_kernel, 4, _kind] = Config(16, 32, 32, num_warps=4, num_stages=1)
     CONFIGS[_kernel, 4, "any"] = Config(16, 16, 16, num_warps=4, num_stages=1)
+for _kind in ("one", "many", "any"):
+    CONFIGS["backward", 4, _kind] = replace(CONFIGS["backward", 4, _kind], num_warps=8)
 
 
 @triton.jit
