@@ -146,3 +146,11 @@ def test_it_compiles_as_one_graph():
     found = outcome(compiled, (x, weight, bias), labels)
     for a, b in zip(found, outcome(linear_cross_entropy, (x, weight, bias), labels), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("label", [50, -1])
+def test_an_unknown_label_makes_the_kernels_loss_nan(label):
+    x, weight, bias, labels = (t.to(KERNEL_DEVICE) for t in inputs(dtype=torch.float32))
+    labels[-1] = label
+    loss = linear_cross_entropy(x, weight, bias, labels, backend="triton")
+    assert loss.isnan()

@@ -53,7 +53,9 @@ def cross_entropy_kernel(
         total = total * tl.exp(peak - new) + tl.sum(tl.exp(z - new), 0)
         peak = new
     norm = peak + tl.log(total)
-    chosen = tl.load(start + tl.where(counts, label, 0)).to(tl.float32)
+    known = (label >= 0) & (label < size)
+    chosen = tl.load(start + tl.where(known, label, 0)).to(tl.float32)
+    chosen = tl.where(known, chosen, float("nan"))  # the loss says that a label is wrong
     tl.store(loss_ptr + row, tl.where(counts, norm - chosen, 0.0))
     if GRAD:
         tl.debug_barrier()  # the chosen logit is read before it is overwritten
