@@ -33,7 +33,7 @@ def ids() -> torch.Tensor:
 class Launches(TorchDispatchMode):
     """The names of ops that write at least one activation, without views, in order."""
 
-    def __init__(self, smallest: int = BATCH * LENGTH * HIDDEN):  # more than a filter has
+    def __init__(self, smallest: int):
         super().__init__()
         self.smallest = smallest
         self.names: list[str] = []
@@ -70,16 +70,19 @@ BACKWARD = [
 
 
 def test_a_layer_launches_nothing_between_its_kernels():
-    model = M2BertModel(config(backend="triton")).to(KERNEL_DEVICE).train()
-    x = ids()
-    with autocast(), Launches() as forward:
+    width = 64  # the fused MLP takes no less
+    model = M2BertModel(config(backend="triton", hidden_size=width, intermediate_size=4 * width))
+    model = model.to(KERNEL_DEVICE).train()
+    x = ids().repeat(4, 1)
+    smallest = x.numel() * width  # more than a weight or a filter has
+    with autocast(), Launches(smallest) as forward:
         y = model(x, attention_mask=torch.ones_like(x)).last_hidden_state
     assert y.dtype == torch.float32 and y.is_contiguous()
     layers = forward.names[-LAYERS * len(FORWARD) :]
     assert layers == FORWARD * LAYERS
     assert forward.names[: -len(layers)] == ["embedding", "add_layer_norm"]
     dy = torch.randn_like(y)
-    with Launches() as backward:
+    with Launches(smallest) as backward:
         y.backward(dy)
     assert backward.names[: LAYERS * len(BACKWARD)] == BACKWARD * LAYERS
 
