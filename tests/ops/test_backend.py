@@ -116,7 +116,7 @@ def linear(x, weight, bias, backend):
 
 
 def mlp(x, up, down, bias, backend):
-    return monarch_mlp(x, up, down, bias, 24, backend=backend)
+    return monarch_mlp(x, up, down, bias, 128, backend=backend)
 
 
 def mixer(p, weight, bias, taps, u, res_taps, backend):
@@ -132,7 +132,7 @@ def causal(p, weight, bias, taps, backend):
     ("op", "shapes"),
     [
         (linear, [(3, 8), (2, 5, 4), (10,)]),
-        (mlp, [(3, 8), (2, 24, 4), (2, 4, 12), (8,)]),
+        (mlp, [(3, 32), (2, 128, 16), (2, 16, 64), (32,)]),
         (mixer, [(2, 5, 9), (9, 3), (9,), (3, 9), (2, 5, 3), (3, 9)]),
         (causal, [(2, 5, 9), (9, 3), (9,), (3, 9)]),
     ],

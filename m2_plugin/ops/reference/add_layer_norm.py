@@ -12,4 +12,4 @@ def add_layer_norm_torch(
 ) -> Tensor:
     """Compute `add_layer_norm`; arguments as there. The result is what `F.layer_norm` returns."""
     x = x if residual is None else x + residual
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)  # a constant for the ONNX export
