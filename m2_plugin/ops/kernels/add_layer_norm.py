@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.check import Case, draws, register
+from m2_plugin.ops.kernels.launch import rows_contiguous
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.add_layer_norm import add_layer_norm_torch
@@ -155,10 +156,6 @@ def tile_rows(channels: int, elements: int, warps: int) -> int:
     return min(max(1, elements * 32 * warps // tile_cols(channels)), MOST_ROWS)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -169,7 +166,7 @@ def _forward(
     sequence_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, channels = x.shape
-    x, residual = _rows_contiguous(x), None if residual is None else _rows_contiguous(residual)
+    x, residual = rows_contiguous(x), None if residual is None else rows_contiguous(residual)
     y = _empty(x, dtype, sequence_last)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     elements, warps = SEQUENCE_LAST_FORWARD if sequence_last else ROWS_FORWARD
@@ -209,10 +206,10 @@ def _backward(
     sums: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows, channels = x.shape
-    x, residual = _rows_contiguous(x), None if residual is None else _rows_contiguous(residual)
+    x, residual = rows_contiguous(x), None if residual is None else rows_contiguous(residual)
     sequence_last = grad.stride(1) != 1 and grad.stride(0) == 1
     if not sequence_last:
-        grad = _rows_contiguous(grad)
+        grad = rows_contiguous(grad)
     grad_x = _empty(x, _sum_dtype(x, residual), sequence_last=False)
     elements, warps = BACKWARD
     if channels > 1024:  # registers would spill on an A100 (`tests/ops/aot.py`)

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import dot_precision, tile, torch_gradients
+from m2_plugin.ops.kernels.launch import (
+    dot_precision,
+    rows_contiguous,
+    tile,
+    torch_gradients,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_torch
@@ -234,7 +239,7 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
     """
     num_rows = x.shape[0]
     num_blocks, block_out, block_in = block_shape
-    grad, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, x))
+    grad, x = rows_contiguous(grad), rows_contiguous(x)
     splits = triton.cdiv(num_rows, ROWS_PER_SPLIT)
     partial = x.new_empty((splits, *block_shape), dtype=torch.float32)
 
@@ -339,7 +344,7 @@ def _backward(
     num_blocks, block_out, block_in = weight.shape
     whole = grad.shape[1] == num_blocks * block_out and x.shape[1] == num_blocks * block_in
     if whole:
-        grad, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, x))
+        grad, x = rows_contiguous(grad), rows_contiguous(x)
     if needs[0]:
         back = weight.transpose(1, 2)
         if whole:

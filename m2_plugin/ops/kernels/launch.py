@@ -44,6 +44,11 @@ def tile(size: int, largest: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), largest)
 
 
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return x (N, D) with the channels of a row contiguous in memory."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def sequence_last(x: Tensor) -> Tensor:
     """Return x (B, L, C) with positions contiguous in memory."""
     return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)

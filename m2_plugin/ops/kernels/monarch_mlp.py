@@ -28,7 +28,13 @@ from m2_plugin.ops.kernels.block_diagonal_linear import (
     load_tile,
 )
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import device_class, dot_precision, tile, torch_gradients
+from m2_plugin.ops.kernels.launch import (
+    device_class,
+    dot_precision,
+    rows_contiguous,
+    tile,
+    torch_gradients,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_torch
@@ -655,7 +661,7 @@ def _forward(
 ) -> Tensor:
     width = down.shape[1]
     up, down = up.contiguous(), down.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_contiguous(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def launch(config: Config) -> None:
@@ -728,7 +734,7 @@ def _backward(
     grad: Tensor, x: Tensor, up: Tensor, down: Tensor, glu: bool, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     up, down, grad = up.contiguous(), down.contiguous(), grad.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_contiguous(x)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_blocks, scale = down.shape[0], dropout_threshold(p)[1]
     parts = []

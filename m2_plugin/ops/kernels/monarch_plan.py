@@ -112,6 +112,16 @@ class Plan:
         }
 
     @property
+    def order_constants(self) -> dict[str, Any]:
+        """The compile-time arguments of the kernels that read or write the order of `order`."""
+        return {
+            "VECTOR": self.vector,
+            "WARPS": self.config.row_warps,
+            "N1": self.config.n1,
+            "N2": self.config.n2,
+        }
+
+    @property
     def operand(self) -> torch.dtype:
         """What is multiplied: bfloat16 is too coarse for four products in a row."""
         return torch.float32 if self.dtype == torch.float32 else torch.float16
@@ -160,22 +170,18 @@ def plan_for(what: str, x: Tensor) -> Plan:
 
 
 @functools.cache
-def _tables(
-    config: Config,
-    residues: int,
-    classes: int,
-    segments: int,
-    rows: int,
-    operand: torch.dtype,
-    device: torch.device,
-) -> Tables:
+def _tables(*shape_and_device: Any) -> Tables:
     """Return the tables; they are made once, outside of any CUDA graph and its memory pool.
+
+    Args:
+        *shape_and_device: As of `_new_tables`; the device is the last.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, if the tables are not there yet.
     """
+    device = shape_and_device[-1]
     if device.type != "cuda":
-        return _new_tables(config, residues, classes, segments, rows, operand, device)
+        return _new_tables(*shape_and_device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the tables of an FFT cannot be made while a CUDA graph is captured: "
@@ -183,7 +189,7 @@ def _tables(
         )
 
     def make() -> Tables:
-        tables = _new_tables(config, residues, classes, segments, rows, operand, device)
+        tables = _new_tables(*shape_and_device)
         torch.cuda.synchronize(device)  # other streams will read them
         return tables
 

@@ -192,12 +192,9 @@ def spectra(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Tensor]
             plan.residues,
             plan.classes,
             plan.guard,
-            VECTOR=plan.vector,
-            WARPS=plan.config.row_warps,
-            N1=plan.config.n1,
-            N2=plan.config.n2,
             BLOCK=TILE,
             num_warps=8,
+            **plan.order_constants,
         )
     return list(zip(k, scale, strict=True))
 
@@ -211,12 +208,9 @@ def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
         half,
         plan.residues,
         plan.classes,
-        VECTOR=plan.vector,
-        WARPS=plan.config.row_warps,
-        N1=plan.config.n1,
-        N2=plan.config.n2,
         BLOCK=1024,
         num_warps=4,
+        **plan.order_constants,
     )
     circle = torch.fft.irfft(torch.view_as_complex(half), n=points)
     return torch.cat([circle[:, points - (length - 1) :], circle[:, :length]], 1)
