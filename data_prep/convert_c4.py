@@ -5,7 +5,7 @@ python data_prep/convert_c4.py --out_root ./my-copy-c4 --splits train_small val
 
 import sys
 
-from m2_plugin.foundry.conversion.cli import main_c4
+from m2_plugin.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_c4())
+    sys.exit(run("convert-c4"))

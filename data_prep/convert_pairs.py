@@ -2,7 +2,7 @@
 
 import sys
 
-from m2_plugin.foundry.conversion.pairs import main_pairs
+from m2_plugin.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_pairs())
+    sys.exit(run("convert-pairs"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from m2_plugin.foundry.conversion.cli import main_text
+from m2_plugin.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_text())
+    sys.exit(run("convert-text"))

@@ -2,10 +2,12 @@
 
 import gzip
 import json
-import os
-import signal
+import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,23 @@ from m2_plugin.foundry.conversion import cli
 QUICKSTART = Path(__file__).parents[2] / "data_prep" / "quickstart"
 C4_SAMPLE = QUICKSTART / "c4-sample.json.gz"
 TOKENIZER = QUICKSTART / "tokenizer"
+
+# A command that cuts small inputs into many blocks, as it does large ones.
+COMMAND = """
+import sys
+from m2_plugin.foundry.conversion import cli
+cli.choose_block_bytes = lambda *_: 50_000
+sys.exit(cli.main_text(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_once() -> None:
+    """Import what takes long in the server that all processes of these tests are forked from."""
+    names = ["streaming", "transformers.models.auto.tokenization_auto"]
+    names += ["transformers.models.bert.tokenization_bert_fast"]
+    multiprocessing.set_forkserver_preload(names)
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +52,7 @@ def jsonl(tmp_path: Path, c4_texts: list[str]) -> Path:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the small inputs of these tests into many blocks, as large ones are."""
-    monkeypatch.setattr(cli, "choose_block_bytes", lambda _: 50_000)
+    monkeypatch.setattr(cli, "choose_block_bytes", lambda *_: 50_000)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -46,21 +65,27 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def in_fork(action: Callable[[], Any]) -> int:
-    """Run a function in a forked process; return its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-    finally:
-        os._exit(0)
+def start(*arguments: Any, code: str = COMMAND) -> subprocess.Popen[str]:
+    """Start a conversion in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def kill_when(pid: int, condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Kill a forked process as soon as a condition is true."""
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+
+def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of the shards in the finished blocks of an unfinished conversion."""
+    partial = out / ".train.partial"
+    records = [json.loads(path.read_text()) for path in partial.glob("records-*/0*.json")]
+    names = {entry["raw_data"]["basename"] for record in records for entry in record["shards"]}
+    found = {path.name: path.stat() for path in partial.glob("shards-*/*.mds")}
+    return {name: (found[name].st_ino, found[name].st_mtime_ns) for name in names}
+
+
+def shards(folder: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("*.mds")}

@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,13 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m2_plugin.foundry.conversion import cli, folder, worker
+from m2_plugin.foundry.conversion import cli, engine
 from m2_plugin.foundry.conversion.corpora import C4_CHARS_PER_SAMPLE, C4_SPLITS
-from m2_plugin.foundry.conversion.mds import mds
+from m2_plugin.foundry.conversion.folder import PartialFolder
 from m2_plugin.foundry.conversion.samples import cut_tokens
-from m2_plugin.foundry.conversion.sources import HubSource
+from m2_plugin.foundry.conversion.shards import encode_array, write_shards
+from m2_plugin.foundry.conversion.sources import HubSource, choose_block_bytes
+from m2_plugin.foundry.conversion.worker import Part, convert_part
 
-from .conftest import C4_SAMPLE, TOKENIZER, content, in_fork, kill_when, write_jsonl
+from .conftest import (
+    C4_SAMPLE,
+    COMMAND,
+    TOKENIZER,
+    content,
+    finished_shards,
+    shards,
+    start,
+    wait_for,
+    write_jsonl,
+)
 
 CONCAT = ["--concat_tokens", "64", "--tokenizer", str(TOKENIZER)]
 
@@ -56,7 +69,6 @@ def test_llm_foundrys_dataset_reads_the_documents_in_order(tmp_path, c4_texts):
     assert len(list((tmp_path / "train_small").glob("*.mds.zstd"))) > 10
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "flags",
     [[], ["--no_wrap"], ["--bos_text", "[MASK]", "--eos_text", "[PAD]"]],
@@ -117,33 +129,73 @@ def test_held_out_documents_are_in_one_split_only(tmp_path, c4_texts):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("no_wrap", [[], ["--no_wrap"]], ids=["wrap", "no-wrap"])
-def test_no_token_is_lost_between_compressed_files(tmp_path, c4_texts, monkeypatch, no_wrap):
-    """Each large compressed file is cut alone; the remaining tokens are joined at the end."""
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "xz"])
+def test_each_block_is_cut_by_itself(tmp_path, jsonl, c4_texts, compressed, caplog):
+    """Each block drops what is left after its last sample; nothing else is lost or repeated."""
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("m2_plugin.foundry.conversion.sources.STREAM_BYTES", 1)
-    files = []
-    for i in range(5):
-        plain = write_jsonl(tmp_path / f"{i}.jsonl", c4_texts[i * 20 : i * 20 + 20])
-        files.append(plain.with_suffix(".jsonl.xz"))
-        files[-1].write_bytes(lzma.compress(plain.read_bytes()))
-    assert run_text(tmp_path / "out", *files, flags=[*CONCAT, *no_wrap]) == 0
-    ours = np.concatenate(read(tmp_path / "out" / "train", "tokens"))
+    caplog.set_level("INFO")
+    source = jsonl
+    if compressed:
+        source = jsonl.with_suffix(".jsonl.xz")
+        source.write_bytes(lzma.compress(jsonl.read_bytes()))
+    assert run_text(tmp_path / "out", source, flags=CONCAT) == 0
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokens = np.concatenate([tokenizer(text)["input_ids"] for text in c4_texts[:100]])
-    if no_wrap:
-        assert len(ours) < len(tokens)
-        return
-    assert 0 <= len(tokens) - len(ours) < 64
-    lost = np.bincount(tokens, minlength=30522) - np.bincount(ours, minlength=30522)
-    assert lost.min() >= 0
+    tokens = np.concatenate([tokenizer(text)["input_ids"] for text in c4_texts[:200]])
+    samples = read(tmp_path / "out" / "train", "tokens")
+    manifest = json.loads((tmp_path / "out" / "train" / "conversion.manifest").read_text())
+    blocks = len(manifest["shards"])
+    at = gaps = 0
+    for sample in samples:
+        gap = next(g for g in range(64) if np.array_equal(tokens[at + g : at + g + 64], sample))
+        gaps += gap > 0
+        at += gap + 64
+    assert 0 < gaps < blocks
+    assert len(tokens) - at < 64
+    assert manifest["tokens"] == len(tokens)
+    assert manifest["dropped"] == len(tokens) - 64 * len(samples) < 64 * blocks
+    share = 100 * manifest["dropped"] / len(tokens)
+    assert f"{share:.4f}% of the tokens filled no sample" in caplog.text
+
+
+def test_a_block_has_64_samples_or_more():
+    assert choose_block_bytes(None) == 48 << 20
+    assert choose_block_bytes(59_000_000, 128) == 2 << 20
+    assert choose_block_bytes(10_000_000_000, 8192) == 48 << 20
+    for length in (128, 8192, 32768, 1 << 20):
+        assert choose_block_bytes(1_000_000, length) >= 64 * length * 4
 
 
 def test_cut_tokens():
-    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=False) == ([0, 5, 10], 0)
-    assert cut_tokens([10, 3], left_over=2, length=5, no_wrap=True) == ([0], 3)
-    assert cut_tokens([], left_over=4, length=5, no_wrap=True) == ([], 4)
+    assert cut_tokens([12, 3], length=5, no_wrap=False) == [0, 5, 10]
+    assert cut_tokens([12, 3, 4], length=5, no_wrap=True) == [0, 12]
+    assert cut_tokens([4], length=5, no_wrap=True) == cut_tokens([], 5, False) == []
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_shards_are_those_of_streamings_writer(tmp_path, compression):
+    from streaming import MDSWriter
+
+    rng = random.Random(0)
+    columns = {"b": "str", "a": "ndarray:int32"}
+    lengths = [1, 255, 256, 65_535, 65_536, *(rng.randrange(1, 5000) for _ in range(200))]
+    rows = [
+        {"a": np.arange(n, dtype=np.int32) - 7, "b": rng.choice(["", "é\n", "text"]) * (n % 9)}
+        for n in lengths
+    ]
+    with MDSWriter(
+        columns=columns, out=str(tmp_path / "theirs"), compression=compression,
+        hashes=["xxh64"], size_limit=100_000,
+    ) as writer:  # fmt: skip
+        for row in rows:
+            writer.write(row)
+    (tmp_path / "ours").mkdir()
+    samples = ([encode_array(row["a"]), row["b"].encode()] for row in rows)
+    entries = write_shards(samples, columns, compression, tmp_path / "ours", size_limit=100_000)
+    assert entries == writer.shards and len(entries) > 10
+    theirs = content(tmp_path / "theirs")
+    del theirs["index.json"]
+    assert content(tmp_path / "ours") == theirs
 
 
 def test_max_chars(tmp_path, jsonl, c4_texts):
@@ -178,7 +230,7 @@ def test_kinds_of_file(tmp_path, jsonl, c4_texts, suffix):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "json", "json.xz", "arrow", "saved"])
 def test_files_that_are_read_from_the_beginning(tmp_path, c4_texts, suffix):
-    """The main process reads them; the output still does not depend on the workers."""
+    """Each worker reads them and converts its share; the output does not depend on that."""
     texts = [text.replace("\n", " ").replace("\t", " ") for text in c4_texts[:200]]
     path = tmp_path / f"docs [1].{suffix}"
     kind = suffix.split(".")[0]
@@ -325,60 +377,77 @@ def test_the_number_of_workers_changes_nothing(tmp_path, jsonl, flags, compresse
     assert len(content(tmp_path / "1")) > 6
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
-def test_killed_and_run_again(tmp_path, jsonl, flags):
-    assert run_text(tmp_path / "unbroken", jsonl, flags=flags) == 0
-    out = tmp_path / "out"
-    records = out / ".train.partial" / "records"
-    pid = in_fork(lambda: run_text(out, jsonl, flags=flags))
-    kill_when(pid, lambda: len(list(records.glob("*.json"))) >= 3)
-    finished = [
-        (out / ".train.partial" / shard["file"]).stat()
-        for path in records.glob("*.json")
-        for shard in json.loads(path.read_text())["shards"]
-    ]
-    assert len(finished) >= 3 and not (out / "train").exists()
-    assert run_text(out, jsonl, flags=[*flags, "--num_workers", 1]) == 0
-    assert content(out) == content(tmp_path / "unbroken")
-    now = {(s.st_ino, s.st_mtime_ns) for s in map(Path.stat, (out / "train").glob("*.mds"))}
-    assert {(s.st_ino, s.st_mtime_ns) for s in finished} <= now
+@pytest.fixture
+def many(tmp_path: Path, c4_texts: list[str]) -> Path:
+    """1,000 documents, in 40 small blocks."""
+    return write_jsonl(tmp_path / "input" / "many.jsonl", c4_texts)
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_killed_at_every_step(tmp_path, c4_texts):
-    """Each lasting change is a rename: kill the main process before the 1st, the 2nd, ..."""
-    source = write_jsonl(tmp_path / "docs.jsonl", c4_texts[:50])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_killed_and_run_again(tmp_path, many, suffix):
+    source = many.with_suffix(f".{suffix}")
+    data = many.read_bytes()
+    source.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
     assert run_text(tmp_path / "unbroken", source, flags=CONCAT) == 0
-    expected = content(tmp_path / "unbroken")
-    replace = os.replace
+    out = tmp_path / "out"
+    flags = ["--out_root", out, "--splits", "train", "--num_workers", 2, *CONCAT]
+    process = start("--local_files", source, *flags)
+    wait_for(lambda: len(list(out.glob(".train.partial/records-*/0*.json"))) >= 3)
+    process.kill()
+    process.wait()
+    finished = finished_shards(out)
+    assert len(finished) >= 3 and not (out / "train").exists()
+    assert run_text(out, source, flags=[*CONCAT, "--num_workers", 1]) == 0
+    assert content(out) == content(tmp_path / "unbroken")
+    assert finished.items() <= shards(out / "train").items()
 
-    for step in range(100):
-        out = tmp_path / f"killed-{step}"
-        steps = tmp_path / f"steps-{step}"  # a byte for each; a lock would die with its holder
 
-        def run(out: Path = out, step: int = step, steps: Path = steps) -> None:
-            main = os.getpid()
+STEPS = """
+import os, shutil, signal
+step = int(sys.argv.pop(1))
+def counted(function):
+    def call(*arguments, **keywords):
+        global step
+        step -= 1
+        if step < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+    return call
+os.replace, shutil.rmtree = counted(os.replace), counted(shutil.rmtree)
+"""
 
-            def counted(*paths: Any) -> None:
-                with steps.open("ab") as file:
-                    file.write(b".")
-                if steps.stat().st_size > step:
-                    os.kill(main, signal.SIGKILL)
-                    signal.pause()
-                replace(*paths)
 
-            folder.os.replace = counted  # in this fork only
-            run_text(out, source, flags=CONCAT)
-
-        os.waitpid(in_fork(run), 0)
-        survived = steps.stat().st_size <= step
-        assert survived == ((out / "train").exists())
-        assert run_text(out, source, flags=CONCAT) == 0
+def test_killed_at_every_step(tmp_path, c4_texts):
+    """Each lasting change is a rename or a removal: kill the main process before each of them."""
+    source = write_jsonl(tmp_path / "docs.jsonl", c4_texts[:50])
+    arguments = ["--local_files", source, "--splits", "train", "--num_workers", "1"]
+    first, rest = COMMAND.split("sys.exit")
+    code = f"{first}{STEPS}sys.exit{rest}"
+    expected = None
+    for step in range(20):
+        out = tmp_path / str(step)
+        process = start(step, "--out_root", out, *arguments, code=code)
+        process.communicate()
+        killed = process.returncode == -signal.SIGKILL
+        assert killed or process.returncode == 0
+        ended = start(100, "--out_root", out, *arguments, code=code)
+        _, errors = ended.communicate()
+        assert ended.returncode == 0, errors
+        expected = expected or content(out)
         assert content(out) == expected
-        if survived:
+        if not killed:
             break
-    assert 10 < step < 99
+    assert 4 < step < 19
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_one_conversion_of_a_split_at_a_time(tmp_path, jsonl, caplog):
+    with PartialFolder(tmp_path / "train").locked():
+        assert run_text(tmp_path, jsonl) == 1
+    assert "in use by another conversion" in caplog.text
+    assert run_text(tmp_path, jsonl) == 0
+    assert not (tmp_path / ".train.partial").exists()
 
 
 def test_run_again_when_finished(tmp_path, jsonl, caplog):
@@ -395,10 +464,13 @@ def test_run_again_when_finished(tmp_path, jsonl, caplog):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_other_settings_do_not_mix(tmp_path, jsonl, caplog):
-    pid = in_fork(lambda: run_text(tmp_path, jsonl, flags=CONCAT))
+def test_other_settings_do_not_mix(tmp_path, jsonl, caplog, monkeypatch):
     partial = tmp_path / ".train.partial"
-    kill_when(pid, lambda: len(list((partial / "records").glob("*.json"))) >= 1)
+    monkeypatch.setattr(engine, "convert_part", until_the_disk_is_full)
+    assert run_text(tmp_path, jsonl, flags=CONCAT) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "choose_block_bytes", lambda *_: 50_000)
+    caplog.clear()
     assert run_text(tmp_path, jsonl) == 1
     assert str(partial) in caplog.text and "other settings" in caplog.text
     os.utime(jsonl)
@@ -425,7 +497,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
     ("line", "reason"),
     [
         (b'{"text": "cut', "not JSON"),
-        (b'{"body": "other key"}', "no key 'text'"),
+        (b'{"body": "other key"}', "no column 'text' (--text_column); the row has 'body'"),
         (b'{"text": 7}', "'text' should be a text, got int 7"),
         (b'["text"]', "not a JSON object"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
@@ -473,7 +545,7 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--splits", "train_small", "val"], "--val_fraction 0.01"),
         (["--local_files", "val=SAMPLE"], "no file for the split 'train'"),
         (["--local_files", "PYTHON"], "unknown kind of file"),
-        (["--text_column", "content"], "no key 'content'"),
+        (["--text_column", "content"], "no column 'content'"),
         (["--compression", "lzip"], "--compression lzip: unknown"),
         (["--val_fraction", "1.5"], "between 0 and 1"),
     ],
@@ -488,19 +560,19 @@ def test_wrong_arguments(tmp_path, caplog, monkeypatch, flags, message):
     assert not (tmp_path / "out" / "train").exists()
 
 
+def until_the_disk_is_full(part: Part) -> None:
+    """Convert a part as a worker does, but only the first five blocks."""
+    if part.first >= 5:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    convert_part(part)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_writer_finds_the_disk_full(tmp_path, jsonl, caplog, monkeypatch):
     assert run_text(tmp_path / "unbroken", jsonl) == 0
     out = tmp_path / "out"
-    flush = mds().MDSWriter.flush_shard
-
-    def flush_until_full(self: Any) -> None:
-        if "00005" in self.local:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(mds().MDSWriter, "flush_shard", flush_until_full)
+        patch.setattr(engine, "convert_part", until_the_disk_is_full)
         assert run_text(out, jsonl) == 1
     assert f"no space left on the disk of {out / '.train.partial'}" in caplog.text
     assert not (out / "train").exists()
@@ -527,10 +599,28 @@ def test_disk_full(tmp_path, jsonl, caplog):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch):
-    monkeypatch.setattr(worker, "write_block", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    assert run_text(tmp_path, jsonl) == 1
-    assert "exit code -9" in caplog.text and "--num_workers" in caplog.text
+def until_killed(part: Part) -> None:
+    """Convert a part as a worker does; the worker of the sixth block is killed in the middle."""
+    if part.first == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    convert_part(part)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
+def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch, flags):
+    assert run_text(tmp_path / "unbroken", jsonl, flags=flags) == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "convert_part", until_killed)
+        assert run_text(out, jsonl, flags=flags) == 1
+    assert "a worker process ended unexpectedly" in caplog.text and "--num_workers" in caplog.text
+    assert "Traceback" not in caplog.text
+    finished = finished_shards(out)
+    assert len(finished) >= 3
+    assert run_text(out, jsonl, flags=flags) == 0
+    assert content(out) == content(tmp_path / "unbroken")
+    assert finished.items() <= shards(out / "train").items()
 
 
 # --- verification ---
@@ -557,12 +647,17 @@ def test_verify_names_what_is_damaged(tmp_path, jsonl, caplog, flags):
 
 
 def test_verify_a_folder_of_llm_foundry(tmp_path, caplog):
-    with mds().MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as writer:
+    from streaming import MDSWriter
+
+    with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as writer:
         for i in range(10):
             writer.write({"text": f"text {i}"})
     arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
     assert cli.main_text(arguments) == 0
     assert "no manifest" in caplog.text
+    older = {"settings": {"format_version": 1}, "samples": 10, "shards": {}, "content_digest": ""}
+    (tmp_path / "train" / "conversion.manifest").write_text(json.dumps(older))
+    assert cli.main_text(arguments) == 0
     os.truncate(tmp_path / "train" / "shard.00000.mds", 50)
     assert cli.main_text(arguments) == 1
     assert cli.main_text([*arguments, "--out_root", str(tmp_path / "nowhere")]) == 1
@@ -580,7 +675,9 @@ class Pickled:
 
 
 def test_verify_does_not_unpickle(tmp_path, caplog):
-    with mds().MDSWriter(columns={"text": "pkl"}, out=str(tmp_path / "train")) as writer:
+    from streaming import MDSWriter
+
+    with MDSWriter(columns={"text": "pkl"}, out=str(tmp_path / "train")) as writer:
         writer.write({"text": Pickled(tmp_path / "run")})
     arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
     assert cli.main_text(arguments) == 1
@@ -613,7 +710,6 @@ def test_verify_names_an_index_that_is_none(shards, tmp_path, caplog):
 
 
 def test_script(tmp_path):
-    """The script runs in its own process, which imports only some modules of streaming."""
     script = C4_SAMPLE.parents[1] / "convert_c4.py"
     arguments = ["--out_root", str(tmp_path), "--splits", "train_small,val", "--local_files"]
     arguments += [str(C4_SAMPLE), "--val_fraction", "0.05"]
@@ -623,15 +719,26 @@ def test_script(tmp_path):
     assert len(read(tmp_path / "train_small") + read(tmp_path / "val")) == 1000
 
 
-def test_parts_of_streaming_alone_do_not_spoil_the_whole():
+def test_a_worker_that_writes_texts_imports_little():
     code = """
 import sys
-from m2_plugin.foundry.conversion.mds import mds
+import m2_plugin.foundry.conversion.worker
 assert not {"streaming", "torch", "datasets", "transformers"} & sys.modules.keys()
-writer = mds(alone=True).MDSWriter
-assert "torchvision" not in sys.modules
-import streaming
-from streaming.base.util import merge_index
-assert streaming.MDSWriter is writer and streaming.LocalDataset
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    """The writer of whole files writes in a hidden folder beside the file."""
+    from m2_plugin.foundry.conversion.folder import PartialFolder
+
+    folder = PartialFolder(tmp_path / "train")
+    with folder.locked():
+        blocks = folder.open({"a": 1})
+        left = [blocks.records / ".00000-00000.json.tmp-abcd1234", blocks.shards / ".x.mds.1"]
+        left[0].mkdir()
+        (left[0] / "00000-00000.json").write_text("{")
+        left[1].write_text("part")
+    with folder.locked():
+        folder.open({"a": 1})
+    assert not any(path.exists() for path in left)

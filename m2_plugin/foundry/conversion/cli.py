@@ -3,27 +3,25 @@
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from m2_plugin.data.formats import ENDINGS
+from m2_plugin.executor import WorkersError, open_workers
 from m2_plugin.foundry.conversion.corpora import (
     C4_CHARS_PER_SAMPLE,
     C4_SPLITS,
-    CHARS_PER_TOKEN,
     TEXT_CORPORA,
     TEXT_SPLITS,
     Split,
     is_held_out,
 )
-from m2_plugin.foundry.conversion.engine import Job, convert
+from m2_plugin.foundry.conversion.engine import convert
 from m2_plugin.foundry.conversion.errors import ConversionError
-from m2_plugin.foundry.conversion.mds import mds
-from m2_plugin.foundry.conversion.samples import TextOptions
+from m2_plugin.foundry.conversion.job import Job, Recipe
 from m2_plugin.foundry.conversion.sources import (
+    CHARS_PER_TOKEN,
     TXT_DOCUMENTS,
     HubSource,
     InputFile,
@@ -46,6 +44,9 @@ VAL_FRACTION_HELP = """hold out this share of the documents for validation; a ha
 decides, so that no document is in both splits, and copies of a document are in the same split."""
 CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":
 ndarray:int32}. Without it a sample is a document, {"text": str}, tokenised while training."""
+
+CLUSTER_HELP = """the workers of a Dask cluster instead: the address of its scheduler, or its
+scheduler file. They must see the input and --out_root under the same paths."""
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -97,6 +98,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--num_workers", "--num-workers", type=int, metavar="N",
         help="processes; default: one per core. The output does not depend on it",
     )  # fmt: skip
+    parser.add_argument("--cluster", metavar="ADDRESS|FILE", help=CLUSTER_HELP)
     parser.add_argument(
         "--on_error", "--on-error", choices=("fail", "skip"), default="fail",
         help="if a document cannot be read: stop and name it, or count it and continue",
@@ -280,58 +282,66 @@ def _job(
     else:
         hub = _hub_source(arguments, split, name)
         held_out = is_held_out(name) if arguments.val_fraction else None
-    options = TextOptions(
+    recipe = Recipe(
         text_column=arguments.text_column,
         max_chars_per_doc=arguments.max_chars_per_doc,
         held_out=held_out,
         val_fraction=arguments.val_fraction or 0.0,
-        skip_bad=arguments.on_error == "skip",
+        tokenizer=arguments.tokenizer,
+        tokenizer_kwargs=arguments.tokenizer_kwargs,
+        bos_text=arguments.bos_text,
+        eos_text=arguments.eos_text,
+        concat_tokens=arguments.concat_tokens,
+        no_wrap=arguments.no_wrap,
+        compression=arguments.compression,
+        max_samples=split.max_samples,
+        block_bytes=choose_block_bytes(
+            _text_bytes(arguments, split, files), arguments.concat_tokens
+        ),
     )
-    concatenate: dict[str, Any] = {}
-    if arguments.concat_tokens is not None:
-        keys = ("tokenizer", "tokenizer_kwargs", "bos_text", "eos_text", "concat_tokens", "no_wrap")
-        concatenate = {key: getattr(arguments, key) for key in keys}
     return Job(
         out=arguments.out_root / name,
         files=files,
         hub=hub,
-        options=options,
-        compression=arguments.compression,
-        max_samples=split.max_samples,
+        recipe=recipe,
+        skip_bad=arguments.on_error == "skip",
         expected_documents=split.documents if hub is not None else None,
-        block_bytes=choose_block_bytes(_text_bytes(arguments, split, files)),
-        **concatenate,
     )
 
 
-def _run(arguments: argparse.Namespace, splits: dict[str, Split], own_process: bool) -> None:
+def _jobs(arguments: argparse.Namespace, splits: dict[str, Split]) -> list[Job]:
     names = _requested_splits(arguments)
-    if arguments.verify_only:
-        mds(alone=own_process)
-        for name in names:
-            verify(arguments.out_root / name, arguments.num_workers)
-        return
     _check(arguments, splits)
     local = LocalFiles(arguments, splits) if arguments.local_files else None
     _check_names(names, splits, local)
     if local is not None and (unused := local.unused_labels()):
         log.warning("--local_files: no requested split uses %s=", ", ".join(unused))
-    jobs = [_job(arguments, splits, name, local) for name in names]
-    for job in jobs:
-        convert(job, arguments.num_workers, arguments.overwrite, alone=own_process)
-        if arguments.verify:
-            verify(job.out, arguments.num_workers)
+    return [_job(arguments, splits, name, local) for name in names]
+
+
+def _run(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
+    jobs = [] if arguments.verify_only else _jobs(arguments, splits)
+    preload = {
+        "transformers.models.auto.tokenization_auto": arguments.concat_tokens,
+        "streaming": arguments.verify or arguments.verify_only or arguments.compression,
+    }
+    modules = [name for name, needed in preload.items() if needed]  # slow to import
+    with open_workers(arguments.num_workers, arguments.cluster, modules) as workers:
+        for job in jobs:
+            convert(job, workers, arguments.overwrite)
+            if arguments.verify:
+                verify(job.out, workers)
+        if arguments.verify_only:
+            for name in _requested_splits(arguments):
+                verify(arguments.out_root / name, workers)
 
 
 def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[str] | None) -> int:
     arguments = parser.parse_args(argv)
-    own_process = argv is None
-    # The workers run in parallel already; tokenizers would warn at each fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
-        _run(arguments, splits, own_process)
-    except ConversionError as error:
+        _run(arguments, splits)
+    except (ConversionError, WorkersError) as error:
         log.error("%s", error)
         return 1
     except OSError as error:  # no permission, a failing disk; the error names the file

@@ -28,7 +28,6 @@ C4_SPLITS = {
     "val_xxsmall": Split("validation", 100, 100),
 }
 C4_CHARS_PER_SAMPLE = 2163
-CHARS_PER_TOKEN = 4
 
 TEXT_SPLITS = {"train": Split("train"), "val": Split("validation"), "test": Split("test")}
 

@@ -1,485 +1,171 @@
-"""Convert one split: the main process gives blocks to workers, and keeps their order."""
+"""Convert one split: give its parts to workers, and put their shards together.
+
+A task converts one block of files that can be cut, or every n-th block of a stream that must be
+read from its beginning, which several tasks then read at once: to decompress text takes far less
+time than to tokenise it. What a task converts depends on nothing but the input and the settings;
+each block is cut to samples by itself. The records that tasks leave are the only state, so the main
+process knows as much after it was killed as before.
+"""
 
 import logging
-import multiprocessing
-import os
-import queue
+import math
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from m2_plugin.foundry.conversion.errors import ConversionError, is_disk_full
+from m2_plugin.executor import Workers
+from m2_plugin.files import is_disk_full
+from m2_plugin.foundry.conversion.errors import ConversionError
 from m2_plugin.foundry.conversion.folder import (
+    Blocks,
     Key,
     PartialFolder,
-    content_digest,
     differences,
     read_manifest,
 )
-from m2_plugin.foundry.conversion.mds import mds
-from m2_plugin.foundry.conversion.samples import Counts, TextOptions, Tokenizer, Tokens, cut_tokens
+from m2_plugin.foundry.conversion.job import Job
 from m2_plugin.foundry.conversion.sources import (
-    Block,
-    HubSource,
-    InputFile,
+    CuttableFiles,
+    FilesInOrder,
     Stream,
-    file_streams,
     text_bytes_estimate,
 )
-from m2_plugin.foundry.conversion.worker import Output, Placement, Summary, worker_main, write_block
+from m2_plugin.foundry.conversion.worker import Part, check_recipe, convert_part
 
 log = logging.getLogger(__name__)
 
-# Streams to read at once. Reading is only decompression or the network; workers do the rest.
-MAX_STREAMS_AT_ONCE = 4
-# Blocks that a worker may hold while it waits for earlier blocks.
-MAX_HELD = 2
-FORMAT_VERSION = 1
+# Tasks for each worker if files are read in order: more tasks end at more equal times, and read
+# more often what others have read.
+TASKS_PER_WORKER = 4
 
-
-@dataclass(frozen=True)
-class Job:
-    """The conversion of one split.
-
-    Args:
-        out: The split's folder.
-        files: The input files in order, if `hub` is None.
-        hub: The data set of the hub to stream instead of files.
-        options: How documents are read.
-        tokenizer: A name or folder, for `concat_tokens`.
-        tokenizer_kwargs: More arguments of `AutoTokenizer.from_pretrained`.
-        bos_text: A text before each document, for `concat_tokens`.
-        eos_text: A text after each document, for `concat_tokens`.
-        concat_tokens: The tokens in a sample; None makes each document a sample.
-        no_wrap: Whether to drop the rest of a document in which a sample ended.
-        compression: The `compression` of `MDSWriter`.
-        max_samples: The number of samples to stop at.
-        expected_documents: The number of documents, if known, for the progress bar.
-        block_bytes: The bytes of text in a block, about the size of a shard.
-    """
-
-    out: Path
-    files: tuple[InputFile, ...] = ()
-    hub: HubSource | None = None
-    options: TextOptions = field(default_factory=TextOptions)
-    tokenizer: str | None = None
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    bos_text: str = ""
-    eos_text: str = ""
-    concat_tokens: int | None = None
-    no_wrap: bool = False
-    compression: str | None = None
-    max_samples: int | None = None
-    expected_documents: int | None = None
-    block_bytes: int = 48 << 20
-
-    def streams(self) -> list[Stream]:
-        """Return the ordered streams of the input."""
-        if self.hub is not None:
-            return self.hub.streams()
-        return file_streams(list(self.files), self.options.text_column)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that determine the output, without paths and times of files."""
-        hub = None if self.hub is None else dict(self.hub.load_args)
-        return {
-            "format_version": FORMAT_VERSION,
-            "hub": hub,
-            "files": [[Path(f.path).name, f.layout, f.size] for f in self.files],
-            "text_column": self.options.text_column,
-            "max_chars_per_doc": self.options.max_chars_per_doc,
-            "held_out": self.options.held_out,
-            "val_fraction": self.options.val_fraction,
-            "tokenizer": self.tokenizer,
-            "tokenizer_kwargs": self.tokenizer_kwargs,
-            "bos_text": self.bos_text,
-            "eos_text": self.eos_text,
-            "concat_tokens": self.concat_tokens,
-            "no_wrap": self.no_wrap,
-            "compression": self.compression,
-            "max_samples": self.max_samples,
-            "block_bytes": self.block_bytes,
-        }
-
-
-# --- reading ahead -------------------------------------------------------------------------------
-
-
-class StreamReader:
-    """Read the blocks of a stream in a thread, at most one ahead.
-
-    A finished block is given as None; a compressed stream must still be read through it.
-    """
-
-    def __init__(self, index: int, stream: Stream, blocks: int | None, wake: Connection):
-        self.index = index
-        self.stream = stream
-        self.known_blocks = blocks
-        self.wake = wake
-        self.queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-        self.stopping = threading.Event()
-        self.done_blocks: set[int] = set()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self, done_blocks: set[int], block_bytes: int) -> None:
-        """Start reading."""
-        self.done_blocks = done_blocks
-        self.block_bytes = block_bytes
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Stop reading, and drop what was read."""
-        self.stopping.set()
-
-    def _run(self) -> None:
-        try:
-            for number, block in enumerate(self._blocks()):
-                self._put(("block", None if number in self.done_blocks else block))
-                if self.stopping.is_set():
-                    return
-            self._put(("end", None))
-        except Exception as error:
-            self._put(("error", error))
-
-    def _blocks(self) -> Iterator[Block | None]:
-        known = self.known_blocks
-        if known is not None and len(self.done_blocks) == known:
-            return iter([None] * known)
-        return iter(self.stream.blocks(self.block_bytes))
-
-    def _put(self, item: tuple[str, Any]) -> None:
-        while not self.stopping.is_set():
-            try:
-                self.queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            self.wake.send_bytes(b".")
-            return
-
-
-# --- order ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class StreamState:
-    """The state of a stream: which of its blocks have been given their place in the output."""
-
-    reader: StreamReader
-    rest: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
-    handed_out: int = 0
-    next_to_place: int = 0
-    summaries: dict[int, tuple["WorkerHandle | None", Any]] = field(default_factory=dict)
-    ended: bool = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether all its blocks are placed."""
-        return self.ended and self.next_to_place == self.handed_out
-
-
-@dataclass
-class WorkerHandle:
-    """What the main process knows about a worker process."""
-
-    process: BaseProcess
-    connection: Connection
-    busy_with: str = ""
-    held: int = 0
-    to_write: deque[tuple[Key, Placement]] = field(default_factory=deque)
-    progress: tuple[int, int] = (0, 0)
+Record = dict[str, Any]
 
 
 class Progress:
     """The progress bar, in samples or documents if their number is known, else in bytes."""
 
-    def __init__(self, job: Job):
-        self.by_samples = job.max_samples is not None
-        total = job.max_samples if self.by_samples else job.expected_documents
-        self.by_documents = not self.by_samples and total is not None
-        if total is None:
-            total = sum(file.size for file in job.files) or None
-        counted = self.by_samples or self.by_documents
-        unit = ("samples" if self.by_samples else "docs") if counted else "B"
-        self.bar = tqdm(total=total, desc=job.out.name, unit=unit, unit_scale=not self.by_samples)
-        self.began = time.monotonic()
+    def __init__(self, job: Job, blocks: Blocks):
+        self.blocks = blocks
+        self.seen: set[Key] = set()
+        self.unit, total = "B", sum(file.size for file in job.files) or None
+        if job.recipe.max_samples is not None:
+            self.unit, total = "samples", job.recipe.max_samples
+        elif job.expected_documents is not None:
+            self.unit, total = "docs", job.expected_documents
+        self.bar = tqdm(total=total, desc=job.out.name, unit=self.unit, unit_scale=True)
         self.documents = self.text_bytes = 0
-        self.stored = 0
+        self.tick()  # what an earlier run converted adds nothing to the rates
+        self.documents = self.text_bytes = 0
+        self.began = time.monotonic()
 
-    def read(self, documents: int, text_bytes: int) -> None:
-        """Count documents as they are read."""
-        self.documents += documents
-        self.text_bytes += text_bytes
-        seconds = max(time.monotonic() - self.began, 1e-3)
-        self.bar.set_postfix_str(
-            f"{self.documents / seconds:,.0f} docs/s, {self.text_bytes / 1e6 / seconds:.1f} MB/s",
-            refresh=False,
-        )
-        self.bar.update(documents if self.by_documents else 0)
+    def tick(self) -> None:
+        """Count the blocks that were finished since the last call."""
+        for key in set(self.blocks.finished()) - self.seen:
+            if (record := self.blocks.find(key)) is None:
+                continue
+            self.seen.add(key)
+            self.documents += record["documents"]
+            self.text_bytes += record["text_bytes"]
+            done = {"B": "stored", "samples": "samples", "docs": "documents"}[self.unit]
+            left = math.inf if self.bar.total is None else self.bar.total - self.bar.n
+            self.bar.update(max(0, min(record[done], left)))
 
     def close(self) -> None:
-        """End the bar; the input may have fewer samples than expected."""
-        if self.by_samples:
-            self.bar.total = self.bar.n
+        """End the bar, with the rates of this run."""
+        seconds = max(time.monotonic() - self.began, 1e-3)
+        self.bar.set_postfix_str(
+            f"{self.documents / seconds:,.0f} docs/s, {self.text_bytes / 1e6 / seconds:.1f} MB/s"
+        )
         self.bar.close()
 
-    def kept(self, record: dict[str, Any]) -> None:
-        """Count a block of an earlier run, without adding to this run's rate."""
-        self.placed(record["samples"], record["stored"])
-        self.bar.update(record["counts"]["documents"] if self.by_documents else 0)
 
-    def placed(self, samples: int, stored: int) -> None:
-        """Count samples that have their place in the output."""
-        if self.by_samples:
-            self.bar.update(samples)
-        elif not self.by_documents:  # estimated within a compressed file
-            self.bar.update(min(stored, max(0, (self.bar.total or stored) - self.bar.n)))
+# --- the parts -----------------------------------------------------------------------------------
 
 
-class Conversion:
-    """One run over one split."""
+def _parts(
+    job: Job, blocks: Blocks, streams: list[tuple[int, Stream]], workers: int
+) -> Iterator[Part]:
+    """Yield what is left to convert of some streams."""
+    in_order = sum(not isinstance(stream, CuttableFiles) for _, stream in streams)
+    for number, stream in streams:
+        common = blocks, job.recipe, job.skip_bad, number
+        if isinstance(stream, CuttableFiles):
+            for i, block in enumerate(stream.blocks(job.recipe.block_bytes)):
+                if blocks.find((number, i)) is None:
+                    yield Part(*common, block, first=i)
+        elif not blocks.has_all(number):
+            step = _tasks_of(stream, job.recipe.block_bytes, workers, in_order)
+            for first in range(step):
+                yield Part(*common, stream, first, step)
 
-    def __init__(self, job: Job, folder: PartialFolder, tokenizer: Tokenizer | None, workers: int):
-        self.job = job
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.output = Output(folder.path, job.compression, job.concat_tokens, job.no_wrap)
-        self.num_workers = workers
-        self.workers: list[WorkerHandle] = []
-        self.records: dict[Key, dict[str, Any]] = {}
-        self.kept: set[Key] = set()
-        self.stored: dict[Key, int] = {}
-        self.streams: list[Stream] = []
-        self.active: dict[int, StreamState] = {}
-        self.rests: dict[int, Tokens] = {}
-        self.samples = 0
-        self.wake_receive, self.wake_send = multiprocessing.Pipe(duplex=False)
 
-    # --- the run ---
+def _tasks_of(stream: Stream, block_bytes: int, workers: int, streams: int) -> int:
+    """Return how many tasks share the blocks of a stream that is read in order."""
+    if not isinstance(stream, FilesInOrder):  # do not download a shard twice
+        return 1
+    about = math.ceil(text_bytes_estimate(stream.files) / block_bytes)
+    return max(1, min(workers, about, math.ceil(TASKS_PER_WORKER * workers / streams)))
 
-    def run(self, records: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write all blocks without a record; return all records in order."""
-        self.records = records
-        self.kept = set(records)
-        self._start_workers()
-        try:
-            self.streams = self.job.streams()
-            self.progress = Progress(self.job)
-            try:
-                self._loop()
-            finally:
-                self.progress.close()
-        finally:
-            self._stop()
-        if not self.full:
-            self._join_rests()
-        return [record for _, record in sorted(self.records.items())]
 
-    @property
-    def full(self) -> bool:
-        """Whether the split has `max_samples` samples."""
-        return self.job.max_samples is not None and self.samples >= self.job.max_samples
+def _convert_blocks(job: Job, blocks: Blocks, workers: Workers) -> list[Record]:
+    """Convert what is left; return the records of all blocks, in order."""
+    streams = list(enumerate(job.streams()))
+    # With `max_samples`, the first streams may be enough.
+    groups = [[stream] for stream in streams] if job.recipe.max_samples else [streams]
+    progress = Progress(job, blocks)
+    try:
+        for group in groups:
+            if _is_enough(job, blocks, group[0][0]):
+                break
+            parts = _parts(job, blocks, group, workers.count())
+            for _ in workers.run(convert_part, parts, progress.tick):
+                pass
+        progress.tick()
+    finally:
+        progress.close()
+    return _first_samples(job, blocks, streams, workers)
 
-    def _loop(self) -> None:
-        self.waiting_streams = deque(range(len(self.streams)))
-        while True:
-            self._open_streams()
-            for worker in self.workers:
-                if not worker.busy_with:
-                    self._give_work(worker)
-            writing = any(w.busy_with == "write" or w.to_write for w in self.workers)
-            if self.full and not writing:
-                return
-            working = any(w.busy_with for w in self.workers)
-            if working or writing or self.active:
-                self._receive()
-            elif not self.waiting_streams:
-                return
 
-    def _open_streams(self) -> None:
-        # With max_samples the order decides which samples are kept: read one stream at a time.
-        at_once = 1 if self.job.max_samples else min(MAX_STREAMS_AT_ONCE, self.num_workers)
-        while self.waiting_streams and len(self.active) < at_once and not self.full:
-            index = self.waiting_streams.popleft()
-            blocks = self.folder.stream_blocks(index)
-            reader = StreamReader(index, self.streams[index], blocks, self.wake_send)
-            done = {block for stream, block in self.kept if stream == index}
-            reader.start(done, self.job.block_bytes)
-            self.active[index] = StreamState(reader)
+def _is_enough(job: Job, blocks: Blocks, stream: int) -> bool:
+    limit = job.recipe.max_samples
+    return limit is not None and blocks.samples_before((stream, 0)) >= limit
 
-    def _give_work(self, worker: WorkerHandle) -> None:
-        if worker.to_write:
-            self._send(worker, "write", *worker.to_write.popleft())
-        elif worker.held < MAX_HELD and not self.full and (found := self._next_block()):
-            worker.held += 1
-            self._send(worker, "prepare", *found)
 
-    def _send(self, worker: WorkerHandle, action: str, key: Key, content: Any) -> None:
-        # Send to an idle worker only: if both sides sent at once, both could block.
-        assert not worker.busy_with
-        worker.busy_with = action
-        try:
-            worker.connection.send((action, key, content))
-        except BrokenPipeError:
-            self._worker_died(worker)
-
-    def _next_block(self) -> tuple[Key, Block] | None:
-        for index, stream in list(self.active.items()):
-            while True:
-                try:
-                    kind, content = stream.reader.queue.get_nowait()
-                except queue.Empty:
-                    break
-                if kind == "error":
-                    raise content
-                if kind == "end":
-                    stream.ended = True
-                    self.folder.set_stream_blocks(index, stream.handed_out)
-                    self._place(index)
-                    break
-                key = (index, stream.handed_out)
-                stream.handed_out += 1
-                if content is not None:
-                    self.stored[key] = sum(documents.stored for documents in content)
-                    return key, content
-                stream.summaries[key[1]] = (None, None)
-                self._place(index)
-        return None
-
-    def _receive(self) -> None:
-        connections = {worker.connection: worker for worker in self.workers}
-        for ready in wait([*connections, self.wake_receive]):
-            if ready is self.wake_receive:
-                while self.wake_receive.poll():
-                    self.wake_receive.recv_bytes()
-                continue
-            worker = connections[ready]  # type: ignore[index]
-            try:
-                kind, key, content = worker.connection.recv()
-            except (EOFError, ConnectionResetError):
-                self._worker_died(worker)
-            self._handle(worker, kind, key, content)
-
-    def _handle(self, worker: WorkerHandle, kind: str, key: Key, content: Any) -> None:
-        if kind == "error":
-            raise content
-        if kind == "progress":
-            before = worker.progress
-            self.progress.read(content[0] - before[0], content[1] - before[1])
-            worker.progress = content
-            return
-        worker.busy_with = ""
-        if kind == "prepare done":
-            worker.progress = (0, 0)
-            self.active[key[0]].summaries[key[1]] = (worker, content)
-            self._place(key[0])
-        else:
-            self.records[key] = content
-
-    # --- order ---
-
-    def _place(self, index: int) -> None:
-        """Place the blocks of a stream whose predecessors are all placed."""
-        stream = self.active[index]
-        while stream.next_to_place in stream.summaries and not self.full:
-            key = (index, stream.next_to_place)
-            worker, summary = stream.summaries.pop(stream.next_to_place)
-            stream.next_to_place += 1
-            if worker is None:
-                record = self.records[key]
-                stream.rest = np.asarray(record["rest"], np.int32)
-                self.samples += record["samples"]
-                self.progress.kept(record)
-                continue
-            placement = self._placement(stream.rest, summary, self.stored.pop(key))
-            stream.rest = placement.rest_after
-            worker.held -= 1
-            worker.to_write.append((key, placement))
-            self.samples += placement.samples
-            self.progress.placed(placement.samples, placement.stored)
-        if stream.finished:
-            self.rests[index] = stream.rest
-            del self.active[index]
-
-    def _placement(self, rest_before: Tokens, summary: Summary, stored: int) -> Placement:
-        length = self.job.concat_tokens
-        if length is None:
-            samples, rest_after = summary.counts.documents, rest_before
-        else:
-            no_wrap = self.job.no_wrap
-            starts, left = cut_tokens(summary.lengths, len(rest_before), length, no_wrap)
-            samples = len(starts)
-            rest_after = np.concatenate([rest_before, summary.tail])
-            rest_after = rest_after[len(rest_after) - left :]
-        if self.job.max_samples is not None:
-            samples = min(samples, self.job.max_samples - self.samples)
-        return Placement(rest_before, rest_after, samples, stored)
-
-    def _join_rests(self) -> None:
-        """Cut the rests of all streams to samples; only the last incomplete sample is lost."""
-        length, key = self.job.concat_tokens, (len(self.streams), 0)
-        if length is None or len(self.streams) < 2 or key in self.records:
-            return
-        rests = [self.rests[index] for index in sorted(self.rests)]
-        starts, _ = cut_tokens([len(rest) for rest in rests], 0, length, self.job.no_wrap)
-        tokens = np.concatenate(rests)
-        samples = [tokens[start : start + length] for start in starts]
-        empty = np.empty(0, np.int32)
-        self.records[key] = write_block(key, samples, Counts(), empty, 0, self.output)
-
-    # --- processes ---
-
-    def _start_workers(self) -> None:
-        # Fork before there are threads, and after the imports, which the workers then share.
-        context = multiprocessing.get_context("fork")
-        ours: list[Connection] = []
-        for _ in range(self.num_workers):
-            our_end, their_end = context.Pipe()
-            ours.append(our_end)
-            arguments = (their_end, list(ours), self.job.options, self.tokenizer, self.output)
-            process = context.Process(target=worker_main, args=arguments, daemon=True)
-            process.start()
-            their_end.close()
-            self.workers.append(WorkerHandle(process, our_end))
-
-    def _worker_died(self, worker: WorkerHandle) -> None:
-        worker.process.join(5)
-        code = worker.process.exitcode
-        raise ConversionError(
-            f"a worker process ended unexpectedly (exit code {code}; -9 usually means too little "
-            "memory: try fewer --num_workers). Run the same command again to continue"
-        )
-
-    def _stop(self) -> None:
-        for stream in self.active.values():
-            stream.reader.stop()
-        # Nothing is lost: a block counts once its record is written. SIGTERM does not always end a
-        # worker, since a fork inherits Python handlers that programs such as Composer install.
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join()
-            worker.connection.close()
-        for stream in self.active.values():  # so that the next split forks without threads
-            stream.reader.thread.join(timeout=1)
+def _first_samples(
+    job: Job, blocks: Blocks, streams: list[tuple[int, Stream]], workers: Workers
+) -> list[Record]:
+    """Return the records in order, up to `max_samples`; the last block is cut for that."""
+    left: float = math.inf if job.recipe.max_samples is None else job.recipe.max_samples
+    records = []
+    for key in blocks.finished():
+        record = blocks.find(key)
+        if left and record is not None and record["samples"] > left:
+            number, stream = streams[key[0]]
+            part = Part(
+                blocks, job.recipe, job.skip_bad, number, stream, first=key[1], limit=int(left)
+            )
+            list(workers.run(convert_part, [part]))
+            record = blocks.find(key)
+        if left and record is not None:
+            records.append(record)
+            left -= record["samples"]
+    return records
 
 
 # --- the split -----------------------------------------------------------------------------------
 
 
-def _finished_already(job: Job) -> bool:
-    """Return whether the split is finished; raise if the folder has other settings or content."""
+def _finished_samples(job: Job) -> int | None:
+    """Return the samples of a finished split, None if there is none.
+
+    Raises:
+        ConversionError: If the folder has other settings or content.
+    """
     if not job.out.exists() or (job.out.is_dir() and not any(job.out.iterdir())):
-        return False
+        return None
     manifest = read_manifest(job.out)
     if manifest is None:
         raise ConversionError(
@@ -492,125 +178,85 @@ def _finished_already(job: Job) -> bool:
             f"{job.out} is finished, with other settings ({changed}). Choose another --out_root, "
             "or pass --overwrite to convert again"
         )
-    return True
+    return int(manifest["samples"])
 
 
-def _partial_settings(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the settings that must not change while a conversion is unfinished."""
-    settings = job.settings()
-    settings["inputs"] = [[file.path, file.mtime_ns] for file in job.files]
-    settings["tokenizer_hash"] = tokenizer.fingerprint() if tokenizer else None
-    return settings
-
-
-def _out_of_space(job: Job, partial: Path) -> ConversionError:
-    free = shutil.disk_usage(partial if partial.exists() else job.out.parent).free
-    written = sum(p.stat().st_size for p in partial.glob("part-*"))
-    text = text_bytes_estimate(list(job.files))
+def _out_of_space(job: Job, folder: PartialFolder) -> ConversionError:
+    free = shutil.disk_usage(folder.path).free
+    written = sum(p.stat().st_size for p in folder.path.glob("shards-*/*"))
     need = "some space"
-    if text:
+    if text := text_bytes_estimate(job.files):
         more = max(text - written, 0)
         need = f"about {more / 1e6:,.0f} MB more for {text / 1e6:,.0f} MB of input"
     return ConversionError(
-        f"no space left on the disk of {partial} ({free / 1e6:,.1f} MB free, "
+        f"no space left on the disk of {folder.path} ({free / 1e6:,.1f} MB free, "
         f"{written / 1e6:,.1f} MB written). Nothing is lost: free {need}, then run the same "
         "command again to continue"
     )
 
 
-def convert(
-    job: Job, num_workers: int | None = None, overwrite: bool = False, alone: bool = False
-) -> int:
+def convert(job: Job, workers: Workers, overwrite: bool = False) -> int:
     """Convert one split to MDS, or continue a conversion that was interrupted.
 
     Args:
         job: The conversion.
-        num_workers: The worker processes; None means one per core. The output does not depend on
-            it.
+        workers: What converts the blocks. The output does not depend on their number.
         overwrite: Whether to remove an existing split, finished or not.
-        alone: Whether to import only some modules of `streaming`, in a process that needs no
-            others.
 
     Returns:
         The number of samples in the split.
 
     Raises:
         ConversionError: If the conversion cannot continue; the message says what to do.
+        WorkersError: If a worker died.
     """
-    folder = PartialFolder(job.out, {})
-    if overwrite:
-        folder.remove()
-    if _finished_already(job):
-        manifest = read_manifest(job.out)
-        assert manifest is not None
-        folder.clean()
-        log.info("%s is finished: %d samples, nothing to do", job.out, manifest["samples"])
-        return int(manifest["samples"])
-    if job.concat_tokens is not None and job.tokenizer is None:
-        raise ConversionError("--concat_tokens needs a --tokenizer")
-    began = time.monotonic()
-    is_compression = mds(alone).is_compression
-    if job.compression is not None and not is_compression(job.compression):
-        raise ConversionError(f"--compression {job.compression}: unknown; try zstd or zstd:7")
-    tokenizer = None
-    if job.concat_tokens is not None and job.tokenizer is not None:
-        tokenizer = Tokenizer(job.tokenizer, job.tokenizer_kwargs, job.bos_text, job.eos_text)
-    folder.settings = _partial_settings(job, tokenizer)
-    ready = time.monotonic()
-    try:
-        samples = _convert_in(folder, job, tokenizer, num_workers or len(os.sched_getaffinity(0)))
-    except OSError as error:
-        if is_disk_full(error):
-            raise _out_of_space(job, folder.path) from error
-        raise
-    finally:
-        folder.close()
-    log.info(
-        "%s: %d samples in %.1f s, and %.1f s to start",
-        job.out, samples, time.monotonic() - ready, ready - began,
-    )  # fmt: skip
+    folder = PartialFolder(job.out)
+    samples = None if overwrite else _finished_samples(job)
+    if samples is None:
+        about_tokenizer = next(workers.run(check_recipe, [job.recipe]))
+    elif not folder.path.exists():
+        return _report_finished(job, samples)
+    with folder.locked():
+        if overwrite:
+            folder.remove()
+        elif (samples := _finished_samples(job)) is not None:
+            folder.clean()
+            return _report_finished(job, samples)
+        try:
+            return _convert_in(folder, job, about_tokenizer, workers)
+        except OSError as error:
+            if is_disk_full(error):
+                raise _out_of_space(job, folder) from error
+            raise
+
+
+def _report_finished(job: Job, samples: int) -> int:
+    log.info("%s is finished: %d samples, nothing to do", job.out, samples)
     return samples
 
 
-def _convert_in(
-    folder: PartialFolder, job: Job, tokenizer: Tokenizer | None, num_workers: int
-) -> int:
-    records = folder.open()
-    if folder.is_indexed():
-        folder.publish()
-        _finished_already(job)
-        manifest = read_manifest(job.out)
-        assert manifest is not None
-        return int(manifest["samples"])
-    if records:
-        log.info("%s: continuing after %d finished blocks", job.out, len(records))
-    done = Conversion(job, folder, tokenizer, num_workers).run(records)
-    manifest = _manifest(job, done)
-    _report_bad(manifest, done)
-    if not manifest["samples"]:
-        raise ConversionError(
-            f"{job.out}: the input has no samples ({manifest['documents']} documents)"
-        )
-    folder.finish(done, manifest)
-    return int(manifest["samples"])
-
-
-def _manifest(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
-    shards = [shard for record in records for shard in record["shards"]]
-    return {
-        "settings": job.settings(),
-        "samples": sum(record["samples"] for record in records),
-        "documents": sum(record["counts"]["documents"] for record in records),
-        "text_bytes": sum(record["counts"]["text_bytes"] for record in records),
-        "bad_documents": sum(record["counts"]["bad"] for record in records),
-        "content_digest": content_digest(shards),
+def _convert_in(folder: PartialFolder, job: Job, about_tokenizer: Record, workers: Workers) -> int:
+    began = time.monotonic()
+    inputs = [[file.path, file.mtime_ns] for file in job.files]
+    blocks = folder.open(job.settings() | about_tokenizer | {"inputs": inputs})
+    if found := len(blocks.finished()):
+        log.info("%s: continuing after %d finished blocks", job.out, found)
+    records = _convert_blocks(job, blocks, workers)
+    totals = {
+        key: sum(record[key] for record in records)
+        for key in ("samples", "documents", "text_bytes", "bad", "tokens", "dropped")
     }
-
-
-def _report_bad(manifest: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    if not manifest["bad_documents"]:
-        return
-    named = [name for record in records for name in record["counts"]["bad_named"]]
-    log.warning(
-        "skipped %d bad documents:\n  %s", manifest["bad_documents"], "\n  ".join(named[:50])
-    )
+    if totals["bad"]:
+        named = [name for record in records for name in record["bad_named"]]
+        log.warning("skipped %d bad documents:\n  %s", totals["bad"], "\n  ".join(named[:50]))
+    if not totals["samples"]:
+        raise ConversionError(
+            f"{job.out}: the input has no samples ({totals['documents']} documents)"
+        )
+    entries = [entry for record in records for entry in record["shards"]]
+    folder.finish(blocks, entries, {"settings": job.settings()} | about_tokenizer | totals)
+    log.info("%s: %d samples in %.1f s", job.out, totals["samples"], time.monotonic() - began)
+    if totals["dropped"]:
+        share = totals["dropped"] / totals["tokens"]
+        log.info("%s: %.4f%% of the tokens filled no sample", job.out, 100 * share)
+    return int(totals["samples"])

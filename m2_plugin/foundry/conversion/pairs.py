@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from m2_plugin.data.formats import ENDINGS, DataError, file_format
 from m2_plugin.data.rows import read_rows, text_bytes, text_of
-from m2_plugin.files import whole
+from m2_plugin.files import whole, write_json
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
-from m2_plugin.foundry.conversion.mds import mds
+from m2_plugin.foundry.conversion.shards import check_compression, write_shards
 from m2_plugin.foundry.conversion.sources import input_files
+from m2_plugin.foundry.mds_index import INDEX
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +81,19 @@ def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
 
 def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | None) -> int:
     """Write one split, under its name only if it is complete; return the number of pairs."""
+    check_compression(compression)
     counts = set()
-    pairs = 0
-    with whole(out) as folder:
-        writer = mds().MDSWriter(
-            columns=COLUMNS, out=str(folder), compression=compression, hashes=["xxh64"]
-        )
+
+    def samples() -> Iterator[list[bytes]]:
         for path in paths:
             for sample in tqdm(read_pairs(path, keys), desc=path, unit=" pairs"):
-                writer.write(sample)
-                pairs += 1
                 counts.add(len(json.loads(sample["negative_passages"])))
+                yield [sample[column].encode() for column in sorted(COLUMNS)]
+
+    with whole(out) as folder:
+        folder.mkdir()
+        entries = write_shards(samples(), COLUMNS, compression, folder)
+        pairs = sum(entry["samples"] for entry in entries)
         if not pairs:
             raise ConversionError(f"no pairs for {str(out)!r} in {', '.join(paths)}")
         if len(counts) > 1:
@@ -98,8 +101,8 @@ def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | 
                 f"{', '.join(paths)} have {sorted(counts)} negatives per row: all rows of a split "
                 "need the same number"
             )
-        writer.finish()
-    return pairs
+        write_json(folder / INDEX, {"version": 2, "shards": entries}, indent=None)
+    return int(pairs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +152,6 @@ def main_pairs(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     keys = Keys(arguments.query_column, arguments.passage_column, arguments.negatives_column)
     try:
-        mds(alone=argv is None)
         for name, paths in _splits(arguments).items():
             out = arguments.out_root / name
             log.info("%s: %d pairs", out, write_split(out, paths, keys, arguments.compression))

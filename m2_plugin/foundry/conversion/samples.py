@@ -1,21 +1,24 @@
-"""Turn a block of input into samples: parse, select, tokenise, cut to length."""
+"""Turn a block of documents into samples: read, select, tokenise, cut to length."""
 
 import codecs
+import functools
+import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from m2_plugin.data.formats import DataError, is_corrupt, open_bytes
-from m2_plugin.data.rows import decode, parse_object, read_row_groups, text_bytes
-from m2_plugin.data.tokenizer import load_tokenizer
+from m2_plugin.data.rows import decode, parse_object, read_row_groups
+from m2_plugin.data.tokenizer import load_tokenizer, vocabulary_digest
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
-from m2_plugin.foundry.conversion.sources import MAX_DOCUMENT_BYTES, Block, Documents
+from m2_plugin.foundry.conversion.job import Recipe
+from m2_plugin.foundry.conversion.sources import Block, Document, Documents, document
 
 log = logging.getLogger(__name__)
 
@@ -27,196 +30,122 @@ BATCH_CHARS = 1 << 20
 MAX_BAD_NAMED = 20
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """How to read documents, and which of them to keep.
-
-    Args:
-        text_column: The key or column that holds the text.
-        max_chars_per_doc: The number of characters to keep of each document; None keeps all.
-        held_out: Keep only the held-out documents (True), only the others (False), or all (None).
-        val_fraction: The share of documents that is held out, chosen by a hash of their text.
-        skip_bad: Whether to count bad documents and continue, instead of raising an error.
-    """
-
-    text_column: str = "text"
-    max_chars_per_doc: int | None = None
-    held_out: bool | None = None
-    val_fraction: float = 0.0
-    skip_bad: bool = False
-
-
 # --- reading -------------------------------------------------------------------------------------
 
-# The place of a document (or a function that finds it), and the document or its error.
-Place = str | Callable[[], str]
-Item = tuple[Place, Any]
+
+def _count_lines(path: str, start: int, end: int) -> int:
+    """Count the line ends in a byte range of a file."""
+    lines = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < end and (data := file.read(min(1 << 20, end - start))):
+            lines += data.count(b"\n")
+            start += len(data)
+    return lines
 
 
-class _LineCounter:
-    """Count the lines before a byte of a file, from the byte of the previous call on."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, tuple[int, int]] = {}
-
-    def lines_before(self, path: str, offset: int) -> int:
-        position, lines = self.known.get(path, (0, 0))
-        if offset < position:
-            position, lines = 0, 0
-        with open(path, "rb") as file:
-            file.seek(position)
-            while position < offset and (data := file.read(min(1 << 20, offset - position))):
-                lines += data.count(b"\n")
-                position += len(data)
-        self.known[path] = (position, lines)
-        return lines
+def _lines(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that begin in a byte range, each with the position where it begins."""
+    position = start
+    if position:  # a line that began before `start` is in the range before
+        file.seek(position - 1)
+        position += len(file.readline()) - 1
+    while position < end and (line := file.readline()):
+        yield position, line if position else line.removeprefix(codecs.BOM_UTF8)
+        position += len(line)
 
 
-_line_counter = _LineCounter()
-
-
-def _place_at(path: str, offset: int) -> str:
-    return f"{path}:{1 + _line_counter.lines_before(path, offset)}"
-
-
-def _range_lines(documents: Documents) -> Iterator[tuple[Place, bytes]]:
-    """Yield the lines that begin in a byte range; their numbers are counted only if needed."""
+def _range_documents(documents: Documents, column: str) -> Iterator[Document]:
+    counted = lines = 0  # lines are counted up to this position, only if they are needed
     with open(documents.path, "rb") as file:
-        position = documents.start
-        if position:  # a line that began before `start` is in the previous range
-            file.seek(position - 1)
-            position += len(file.readline()) - 1
-        while position < documents.end and (line := file.readline()):
-            mark = position == 0 and line.startswith(codecs.BOM_UTF8)
-            yield (
-                partial(_place_at, documents.path, position),
-                line.removeprefix(codecs.BOM_UTF8) if mark else line,
-            )
-            position += len(line)
+        for position, line in _lines(file, documents.start, documents.end):
+            if not line.strip():
+                continue
+            try:
+                if documents.layout == "json":
+                    values = parse_object(line)
+                else:
+                    values = {column: decode(line.removesuffix(b"\n").removesuffix(b"\r"))}
+                found = document(values, column, "")
+            except ValueError as error:
+                found = BadDocumentError(f": {error}")
+            if not isinstance(found, str):
+                lines += _count_lines(documents.path, counted, position)
+                counted = position
+                found = BadDocumentError(f"{documents.path}:{lines + 1}{found}")
+            yield found
 
 
-def _handed_lines(documents: Documents) -> Iterator[tuple[Place, bytes]]:
-    data = documents.data
-    if documents.start == 1:
-        data = data.removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(data.split(b"\n"), documents.start):
-        yield f"{documents.path}:{number}", line
-
-
-def _line_items(documents: Documents, column: str) -> Iterator[Item]:
-    lines: Iterable[tuple[Place, bytes]]
-    lines = _range_lines(documents) if documents.kind == "range" else _handed_lines(documents)
-    for place, line in lines:
-        if not line.strip():
-            continue
-        try:
-            if documents.layout == "json":
-                yield place, parse_object(line)[column]
-            else:
-                yield place, decode(line.removesuffix(b"\n").removesuffix(b"\r"))
-        except KeyError:
-            yield place, ValueError(f"no key {column!r} (--text_column)")
-        except ValueError as error:
-            yield place, error
-
-
-def _paragraph_items(documents: Documents) -> Iterator[Item]:
-    line, data = documents.start, documents.data
-    if line == 1:
-        data = data.removeprefix(codecs.BOM_UTF8)
-    for paragraph in data.split(b"\n\n"):
-        place = f"{documents.path}:{line}"
-        try:
-            if paragraph.strip():
-                yield place, decode(paragraph).strip("\n")
-        except ValueError as error:
-            yield place, error
-        line += paragraph.count(b"\n") + 2
-
-
-def _file_items(documents: Documents) -> Iterator[Item]:
-    place = f"{documents.path}:1"
+def _file_document(path: str, column: str) -> Iterator[Document]:
     try:
-        with open_bytes(documents.path) as file:
+        with open_bytes(path) as file:
             data = file.read()
         text = decode(data.removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
     except Exception as error:
         if not isinstance(error, ValueError) and not is_corrupt(error):
             raise
-        yield place, ValueError(str(error))
+        yield BadDocumentError(f"{path}:1: {error}")
     else:
         if text.strip():
-            yield place, text
+            yield document({column: text}, column, f"{path}:1")
 
 
-def _row_items(documents: Documents, column: str) -> Iterator[Item]:
+def _row_documents(documents: Documents, column: str) -> Iterator[Document]:
     for row in read_row_groups(documents.path, documents.start, documents.end, column):
-        yield row.place, ValueError(row.problem) if row.problem else row.values[column]
+        if row.problem:
+            yield BadDocumentError(f"{row.place}: {row.problem}")
+        else:
+            yield document(row.values, column, row.place)
 
 
-def _items(documents: Documents, column: str) -> Iterator[Item]:
-    if documents.kind == "bad":
-        place = f"{documents.path}:{documents.start}"
-        return iter([(place, ValueError(documents.data))])
-    if documents.kind == "texts":
-        return iter(documents.data)
-    if documents.kind == "rows":
-        return _row_items(documents, column)
-    if documents.kind == "file":
-        return _file_items(documents)
-    if documents.layout == "paragraph":
-        return _paragraph_items(documents)
-    return _line_items(documents, column)
-
-
-def _utf8(text: Any, column: str) -> bytes:
-    """Encode a document; raise its error if it has one."""
-    if isinstance(text, ValueError):
-        raise text
-    data = text_bytes(text, column)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"document has {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}")
-    return data
+def _documents(block: Block, column: str) -> Iterator[Document]:
+    yield from block.texts
+    for documents in block.ranges:
+        if documents.layout == "file":
+            yield from _file_document(documents.path, column)
+        elif documents.layout == "rows":
+            yield from _row_documents(documents, column)
+        else:
+            yield from _range_documents(documents, column)
 
 
 @dataclass
 class Counts:
-    """The documents of a block, counted; `text_bytes` are bytes of UTF-8."""
+    """What a block has: `text_bytes` of UTF-8; `dropped` of its `tokens` are in no sample."""
 
     documents: int = 0
     text_bytes: int = 0
     bad: int = 0
     bad_named: list[str] = field(default_factory=list)
-
-    def add_bad(self, message: str) -> None:
-        """Count a document that cannot be used, and keep the first few messages."""
-        self.bad += 1
-        if len(self.bad_named) < MAX_BAD_NAMED:
-            self.bad_named.append(message)
+    tokens: int = 0
+    dropped: int = 0
 
 
-def read_texts(block: Block, options: TextOptions, counts: Counts) -> Iterator[str]:
-    """Yield the documents of a block that belong to the split, and count them."""
+def read_texts(block: Block, recipe: Recipe, skip_bad: bool, counts: Counts) -> Iterator[str]:
+    """Yield the documents of a block that belong to the split, and count them.
+
+    Raises:
+        BadDocumentError: If a document cannot be read, unless bad ones are skipped.
+    """
     import xxhash
 
-    threshold = int(options.val_fraction * 2**64)
-    for documents in block:
-        for place, text in _items(documents, options.text_column):
-            try:
-                data = _utf8(text, options.text_column)
-            except ValueError as error:
-                message = f"{place() if callable(place) else place}: {error}"
-                if not options.skip_bad:
-                    raise BadDocumentError(message) from error
-                counts.add_bad(message)
+    threshold = int(recipe.val_fraction * 2**64)
+    for text in _documents(block, recipe.text_column):
+        if not isinstance(text, str):
+            if not skip_bad:
+                raise text
+            counts.bad += 1
+            if counts.bad <= MAX_BAD_NAMED:
+                counts.bad_named.append(str(text))
+            continue
+        data = text.encode()
+        if recipe.held_out is not None:
+            held_out = xxhash.xxh64_intdigest(data) < threshold
+            if held_out != recipe.held_out:
                 continue
-            if options.held_out is not None:
-                held_out = xxhash.xxh64_intdigest(data) < threshold
-                if held_out != options.held_out:
-                    continue
-            counts.documents += 1
-            counts.text_bytes += len(data)
-            yield text[: options.max_chars_per_doc]
+        counts.documents += 1
+        counts.text_bytes += len(data)
+        yield text[: recipe.max_chars_per_doc]
 
 
 # --- tokenising ----------------------------------------------------------------------------------
@@ -233,6 +162,7 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, kwargs: dict[str, Any], bos_text: str, eos_text: str):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers run in parallel already
         try:
             tokenizer: Any = load_tokenizer(name, **kwargs)
         except DataError as error:
@@ -272,6 +202,10 @@ class Tokenizer:
             data = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         return str(xxhash.xxh64_hexdigest(data.encode()))
 
+    def vocabulary(self) -> str:
+        """Return a hash of the tokens and their ids, which a training run compares with its own."""
+        return vocabulary_digest(self._tokenizer)
+
     def encode(self, texts: list[str]) -> list[Tokens]:
         """Tokenise documents, each between the bos and the eos tokens."""
         if self._tokenizer.is_fast:
@@ -280,79 +214,81 @@ class Tokenizer:
             ids = self._tokenizer(texts, truncation=False, padding=False)["input_ids"]
         return [np.concatenate([self.bos, np.asarray(i, np.int32), self.eos]) for i in ids]
 
+    def encode_all(self, texts: Iterable[str]) -> Iterator[Tokens]:
+        """Tokenise documents in batches."""
+        batch: list[str] = []
+        chars = 0
+        for text in texts:
+            batch.append(text)
+            chars += len(text)
+            if chars >= BATCH_CHARS:
+                yield from self.encode(batch)
+                batch, chars = [], 0
+        yield from self.encode(batch) if batch else ()
 
-def cut_tokens(
-    documents: list[int], left_over: int, length: int, no_wrap: bool
-) -> tuple[list[int], int]:
-    """Find where sequences of a given length begin in a stream of documents.
+
+@functools.lru_cache(maxsize=1)
+def _load(name: str, kwargs: str, bos_text: str, eos_text: str) -> Tokenizer:
+    return Tokenizer(name, json.loads(kwargs), bos_text, eos_text)
+
+
+def tokenizer_of(recipe: Recipe) -> Tokenizer:
+    """Return the tokenizer of a recipe; a process loads it once.
+
+    Raises:
+        ConversionError: If it cannot be loaded, or would not mark where documents end.
+    """
+    assert recipe.tokenizer is not None
+    kwargs = json.dumps(recipe.tokenizer_kwargs, sort_keys=True)
+    return _load(recipe.tokenizer, kwargs, recipe.bos_text, recipe.eos_text)
+
+
+def cut_tokens(documents: Sequence[int], length: int, no_wrap: bool) -> list[int]:
+    """Find where sequences of a given length begin in joined documents.
 
     With wrapping, a sequence begins where the last one ended. Without, it begins at the next
     document: the rest of the document is dropped, as in llm-foundry's `ConcatTokensDataset`.
 
     Args:
         documents: The number of tokens in each document.
-        left_over: The number of tokens left over from earlier documents; they come first.
         length: The number of tokens in a sequence.
         no_wrap: Whether a sequence must begin where a document begins.
-
-    Returns:
-        The starts, and the number of tokens left over at the end.
     """
-    total = left_over + sum(documents)
     if not no_wrap:
-        return list(range(0, total - length + 1, length)), total % length
-    starts, begin, end = [], 0, left_over
-    for document in documents:
-        end += document
+        return list(range(0, sum(documents) - length + 1, length))
+    starts, begin, end = [], 0, 0
+    for tokens in documents:
+        end += tokens
         if end - begin >= length:
             starts.append(begin)
             begin = end
-    return starts, end - begin
+    return starts
 
 
-# --- blocks --------------------------------------------------------------------------------------
+def make_samples(
+    block: Block, recipe: Recipe, skip_bad: bool, limit: int | None = None
+) -> tuple[list[Any], Counts]:
+    """Read a block, and return its samples.
 
+    Args:
+        block: The block.
+        recipe: How documents become samples.
+        skip_bad: Whether to count bad documents and continue.
+        limit: The number of samples to stop at.
 
-@dataclass
-class Prepared:
-    """A block after reading and tokenising; the tokens left over before it are not known yet."""
+    Returns:
+        The samples, texts or arrays of int32 tokens, and the counts of the block.
 
-    counts: Counts
-    texts: list[str] = field(default_factory=list)
-    tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
-    lengths: list[int] = field(default_factory=list)
-
-
-def prepare_text(
-    block: Block, options: TextOptions, progress: Callable[[Counts], None]
-) -> Prepared:
-    """Read a block of documents."""
+    Raises:
+        BadDocumentError: If a document cannot be read, unless bad ones are skipped.
+    """
     counts = Counts()
-    texts = list(read_texts(block, options, counts))
-    progress(counts)
-    return Prepared(counts, texts=texts)
-
-
-def prepare_tokens(
-    block: Block,
-    options: TextOptions,
-    tokenizer: Tokenizer,
-    progress: Callable[[Counts], None],
-) -> Prepared:
-    """Read and tokenise a block of documents."""
-    counts = Counts()
-    encoded: list[Tokens] = []
-    batch: list[str] = []
-    chars = 0
-    for text in read_texts(block, options, counts):
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            encoded += tokenizer.encode(batch)
-            progress(counts)
-            batch, chars = [], 0
-    if batch:
-        encoded += tokenizer.encode(batch)
-    progress(counts)
-    tokens = np.concatenate(encoded) if encoded else np.empty(0, np.int32)
-    return Prepared(counts, tokens=tokens, lengths=[len(e) for e in encoded])
+    texts = read_texts(block, recipe, skip_bad, counts)
+    if recipe.concat_tokens is None:
+        return list(itertools.islice(texts, limit)), counts
+    length = recipe.concat_tokens
+    documents = list(tokenizer_of(recipe).encode_all(texts))
+    starts = cut_tokens([len(d) for d in documents], length, recipe.no_wrap)[:limit]
+    tokens = np.concatenate(documents) if documents else np.empty(0, np.int32)
+    counts.tokens, counts.dropped = len(tokens), len(tokens) - len(starts) * length
+    return [tokens[start : start + length] for start in starts], counts

@@ -1,45 +1,46 @@
 """Find the input files and the shards of the hub, and cut them into blocks of documents.
 
-A *stream* is an ordered sequence of documents: plain files, a compressed file, a shard on the hub.
-It is cut into *blocks* of about `block_bytes` bytes; a block is a list of `Documents`, each from
-one file. Workers read plain files; this module only chooses the bytes. The main process reads the
-files that must be read from their beginning (compressed files, CSV, JSON arrays), and sends the
-documents to the workers.
+A *stream* is an ordered part of the input, and is cut into *blocks* of about `block_bytes` bytes.
+The blocks of plain files and Parquet are known before anything is read: a block is some byte ranges
+or row groups. Compressed files, CSV, Arrow, JSON arrays and shards of the hub are read from their
+beginning: whoever needs a block of them reads past those before it.
 """
 
 import functools
 import glob
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from m2_plugin.data.formats import (
-    READ_BYTES,
     DataError,
     file_format,
     is_compressed,
-    is_corrupt,
     is_saved_dataset,
-    open_bytes,
 )
-from m2_plugin.data.rows import is_json_stream, open_parquet, read_rows, text_of
-from m2_plugin.foundry.conversion.errors import ConversionError
+from m2_plugin.data.rows import Row, is_json_stream, open_parquet, read_rows, text_of
+from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 
 # In these layouts a document is one line, so a file can be cut at any line end.
 LINE_LAYOUTS = ("json", "line")
-# These layouts are read from the beginning, row by row.
-ROW_LAYOUTS = ("csv", "tsv", "arrow", "dataset")
 TXT_DOCUMENTS = ("file", "line", "paragraph")
 
-# Small files share a stream until it has this many bytes; a full C4 file has 320 MB.
+# Files that are read from their beginning share a stream until it has this many bytes.
 STREAM_BYTES = 64 << 20
 # How much compressed English text expands: an estimate for block sizes and progress only.
 EXPANSION = 3
+CHARS_PER_TOKEN = 4
+# A block has at least this many samples of tokens, since the rest after the last one is dropped.
+LEAST_SAMPLES = 64
 # A document must be smaller than a shard can be: MDS has 32-bit offsets.
 MAX_DOCUMENT_BYTES = 1 << 31
+
+# A document, or why it cannot be used.
+Document = str | BadDocumentError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class InputFile:
     Args:
         path: The path of the file or folder.
         layout: The way it stores documents: "json", "line", "paragraph", "file", "rows" (Parquet),
-            or one of `ROW_LAYOUTS`.
+            "csv", "tsv", "arrow" or "dataset".
         size: The bytes on disk.
         mtime_ns: The time of the last change, in nanoseconds.
     """
@@ -65,228 +66,175 @@ class InputFile:
         return is_compressed(self.path)
 
     @property
-    def seekable(self) -> bool:
-        """Whether a worker can start in the middle."""
-        return self.layout in ("file", "rows") or (
-            self.layout in LINE_LAYOUTS and not self.compressed
+    def text_bytes(self) -> int:
+        """An estimate of the bytes of its text."""
+        return self.size * (EXPANSION if self.compressed else 1)
+
+    def is_cuttable(self) -> bool:
+        """Return whether a block in its middle can be read without what is before it."""
+        if self.layout in ("file", "rows"):
+            return True
+        return (
+            self.layout in LINE_LAYOUTS
+            and not self.compressed
+            and not (self.layout == "json" and is_json_stream(self.path))
         )
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Successive documents of one file.
+    """Successive documents of a file: bytes start..end, row groups start..end, or the whole file.
 
-    Args:
-        kind: "range" (bytes start..end of a plain file), "lines" (`data`, of which line `start` is
-            the first), "file" (one document), "rows" (row groups start..end), "texts" (`data`
-            lists the place of each document, and its text or error) or "bad" (`data` says why the
-            rest of the file cannot be read; `start` is the line).
-        path: The file, or the name of the hub shard.
-        layout: As in `InputFile`.
-        start: The first byte, line or row group, depending on `kind`.
-        end: The byte or row group after the last.
-        data: The documents, if the main process had to read them.
-        stored: The bytes on disk that these documents take, for the progress bar.
+    A range of bytes has the lines that begin in it.
     """
 
-    kind: str
     path: str
     layout: str
     start: int = 0
     end: int = 0
-    data: Any = None
-    stored: int = 0
-
-
-Block = list[Documents]
-_Sized = Iterator[tuple[int, Documents]]  # with an estimate of the bytes of text
 
 
 @dataclass(frozen=True)
-class Stream:
-    """An ordered sequence of documents: files, or one shard of a hub data set."""
+class Block:
+    """Documents that are converted together.
 
-    files: tuple[InputFile, ...] = ()
-    hub: "HubSource | None" = None
-    hub_shard: int = 0
+    Args:
+        stored: The bytes on disk that they take, for the progress bar.
+        ranges: Where they are, if they are not read yet.
+        texts: The documents, if they had to be read to find the block.
+    """
+
+    stored: int
+    ranges: tuple[Documents, ...] = ()
+    texts: tuple[Document, ...] = ()
+
+
+def document(values: dict[str, Any], column: str, place: str) -> Document:
+    """Return the document in a column of a row, or its error, which names its place."""
+    try:
+        text = text_of(values, column, "--text_column")
+        if len(text) > MAX_DOCUMENT_BYTES // 4 and len(text.encode()) > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"document has more than {MAX_DOCUMENT_BYTES} bytes")
+    except ValueError as error:
+        return BadDocumentError(f"{place}: {error}")
+    return text
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CuttableFiles:
+    """A stream of files whose blocks are known before they are read."""
+
+    files: tuple[InputFile, ...]
     text_column: str = "text"
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
-        if self.hub is not None:
-            return self.hub.blocks(self.hub_shard, block_bytes)
-        return _pack(self._sized_documents(block_bytes), block_bytes)
-
-    def _sized_documents(self, block_bytes: int) -> _Sized:
+        ranges: list[Documents] = []
+        size = stored = 0
         for file in self.files:
-            if file.layout == "rows":
-                yield from _row_groups(file, self.text_column)
-            elif file.layout == "file":
-                size = file.size * (EXPANSION if file.compressed else 1)
-                yield size, Documents("file", file.path, "file", stored=file.size)
-            elif file.layout in ROW_LAYOUTS or (
-                file.layout == "json" and is_json_stream(file.path)
-            ):
-                yield from _texts(file, self.text_column, block_bytes)
-            elif file.seekable:
-                yield from _ranges(file, block_bytes)
-            else:
-                yield from _lines(file, block_bytes)
+            for found, its_size, its_stored in self._ranges(file, block_bytes):
+                ranges.append(found)
+                size += its_size
+                stored += its_stored
+                if size >= block_bytes:
+                    yield Block(stored, tuple(ranges))
+                    ranges, size, stored = [], 0, 0
+        if ranges:
+            yield Block(stored, tuple(ranges))
+
+    def _ranges(self, file: InputFile, block_bytes: int) -> Iterator[tuple[Documents, int, int]]:
+        if file.layout == "file":
+            yield Documents(file.path, "file"), file.text_bytes, file.size
+        elif file.layout == "rows":
+            sizes = _row_group_sizes(file.path, self.text_column)
+            for i, size in enumerate(sizes):
+                yield Documents(file.path, "rows", i, i + 1), size, file.size // len(sizes)
+        else:
+            for start in range(0, file.size, block_bytes):
+                end = min(start + block_bytes, file.size)
+                yield Documents(file.path, file.layout, start, end), end - start, end - start
 
 
-def _pack(documents: _Sized, block_bytes: int) -> Iterator[Block]:
-    block: Block = []
-    size = 0
-    for documents_bytes, found in documents:
-        block.append(found)
-        size += documents_bytes
-        if size >= block_bytes:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _ranges(file: InputFile, block_bytes: int) -> _Sized:
-    for start in range(0, file.size, block_bytes):
-        end = min(start + block_bytes, file.size)
-        size = end - start
-        yield size, Documents("range", file.path, file.layout, start, end, stored=size)
-
-
-def _row_groups(file: InputFile, text_column: str) -> _Sized:
+def _row_group_sizes(path: str, text_column: str) -> list[int]:
     try:
-        parquet = open_parquet(file.path)
+        parquet = open_parquet(path)
     except DataError as error:
         raise ConversionError(str(error)) from error
     names = parquet.schema_arrow.names
     if text_column not in names:
-        raise ConversionError(
-            f"{file.path}: no column {text_column!r} (--text_column); it has {names}"
-        )
-    groups = parquet.metadata.num_row_groups
-    for group in range(groups):
-        size = parquet.metadata.row_group(group).total_byte_size
-        stored = file.size // groups
-        yield size, Documents("rows", file.path, "rows", group, group + 1, stored=stored)
+        raise ConversionError(f"{path}: no column {text_column!r} (--text_column); it has {names}")
+    groups = range(parquet.metadata.num_row_groups)
+    return [parquet.metadata.row_group(i).total_byte_size for i in groups]
 
 
-def _texts(file: InputFile, column: str, block_bytes: int) -> _Sized:
-    """Read a file that cannot be cut before it is read."""
-    texts: list[tuple[str, str | ValueError]] = []
-    size = 0
-    reported = 0
-
-    def cut() -> tuple[int, Documents]:
-        nonlocal texts, size, reported
-        stored = min(size // (EXPANSION if file.compressed else 1), file.size - reported)
-        reported += stored
-        found = size, Documents("texts", file.path, file.layout, data=texts, stored=stored)
-        texts, size = [], 0
-        return found
-
-    try:
-        for row in read_rows(file.path, columns=[column]):
-            try:
-                if row.problem:
-                    raise ValueError(row.problem)
-                text: str | ValueError = text_of(row.values, column, "--text_column")
-                size += len(str(text))
-            except ValueError as error:
-                text = error
-            texts.append((row.place, text))
-            if size >= block_bytes:
-                yield cut()
-    except DataError as error:
-        raise ConversionError(str(error)) from error
+def _cut(documents: Iterator[tuple[Document, int]], block_bytes: int) -> Iterator[Block]:
+    """Cut documents, each with the bytes that it takes on disk, into blocks."""
+    texts: list[Document] = []
+    size = stored = 0
+    for text, its_stored in documents:
+        texts.append(text)
+        size += len(text) if isinstance(text, str) else 0
+        stored += its_stored
+        if size >= block_bytes:
+            yield Block(stored, texts=tuple(texts))
+            texts, size, stored = [], 0, 0
     if texts:
-        yield cut()
+        yield Block(stored, texts=tuple(texts))
 
 
-def _lines(file: InputFile, block_bytes: int) -> _Sized:
-    """Read a compressed file (or one of paragraphs), and cut it where a document ends."""
-    line = 1
-    cutter = _Cutter(file)
-    with open_bytes(file.path) as stream:
-        while True:
-            try:
-                data = cutter.next(stream, block_bytes)
-            except Exception as error:
-                if not is_corrupt(error):
-                    raise
-                data = cutter.rest_of_whole_lines()
-                broken = f"cannot be read any further: {error}"
-            else:
-                broken = ""
-            stored = cutter.stored_since_last() if data and not broken else 0
-            if data:
-                yield (
-                    len(data),
-                    Documents("lines", file.path, file.layout, line, data=data, stored=stored),
-                )
-                line += data.count(b"\n")
-            if broken:
-                yield 0, Documents("bad", file.path, file.layout, line, data=broken)
-            if broken or not data:
-                return
+def _paragraphs(path: str, column: str) -> Iterator[Row]:
+    """Join the lines of a text file between empty lines."""
+    place, problem = "", ""
+    lines: list[str] = []
+    for row in read_rows(path, text_column=column):
+        line = row.values.get(column, "")
+        if line or row.problem:
+            lines.append(line)
+            place, problem = place or row.place, problem or row.problem
+        elif lines:
+            yield Row(place, {column: "\n".join(lines)}, problem)
+            place, problem, lines = "", "", []
+    if lines:
+        yield Row(place, {column: "\n".join(lines)}, problem)
 
 
-class _Cutter:
-    """Cut the bytes of a file where a line (or a paragraph) ends."""
+@dataclass(frozen=True)
+class FilesInOrder:
+    """A stream of files that must be read from their beginning."""
 
-    def __init__(self, file: InputFile):
-        self.end_mark = b"\n\n" if file.layout == "paragraph" else b"\n"
-        self.file = file
-        self.pending = bytearray()
-        self.produced = 0
-        self.reported = 0
+    files: tuple[InputFile, ...]
+    text_column: str = "text"
 
-    def next(self, stream: BinaryIO, block_bytes: int) -> bytes:
-        """Return at least `block_bytes` up to the end of a document, or what is left."""
-        searched = block_bytes - 1
-        while True:
-            cut = self.pending.find(self.end_mark, searched)
-            if cut >= 0:
-                return self._take(cut + len(self.end_mark))
-            searched = max(searched, len(self.pending) - 1)
-            data = self._read(stream)
-            if not data:
-                return self._take(len(self.pending))
-            self.pending += data
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        """Cut the stream into blocks, the same ones on every run."""
+        try:
+            yield from _cut(self._documents(), block_bytes)
+        except DataError as error:
+            raise ConversionError(str(error)) from error
 
-    def _read(self, stream: BinaryIO) -> bytes:
-        # read1 returns the data before the damage in a broken file.
-        read = getattr(stream, "read1", stream.read)
-        data = read(READ_BYTES)
-        if self.file.layout == "paragraph":
-            data = self._without_returns(data, read)
-        self.produced += len(data)
-        return data
+    def _documents(self) -> Iterator[tuple[Document, int]]:
+        for file in self.files:
+            left = file.size
+            for text in self._documents_of(file):
+                size = len(text) if isinstance(text, str) else 0
+                stored = min(left, size // (EXPANSION if file.compressed else 1))
+                left -= stored
+                yield text, stored
 
-    @staticmethod
-    def _without_returns(data: bytes, read: Any) -> bytes:
-        r"""Make every line end \n; a carriage return elsewhere stays."""
-        while data.endswith(b"\r") and (more := read(1)):
-            data += more
-        return data.replace(b"\r\n", b"\n")
-
-    def rest_of_whole_lines(self) -> bytes:
-        """Return the complete lines that were read before the damage."""
-        return self._take(self.pending.rfind(b"\n") + 1)
-
-    def _take(self, size: int) -> bytes:
-        taken = bytes(self.pending[:size])
-        del self.pending[:size]
-        return taken
-
-    def stored_since_last(self) -> int:
-        """Estimate the bytes on disk that were used since the last call."""
-        if not self.file.compressed:
-            stored = self.produced
+    def _documents_of(self, file: InputFile) -> Iterator[Document]:
+        column = self.text_column
+        if file.layout == "paragraph":
+            rows = _paragraphs(file.path, column)
         else:
-            stored = min(self.file.size, self.produced // EXPANSION)
-        stored, self.reported = stored - self.reported, stored
-        return stored
+            rows = read_rows(file.path, text_column=column, columns=[column])
+        for row in rows:
+            if row.problem:
+                yield BadDocumentError(f"{row.place}: {row.problem}")
+            elif file.layout not in ("line", "paragraph") or row.values[column].strip():
+                yield document(row.values, column, row.place)
 
 
 @functools.lru_cache(maxsize=1)
@@ -309,11 +257,16 @@ class HubSource:
     load_args: tuple[tuple[str, Any], ...]
     text_column: str = "text"
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """Open the data set."""
         return _load_stream(json.dumps(dict(self.load_args)))
 
-    def streams(self) -> list[Stream]:
-        """Return one stream for each shard of the data set."""
+    def shards(self) -> int:
+        """Return the number of shards of the data set.
+
+        Raises:
+            ConversionError: If it cannot be read.
+        """
         name = dict(self.load_args)["path"]
         if os.path.isdir(name):  # `datasets` would read it, and guess types
             raise ConversionError(
@@ -321,19 +274,26 @@ class HubSource:
                 "--local_files; to use the hub, run in another folder"
             )
         try:
-            shards = self._load().num_shards
+            return int(self.load().num_shards)
         except Exception as error:
             raise ConversionError(
                 f"cannot read {name!r} from the hub ({type(error).__name__}: {error}). "
                 "Without a connection, give files: --local_files"
             ) from error
-        return [Stream(hub=self, hub_shard=i, text_column=self.text_column) for i in range(shards)]
 
-    def blocks(self, shard: int, block_bytes: int) -> Iterator[Block]:
-        """Stream one shard and cut it into blocks of texts."""
-        name = f"{dict(self.load_args)['path']} (shard {shard})"
+
+@dataclass(frozen=True)
+class HubShard:
+    """A stream of one shard of a data set of the hub."""
+
+    source: HubSource
+    shard: int
+
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        """Cut the stream into blocks, the same ones on every run."""
+        name = f"{dict(self.source.load_args)['path']} (shard {self.shard})"
         try:
-            yield from self._blocks(name, shard, block_bytes)
+            yield from _cut(self._documents(name), block_bytes)
         except ConversionError:
             raise
         except Exception as error:  # mostly the network, in one of many classes
@@ -342,25 +302,46 @@ class HubSource:
                 "again to continue"
             ) from error
 
-    def _blocks(self, name: str, shard: int, block_bytes: int) -> Iterator[Block]:
-        data = self._load()
-        data = data.shard(num_shards=data.num_shards, index=shard)
-        texts: list[tuple[str, Any]] = []
-        size = row = 0
+    def _documents(self, name: str) -> Iterator[tuple[Document, int]]:
+        column = self.source.text_column
+        data = self.source.load()
+        row = 0
+        data = data.shard(num_shards=data.num_shards, index=self.shard)
         for batch in data.iter(batch_size=256):
-            if self.text_column not in batch:
+            if column not in batch:
                 raise ConversionError(
-                    f"{name}: no column {self.text_column!r} (--text_column); it has {list(batch)}"
+                    f"{name}: no column {column!r} (--text_column); it has {list(batch)}"
                 )
-            for text in batch[self.text_column]:
-                texts.append((f"{name}, row {row}", text))
+            for text in batch[column]:
+                found = document({column: text}, column, f"{name}, row {row}")
+                yield found, len(found) if isinstance(found, str) else 0
                 row += 1
-                size += len(text or "")
-                if size >= block_bytes:
-                    yield [Documents("texts", name, "texts", data=texts, stored=size)]
-                    texts, size = [], 0
-        if texts:
-            yield [Documents("texts", name, "texts", data=texts, stored=size)]
+
+
+Stream = CuttableFiles | FilesInOrder | HubShard
+
+
+def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
+    """Group successive files into streams."""
+    streams: list[Stream] = []
+    for cuttable, group in itertools.groupby(files, InputFile.is_cuttable):
+        if cuttable:
+            streams.append(CuttableFiles(tuple(group), text_column))
+            continue
+        together: list[InputFile] = []
+        size = 0
+        for file in group:
+            together.append(file)
+            size += file.size
+            if size >= STREAM_BYTES:
+                streams.append(FilesInOrder(tuple(together), text_column))
+                together, size = [], 0
+        if together:
+            streams.append(FilesInOrder(tuple(together), text_column))
+    return streams
+
+
+# --- files ---------------------------------------------------------------------------------------
 
 
 def _layout_of(path: str, txt_documents: str) -> str:
@@ -426,34 +407,18 @@ def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputF
     return files
 
 
-def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
-    """Group files to streams; each ends after STREAM_BYTES that must be read in order."""
-    streams: list[Stream] = []
-    group: list[InputFile] = []
-    in_order = 0
-    for file in files:
-        group.append(file)
-        in_order += 0 if file.seekable else file.size
-        if in_order >= STREAM_BYTES:
-            streams.append(Stream(tuple(group), text_column=text_column))
-            group, in_order = [], 0
-    if group:
-        streams.append(Stream(tuple(group), text_column=text_column))
-    return streams
-
-
-def text_bytes_estimate(files: list[InputFile]) -> int:
+def text_bytes_estimate(files: Iterable[InputFile]) -> int:
     """Estimate the bytes of text in the files."""
-    return sum(f.size * (EXPANSION if f.compressed else 1) for f in files)
+    return sum(file.text_bytes for file in files)
 
 
-def choose_block_bytes(text_bytes: int | None) -> int:
+def choose_block_bytes(text_bytes: int | None, concat_tokens: int | None = None) -> int:
     """Choose a block size of 2 to 48 MiB, which gives about 128 blocks or more if possible.
 
     At the end, one worker converts the last block while the others wait, so small inputs get small
-    blocks. 48 MiB leave room below Streaming's limit of 64 MiB for a shard.
+    blocks. 48 MiB leave room below Streaming's limit of 64 MiB for a shard. Long samples of tokens
+    need larger blocks, since each block drops what is left after its last sample.
     """
     largest, smallest = 48 << 20, 2 << 20
-    if text_bytes is None:
-        return largest
-    return max(smallest, min(largest, text_bytes // 128))
+    chosen = largest if text_bytes is None else max(smallest, min(largest, text_bytes // 128))
+    return max(chosen, LEAST_SAMPLES * (concat_tokens or 0) * CHARS_PER_TOKEN)

@@ -1,0 +1,195 @@
+"""Run a function on many tasks, in processes of this machine or on a Dask cluster.
+
+A task may run twice: if a worker of a cluster dies, Dask gives its task to another, and a command
+that was killed is run again. So a task writes its result under its final name only when it is
+whole, and does nothing if the result is there already.
+"""
+
+import concurrent.futures
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from typing import Any, TypeVar
+
+__all__ = ["Workers", "WorkersError", "open_workers"]
+
+# Tasks that are given out for each worker: one to run, and one to begin at once after it.
+AHEAD = 2
+TICK_S = 0.5
+CONNECT_S = 10
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class WorkersError(RuntimeError):
+    """The workers cannot be reached, or one died; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that run tasks.
+
+    Args:
+        executor: What runs a task.
+        count: Returns the number of tasks that run at once; on a cluster it may change.
+        lost: The errors of a task whose worker died.
+        lost_message: What the user should do about that.
+    """
+
+    executor: Executor
+    count: Callable[[], int]
+    lost: tuple[type[BaseException], ...]
+    lost_message: str
+
+    def run(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        tick: Callable[[], None] = lambda: None,
+    ) -> Iterator[Result]:
+        """Yield the results in the order in which the tasks end.
+
+        Args:
+            function: A function at the top of a module, so that another process can import it.
+            tasks: Its arguments; they are taken as workers become free.
+            tick: Called whenever a task ends, and at least every half second.
+
+        Raises:
+            WorkersError: If a worker died.
+            Exception: The first error of a task; no more tasks are given out.
+        """
+        waiting = iter(tasks)
+        running: set[Future[Result]] = set()
+        try:
+            while True:
+                free = max(0, AHEAD * max(1, self.count()) - len(running))
+                for task in itertools.islice(waiting, free):
+                    running.add(self.executor.submit(function, task))
+                if not running:
+                    return
+                done, running = concurrent.futures.wait(
+                    running, TICK_S, concurrent.futures.FIRST_COMPLETED
+                )
+                tick()
+                for future in done:
+                    yield future.result()
+        except self.lost as error:  # `submit` raises it too
+            raise WorkersError(self.lost_message) from error
+
+
+@contextmanager
+def open_workers(
+    count: int | None = None, cluster: str | None = None, preload: Sequence[str] = ()
+) -> Iterator[Workers]:
+    """Open workers; they end with the context, at once if it ends by an error.
+
+    Args:
+        count: The processes on this machine; None means one per core that this process may use.
+        cluster: The address of a Dask scheduler (`tcp://HOST:8786`) or its scheduler file, to use
+            its workers instead of processes of this machine.
+        preload: Modules that take long to import. They are imported once, and the processes on
+            this machine share them. Only the first call of a process has an effect.
+
+    Raises:
+        WorkersError: If the cluster cannot be reached.
+    """
+    if cluster is not None:
+        with _dask(cluster) as workers:
+            yield workers
+        return
+    with _processes(count or len(os.sched_getaffinity(0)), preload) as workers:
+        yield workers
+
+
+# --- this machine ---
+
+
+class _Pool(ProcessPoolExecutor):
+    """A pool of processes that Ctrl-C does not reach while they start, with the first tasks."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> "Future[Any]":
+        resource_tracker.ensure_running()  # the server would start it, and unblock the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            forkserver.ensure_running()  # it inherits the mask
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # Ctrl-C takes effect now
+
+
+def _begin_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends: a worker of a killed pool would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _processes(count: int, preload: Sequence[str]) -> Iterator[Workers]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    others = set(multiprocessing.active_children())
+    executor = _Pool(count, context, initializer=_begin_process)
+    message = (
+        "a worker process ended unexpectedly, mostly for lack of memory: try fewer --num_workers. "
+        "Run the same command again to continue"
+    )
+    try:
+        yield Workers(executor, lambda: count, (BrokenProcessPool,), message)
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # nothing is lost: see above
+        raise
+    finally:
+        executor.shutdown()
+
+
+# --- a cluster ---
+
+
+@contextmanager
+def _dask(cluster: str) -> Iterator[Workers]:
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        message = f"--cluster needs Dask: pip install 'm2-plugin[cluster]' ({error})"
+        raise WorkersError(message) from error
+    where = {"scheduler_file" if os.path.isfile(cluster) else "address": cluster}
+    try:
+        client = Client(**where, timeout=CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WorkersError(
+            f"--cluster {cluster}: no Dask scheduler answers there ({reason}). Give its address "
+            "(tcp://HOST:8786), or the file of `dask scheduler --scheduler-file FILE`"
+        ) from error
+    message = (
+        f"--cluster {cluster}: workers died again and again with the same task, or the scheduler "
+        "ended. See their logs; run the same command again to continue"
+    )
+    with client:
+        executor = client.get_executor(pure=False)
+        lost = (KilledWorker, concurrent.futures.CancelledError)
+        try:
+            yield Workers(executor, lambda: sum(client.nthreads().values()), lost, message)
+        finally:
+            # Drop the tasks that an error left. Dask's network library would log a traceback if the
+            # result of one is on its way.
+            logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+            executor.shutdown(wait=False)
