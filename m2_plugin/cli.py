@@ -1,11 +1,22 @@
-"""The command `m2-plugin`: find a subcommand, import only its code, and run it."""
+"""The command `m2-plugin`: find a subcommand, import only its code, and run it.
+
+Here, and nowhere else, errors that a user can solve become one line and an exit code.
+"""
 
 import importlib
+import io
+import os
+import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
 
 from m2_plugin import __version__
 
+STDOUT = "standard output"
 # For each subcommand: its function, written like an entry point, and what it does.
 COMMANDS = {
     "recipes": ("m2_plugin.recipes:main", "list the recipes (YAML files), or copy some of them"),
@@ -27,7 +38,16 @@ COMMANDS = {
         "convert a folder to the reference's checkpoint",
     ),
     "extend": ("m2_plugin.checkpoints.command:main_extend", "make a model take longer sequences"),
+    "average": (
+        "m2_plugin.checkpoints.command:main_average",
+        "average the weights of checkpoints of one model",
+    ),
     "embed": ("m2_plugin.embed:main", "write a vector for each text of a file"),
+    "predict": ("m2_plugin.predict:main", "write the rows of a file with a model's predictions"),
+    "evaluate": (
+        "m2_plugin.evaluate:main",
+        "measure a trained model on other data: masked-language-model loss, or classes",
+    ),
     "doctor": (
         "m2_plugin.doctor:main",
         "test this installation: versions, kernels, their errors and times",
@@ -47,17 +67,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code.
+        The exit code, as from `run`; 2 if there is no such command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        name, *rest = arguments
+    if not arguments or arguments[0] not in COMMANDS:
+        return guarded(lambda: _usage(arguments))
+    name, *rest = arguments
+    if argv is not None:
+        return run(name, rest)
+    sys.argv = [f"m2-plugin {name}", *rest]  # so that usage and errors name the subcommand
+    return run(name)
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand by its name; scripts of their own call this.
+
+    A `ValueError` or an `OSError` is about the input or the machine: its message is written to
+    stderr. Other exceptions are bugs, and keep their traceback.
+
+    Args:
+        name: A key of `COMMANDS`.
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The command's exit code; 1 after an error, 130 if it was interrupted, 141 if the reader of
+        its output is gone.
+    """
+
+    def command() -> int:
         module, _, function = COMMANDS[name][0].partition(":")
-        command = getattr(importlib.import_module(module), function)
-        if argv is not None:
-            return int(command(rest))
-        sys.argv = [f"m2-plugin {name}", *rest]  # so that usage and errors name the subcommand
-        return int(command())
+        found = getattr(importlib.import_module(module), function)
+        return int(found() if argv is None else found(argv))
+
+    return guarded(command)
+
+
+def _usage(arguments: Sequence[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"m2-plugin {__version__}\n")
         return 0
@@ -72,6 +117,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.stderr.write(f"There is no command {arguments[0]!r}.\n{usage}")
     return 2
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a function, and turn known exceptions into one line and an exit code."""
+    _open_streams()
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        try:
+            return command()
+        finally:
+            _flush()
+    except BaseException as error:
+        # Imports may turn an interrupt into an error of their own. Composer's handler exits.
+        exits = isinstance(error, SystemExit) and error.code == 128 + signal.SIGINT
+        if exits or interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+            return _end(130, "interrupted: run the same command again to continue")
+        if isinstance(error, BrokenPipeError) and _nobody_reads(error):
+            return 141  # as a shell shows a process that SIGPIPE ended
+        if isinstance(error, MemoryError):
+            return _end(1, str(error) or "out of memory")
+        if isinstance(error, ValueError | OSError):
+            return _end(1, _message(error))
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        text = ": ".join([*names, error.strerror])
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _end(code: int, message: str) -> int:
+    with suppress(OSError):  # if nobody reads stderr either
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+    return code
+
+
+def _open_streams() -> None:
+    """Open closed streams; otherwise the next file that is opened would get their output."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 (Python leaves None)
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may be any bytes
+
+
+def _flush() -> None:
+    """Write what is buffered now, since an error at the interpreter's end is a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        raise OSError(error.errno, error.strerror, STDOUT) from error
+
+
+def _nobody_reads(error: OSError) -> bool:
+    """Tell whether stdout or stderr is closed; other pipes may break, too."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # asks for nothing, and so hears of errors and hang-ups only
+    return error.filename == STDOUT or bool(poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from m2_plugin.files import write_atomically
+
 __all__ = ["ROOT", "copy", "files_needed", "main", "names"]
 
 _HERE = Path(__file__).parent
@@ -110,7 +112,7 @@ def copy(recipes: Iterable[str], out: str | Path = ".", overwrite: bool = False)
     written = sorted(contents.keys() - same)
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents[path])
+        write_atomically(path, contents[path])
     return written
 
 
@@ -118,7 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `m2-plugin recipes`.
 
     Returns:
-        0; 1 if a recipe does not exist or a file could not be written.
+        0.
+
+    Raises:
+        ValueError: If a recipe does not exist.
+        OSError: If a file cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin recipes",
@@ -139,11 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = max(map(len, listed))
         sys.stdout.write("".join(f"{name:{width}}  {about}\n" for name, about in listed.items()))
         return 0
-    try:
-        written = copy(args.copy, args.out, args.overwrite)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    written = copy(args.copy, args.out, args.overwrite)
     sys.stdout.write("".join(f"{path}\n" for path in written))
     sys.stdout.write(f"{len(written)} files written\n")
     return 0

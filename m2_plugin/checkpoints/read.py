@@ -1,13 +1,11 @@
 """Read the weights in a checkpoint file, without running code in it."""
 
-import json
 import os
 import pickle
 import re
 import sys
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from torch.serialization import (
 )
 
 from m2_plugin.constants import CHECKPOINT_SUFFIXES
+from m2_plugin.files import read_json
 
 __all__ = ["Saved", "is_checkpoint_file", "read_file", "shard_names"]
 
@@ -30,6 +29,7 @@ STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 INNER_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Prefixes of data parallelism, inside or outside of a model that Composer or Lightning wraps.
 OUTER_WRAPPERS = ("module.", "model.", "module.")
+MAX_UNPACKED = 50  # times the file's size; trained weights do not shrink by half
 # Packages whose objects a Composer checkpoint pickles beside its weights.
 PICKLED = (
     "collections",
@@ -173,10 +173,9 @@ def shard_names(index: str) -> list[str]:
 
 
 def _weight_map(index: str) -> dict[str, str]:
-    try:
-        files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    except Exception as error:  # the file may hold anything
-        raise ValueError(f"{index!r} must be a JSON object with a weight_map") from error
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{index!r} must be a JSON object with a weight_map")
     for name in files.values():
         if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name:
             raise ValueError(f"{index!r} names {name!r}, but must name files in its own folder")
@@ -193,8 +192,11 @@ def _read_shards(index: str) -> dict[str, Tensor]:
     return weights
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts and their containers, and calls nothing."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, texts and their containers, and calls nothing.
+
+    The unpickler in C would allocate as much memory as a damaged file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it would call {module}.{name}, which no checkpoint needs")
@@ -204,6 +206,9 @@ def _unpickle(path: str) -> Any:
     if not zipfile.is_zipfile(path):
         return _unpickle_older(path)
     with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MAX_UNPACKED * os.path.getsize(path):
+            raise ValueError(f"it would unpack to {unpacked / 2**20:,.0f} MiB")
         damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged:
             raise ValueError(f"{damaged} in it is damaged: its checksum does not match")

@@ -8,7 +8,6 @@ import bz2
 import functools
 import gzip
 import io
-import json
 import lzma
 import os
 import re
@@ -222,16 +221,3 @@ def read_bytes(path: str) -> Iterator[bytes]:
             if not data:
                 return
             yield data
-
-
-def read_json_file(path: str) -> Any:
-    """Read a small JSON file that belongs to a saved data set.
-
-    Raises:
-        DataError: If the file does not exist or is not JSON.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error

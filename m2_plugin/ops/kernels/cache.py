@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from m2_plugin.files import write_atomically
+from m2_plugin.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +69,10 @@ def path(kind: str, device: torch.device) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """Return the entries of a file; none, and a warning, if it cannot be read."""
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not a JSON object")
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): what it should hold is found out again.", path, error)
+        found: dict[str, Any] | None = read_json(path, missing_ok=True)
+        return found or {}
+    except ValueError as error:
+        log.warning("%s; what it should hold is found out again.", error)
         return {}
 
 
@@ -88,6 +84,6 @@ def add(path: Path, name: str, entry: Any, device: torch.device) -> None:
     entries = {"environment": environment(device)} | load(path) | {name: entry}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(entries, indent=1) + "\n")
+        write_json(path, entries, indent=1)
     except OSError as error:
         log.warning("%s cannot be written (%s): it is found out again next time.", path, error)
