@@ -330,6 +330,50 @@ class M2BertModel(M2BertPreTrainedModel):
             return None
         return attention_mask.to(dtype).unsqueeze(-1)
 
+    def _check_inputs(
+        self, given: Tensor, embedded: bool, mask: Tensor | None, *ids: Tensor | None
+    ) -> None:
+        """Raise an error for inputs that torch would refuse too, but without their names.
+
+        Args:
+            given: The `input_ids`, or the `inputs_embeds`.
+            embedded: Whether they are embeddings.
+            mask: The `attention_mask`.
+            *ids: The `token_type_ids` and the `position_ids`.
+        """
+        name, shape = "inputs_embeds" if embedded else "input_ids", tuple(given.shape)
+        if len(shape) != 2 + embedded:
+            wanted = "(batch, length, hidden_size)" if embedded else "(batch, length)"
+            raise ValueError(f"{name} must be {wanted}, not {shape}")
+        if 0 in shape[:2]:
+            raise ValueError(f"{name} {shape} hold no token: give at least one text of one token")
+        if not embedded:
+            self._check_ids(name, given, "vocab_size")
+        fields = ("type_vocab_size", "max_position_embeddings")
+        for what, tensor, field in zip(
+            ("token_type_ids", "position_ids"), ids, fields, strict=True
+        ):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) not in (shape[:2], (1, shape[1])):
+                raise ValueError(f"{what} {tuple(tensor.shape)} must be {shape[:2]}, as {name}")
+            if self.config.use_positional_encodings or what == "token_type_ids":
+                self._check_ids(what, tensor, field)
+        if mask is not None and mask.shape != shape[:2]:
+            raise ValueError(f"attention_mask {tuple(mask.shape)} must be {shape[:2]}, as {name}")
+
+    def _check_ids(self, name: str, ids: Tensor, field: str) -> None:
+        """Check that ids have embeddings, on a CPU: elsewhere the host would wait for them."""
+        if ids.device.type != "cpu" or type(ids) is not Tensor:  # a fake tensor has no values
+            return
+        low, high = (int(value) for value in ids.aminmax())
+        size = getattr(self.config, field)
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name} must be from 0 to {size - 1} ({field} is {size}), but hold "
+                f"{low if low < 0 else high}"
+            )
+
     def _warn_of_padding(self, input_ids: Tensor) -> None:
         """Warn once if ids begin or end with padding. transformers' own needs more of a config.
 
@@ -448,12 +492,18 @@ class M2BertModel(M2BertPreTrainedModel):
             `last_hidden_state` (B, L, D), and `hidden_states` if `output_hidden_states`.
 
         Raises:
-            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or if the
-                sequence is longer than the model's filters or position embeddings.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given; if the
+                sequence is longer than the model's filters or position embeddings; if there is no
+                token; if a shape is wrong; or, on a CPU, if an id has no embedding.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            embedded = inputs_embeds is not None
+            self._check_inputs(given, embedded, attention_mask, token_type_ids, position_ids)
+        length = given.shape[1]
         limit = self.config.max_sequence_length
         if limit is not None and length > limit:
             raise ValueError(

@@ -35,6 +35,38 @@ def inputs_for(cls):
     return ids().unflatten(0, (1, 2)) if cls is M2BertForMultipleChoice else ids()
 
 
+GOOD = torch.full((2, 6), 7)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": GOOD[:0]}, r"input_ids \(0, 6\) hold no token"),
+        ({"input_ids": GOOD[:, :0]}, r"input_ids \(2, 0\) hold no token"),
+        ({"input_ids": GOOD[0]}, r"input_ids must be \(batch, length\), not \(6,\)"),
+        ({"input_ids": GOOD + 97}, r"from 0 to 103 \(vocab_size is 104\), but hold 104"),
+        ({"input_ids": GOOD - 8}, r"input_ids must be from 0 to 103 .*, but hold -1"),
+        ({"input_ids": GOOD, "attention_mask": GOOD[:, 1:]}, r"_mask \(2, 5\) must be \(2, 6\)"),
+        ({"input_ids": GOOD, "attention_mask": GOOD[:1]}, r"_mask \(1, 6\) must be \(2, 6\)"),
+        ({"input_ids": GOOD, "token_type_ids": GOOD}, r"token_type_ids must be .*, but hold 7"),
+        ({"input_ids": GOOD, "position_ids": GOOD + 17}, r"position_ids .* 23 .*, but hold 24"),
+        ({"input_ids": GOOD, "position_ids": GOOD[0]}, r"position_ids \(6,\) must be \(2, 6\)"),
+        ({"inputs_embeds": torch.zeros(0, 6, 16)}, r"inputs_embeds \(0, 6, 16\) hold no token"),
+        ({"inputs_embeds": torch.zeros(2, 6)}, r"inputs_embeds must be .*, not \(2, 6\)"),
+    ],
+)
+def test_inputs_that_cannot_be_encoded_are_named(inputs, message):
+    for cls in MODELS:
+        if cls is not M2BertForMultipleChoice:
+            with pytest.raises(ValueError, match=message):
+                cls(small())(**inputs)
+        elif (
+            min(tensor.ndim for tensor in inputs.values()) > 1 and "must be .*, not" not in message
+        ):
+            with pytest.raises(ValueError, match=message):
+                cls(small())(**{name: tensor[:, None] for name, tensor in inputs.items()})
+
+
 @pytest.mark.parametrize("cls", MODELS, ids=lambda cls: cls.__name__)
 def test_output_attentions_is_accepted(cls):
     """PEFT and others pass it to every model; there are none to return."""
