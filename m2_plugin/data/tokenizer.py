@@ -1,5 +1,7 @@
-"""Load a tokenizer, for every command except training, where llm-foundry loads it."""
+"""Load a tokenizer, and describe its vocabulary."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,28 +10,51 @@ from m2_plugin.data.formats import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = [
+    "HubError",
+    "load_tokenizer",
+    "vocabularies_fit",
+    "vocabulary_digest",
+    "vocabulary_size",
+]
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
+HUB_TIMEOUT_S = 5.0
+# `tokenizer.json` does not say which of its tokens these are.
+BERT_TOKENS = {
+    f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
+}
+
+
+class HubError(DataError):
+    """The hub cannot be reached, and what was asked for is not in its cache."""
 
 
 def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer from a folder or the hub.
+    """Load a tokenizer from a folder or the hub; one in the hub's cache needs no network.
 
-    A folder may hold only `tokenizer.json`, as the library tokenizers saves it. Code in a folder
-    is not run, unless `trust_remote_code` is true.
+    A folder may hold only `tokenizer.json`, as the library tokenizers saves it; tokens with BERT's
+    names, such as [CLS], then have BERT's roles. Code in a folder is not run, unless
+    `trust_remote_code` is true.
 
     Args:
         name: A folder, or a name on the hub.
         kwargs: More arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
+        HubError: If the hub does not answer within seconds.
         DataError: If no tokenizer can be loaded; the message is one line, with the reason.
     """
     from transformers import AutoTokenizer
 
     kwargs = {"trust_remote_code": False} | kwargs
     folder = Path(name)
+    on_hub = not folder.exists() and not str(name).startswith((".", "/", "~"))
+    if on_hub:
+        try:
+            return AutoTokenizer.from_pretrained(name, **kwargs | {"local_files_only": True})
+        except Exception:  # not in the cache, or not whole there
+            _reach(str(name), kwargs.get("cache_dir"))
     has_json, has_config = ((folder / file).is_file() for file in FILES)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
@@ -39,7 +64,29 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if folder.is_dir() and not has_json:
             reason = f"the folder has no {' and no '.join(FILES)}"
+        elif not folder.exists() and not on_hub:
+            reason = "there is no such folder"
         raise DataError(f"{str(name)!r} has no tokenizer that can be loaded ({reason})") from error
+
+
+def _reach(name: str, cache: str | None) -> None:
+    """Ask the hub for the first file of a tokenizer, once: transformers would ask for each.
+
+    Raises:
+        HubError: If the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, FILES[1], cache_dir=cache, etag_timeout=HUB_TIMEOUT_S)
+    except LocalEntryNotFoundError as error:
+        raise HubError(
+            f"the tokenizer {name!r} cannot be reached: there is no such folder, it is not in the "
+            "hub's cache, and the hub does not answer"
+        ) from error
+    except Exception:  # the hub answers; transformers says what is wrong
+        return
 
 
 def _from_json(file: Path, kwargs: dict[str, Any]) -> "PreTrainedTokenizerBase":
@@ -47,6 +94,36 @@ def _from_json(file: Path, kwargs: dict[str, Any]) -> "PreTrainedTokenizerBase":
 
     del kwargs["trust_remote_code"]
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), **kwargs)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **kwargs)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise DataError(f"{str(file)!r} is not a tokenizer ({error})") from error
+    tokenizer.name_or_path = str(file.parent)
+    vocabulary = tokenizer.get_vocab()
+    for key, token in BERT_TOKENS.items():
+        if key not in kwargs and token in vocabulary:
+            setattr(tokenizer, key, token)
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the rows of an embedding that has all ids: one more than the largest id.
+
+    `len(tokenizer)` counts the tokens: it is smaller if ids are left out.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def vocabularies_fit(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+    """Tell whether two tokenizers give the same ids; one may have more tokens than the other."""
+    ours, theirs = one.get_vocab().items(), other.get_vocab().items()
+    return ours <= theirs or theirs <= ours
+
+
+def vocabulary_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a hash of the tokens and their ids, without special and added tokens.
+
+    So naming one more special token leaves the digest as it is.
+    """
+    added = tokenizer.get_added_vocab()
+    vocabulary = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in added}
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()

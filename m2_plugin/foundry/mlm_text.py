@@ -28,13 +28,15 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from transformers import PreTrainedTokenizerBase
 
-from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
+from m2_plugin.data.tokenizer import vocabulary_size
+from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader, split_quietly
 from m2_plugin.foundry.mds_index import INDEX, check_hashes, check_size, read_index, shard_file
 from m2_plugin.foundry.private import get_hash, release_shard, stop_reading
+from m2_plugin.foundry.token_streams import first_lengths, local_streams
 from m2_plugin.models.modeling_m2_bert import IGNORE_INDEX
 from m2_plugin.suggest import check_keys
 
-__all__ = ["MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader"]
+__all__ = ["DRAWS", "MLMCollator", "MLMTextDataset", "build_mlm_text_dataloader", "threshold"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ FOUNDRY_COLLATOR_KEYS = frozenset(
     }
 )
 SET_BY_BUILDER = frozenset({"self", "tokenizer", "batch_size", "kwargs"})
+
+DRAWS = "mask_draws"  # the key of the draws in a batch, which `mlm_probability_schedule` takes out
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 KIND_SALT = np.uint64(0xD1B54A32D192ED03)
@@ -86,6 +90,7 @@ class MLMTextDataset(StreamingTextDataset):
     """
 
     failure: str | None = None
+    is_checked = False  # whether a sample of tokens was looked at
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's samples of one epoch.
@@ -108,6 +113,9 @@ class MLMTextDataset(StreamingTextDataset):
         """
         try:
             sample = super().__getitem__(idx)
+            if not self.is_checked and isinstance(sample, torch.Tensor):
+                self.is_checked = True
+                self._check_length(idx)
         except Exception as error:
             self._fail(self.spanner[idx][0], error)
             raise RuntimeError(self.failure) from error
@@ -119,6 +127,39 @@ class MLMTextDataset(StreamingTextDataset):
             "attention_mask": np.array(sample["attention_mask"], dtype=bool),
             "epoch": epoch,
         }
+
+    def _check_length(self, idx: int) -> None:
+        """Refuse to train on samples that are all too short; known only once a shard is there.
+
+        Raises:
+            ValueError: If the only stream has samples of one length below `max_seq_len`.
+        """
+        if len(self.streams) > 1 or not self.shuffle:
+            return
+        lengths = first_lengths(self.shards[self.spanner[idx][0]], self.token_encoding_type)
+        if len(lengths) == 1 and (length := lengths.pop()) < self.max_seq_len:
+            raise ValueError(
+                f"samples have only {length} tokens, but dataset.max_seq_len is "
+                f"{self.max_seq_len}: positions after them would never be trained. Set it to "
+                f"{length}, or convert the data again with --concat_tokens {self.max_seq_len}"
+            )
+
+    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> torch.Tensor:
+        """Read a sample of tokens; llm-foundry's method would cut a longer one off.
+
+        Raises:
+            ValueError: If it is longer than `max_seq_len`.
+        """
+        tokens = sample["tokens"]
+        if isinstance(tokens, bytes):
+            tokens = np.frombuffer(tokens, dtype=self.token_encoding_type)
+        if len(tokens) > self.max_seq_len:
+            raise ValueError(
+                f"a sample has {len(tokens)} tokens, but dataset.max_seq_len is "
+                f"{self.max_seq_len}: set it to {len(tokens)}, or convert the data again with "
+                f"--concat_tokens {self.max_seq_len}"
+            )
+        return super()._read_binary_tokenized_sample(sample)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard if it is not local; a failure ends the run.
@@ -195,13 +236,14 @@ class MLMCollator:
         self.remask_each_epoch = remask_each_epoch
         self.pad_id = int(tokenizer.pad_token_id)
         self.mask_id = int(tokenizer.mask_token_id)
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)
         self.is_special = np.zeros(self.vocab_size, dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
         # If a tokenizer pads with its end-of-text token, a stored pad id is text, not padding.
         others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
         self.pad_id_is_padding = self.pad_id not in others
-        self.choose_below = np.uint64(int(mlm_probability * 2**64))
+        self.choose_below = np.uint64(threshold(mlm_probability))
+        self.give_draws = False
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Make a batch of B samples.
@@ -212,15 +254,17 @@ class MLMCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `token_type_ids` and `labels`, each (B, L) int64, and
-            llm-foundry's token counts per row, `total_tokens` and `loss_generating_tokens`.
+            llm-foundry's token counts per row, `total_tokens` and `loss_generating_tokens`. With
+            `give_draws` also `mask_draws`, (B, L) int64: a position is chosen if its draw is below
+            half the `threshold` of the probability.
 
         Raises:
             ValueError: If an id lies outside the tokenizer's vocabulary.
         """
         ids, attention, epochs = self._stack(samples)
         self._check_ids(ids)
-        input_ids, chosen = self._mask(ids, attention, epochs)
-        return {
+        input_ids, chosen, draws = self._mask(ids, attention, epochs)
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention.astype(np.int64)),
             "token_type_ids": torch.zeros(ids.shape, dtype=torch.int64),
@@ -229,6 +273,10 @@ class MLMCollator:
             "total_tokens": attention.sum(axis=1).tolist(),
             "loss_generating_tokens": chosen.sum(axis=1).tolist(),
         }
+        if self.give_draws:
+            # Halved, to be signed as torch needs it. Thresholds are even: nothing is rounded.
+            batch[DRAWS] = torch.from_numpy((draws >> np.uint64(1)).view(np.int64))
+        return batch
 
     def _stack(
         self, samples: Sequence[Any]
@@ -277,8 +325,8 @@ class MLMCollator:
 
     def _mask(
         self, ids: NDArray[np.int64], attention: NDArray[np.bool_], epochs: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return a masked copy of `ids`, and where it was masked, both (B, L)."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.uint64]]:
+        """Return a masked copy of `ids`, where it was masked, and the draws, each (B, L)."""
         keys = self._row_keys(ids, attention, epochs)
         counters = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) * GOLDEN
         draws = _mix64(keys[:, None] + counters)  # (B, L), uniform over 64 bits
@@ -292,7 +340,12 @@ class MLMCollator:
         replaced[kinds < MASK_BELOW] = self.mask_id
         masked = ids.copy()
         masked[chosen] = replaced
-        return masked, chosen
+        return masked, chosen, draws
+
+
+def threshold(probability: float) -> int:
+    """Return the number that a draw of 64 bits is below with this probability; it is even."""
+    return int(probability * 2**64) & ~1
 
 
 def _check_probability(probability: Any) -> None:
@@ -316,19 +369,6 @@ def _check_dataset_cfg(dataset: Mapping[str, Any]) -> None:
         if dataset.get(key) is None:
             raise ValueError(f"mlm_text needs the key {key!r} in dataset.")
     _check_probability(dataset["mlm_probability"])
-
-
-def _local_folders(dataset: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
-    """Return (local, split, validate_hash) of every stream that is not downloaded."""
-    streams = list((dataset.get("streams") or {}).values()) or [dataset]
-    folders = []
-    for stream in streams:
-        local, remote = stream.get("local"), stream.get("remote")
-        if local is not None and remote in (None, local):
-            split = stream.get("split") or dataset.get("split") or ""
-            validate_hash = stream.get("validate_hash") or dataset.get("validate_hash")
-            folders.append((local, split, validate_hash))
-    return folders
 
 
 def _check_shards(local: str, split: str, validate_hash: str | None) -> None:
@@ -435,7 +475,7 @@ def build_mlm_text_dataloader(
     tokenizer = copy.deepcopy(tokenizer)
     dataset = dict(dataset)
     _check_dataset_cfg(dataset)
-    for folder in _local_folders(dataset):
+    for folder in local_streams(dataset)[0]:
         _check_shards(*folder)
 
     dataset["replication"], batch_size = construct_from_registry(
@@ -462,9 +502,10 @@ def build_mlm_text_dataloader(
         persistent_workers=persistent_workers,
         timeout=timeout,
     )
-    return construct_from_registry(
+    spec = construct_from_registry(
         name="data_spec",
         registry=registry.data_specs,
         partial_function=False,
         kwargs={"dl": loader, "dataset_cfg": dataset},
     )
+    return split_quietly(spec)

@@ -3,10 +3,15 @@
 No documentation promises these names, so another version may drop or rename them:
 `pyproject.toml` allows one minor version of each. On an upgrade run
 `tests/foundry/test_private.py` first. Each entry says what it is for and what replaces it if it is
-gone. One more is in `conversion/mds.py`, which must not import llm-foundry.
+gone. `conversion`, which must not import llm-foundry, uses Streaming's modules `compression`,
+`hashing` and `format.mds.reader`.
 """
 
 from typing import Any
+
+# Converts a time of a schedule to the unit in which it is compared. If gone: the same for shares
+# (`dur`) and epochs, by `state.max_duration` and `state.dataloader_len`.
+from composer.optim.scheduler import _convert_time as convert_time
 
 # Computes the hidden size of an FFN. If gone: int(d_model * expansion_ratio).
 from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
@@ -28,7 +33,9 @@ from torch import nn
 __all__ = [
     "FSDP_SETTINGS",
     "OVERRIDDEN",
+    "READS_TOKENS",
     "ContrastiveConfig",
+    "convert_time",
     "get_hash",
     "is_residual",
     "mark_residual",
@@ -42,6 +49,10 @@ __all__ = [
 # llm-foundry's MPT reads the settings of an FSDP unit from this attribute of a module. If gone:
 # replace MPT's `fsdp_wrap_fn`.
 FSDP_SETTINGS = "_fsdp_kwargs_dict"
+
+# The method with which llm-foundry's StreamingTextDataset decodes a sample of tokens; `mlm_text.py`
+# overrides it. If gone: check the length of the stored tokens in `__getitem__` instead.
+READS_TOKENS = "_read_binary_tokenized_sample"
 
 # Methods of llm-foundry's FinetuneEmbeddingModel that `contrastive.py` overrides. If gone: override
 # its `loss` and `eval_forward` instead.

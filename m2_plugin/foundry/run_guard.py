@@ -1,11 +1,9 @@
 """The callback `run_guard`: a killed run continues when the same command is run again."""
 
-import fcntl
 import logging
 import os
 import re
 import shutil
-import socket
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +16,8 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from llmfoundry.callbacks.hf_checkpointer import HuggingFaceCheckpointer
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.tensor import DTensor
+
+from m2_plugin.files import InUseError, lock
 
 __all__ = ["RunGuard"]
 
@@ -70,6 +70,8 @@ class RunGuard(CallbackWithConfig):
         if dist.get_global_rank() == 0:
             try:
                 found = [self._begin(state), self.resumes]
+            except InUseError as error:
+                found[0] = str(error)
             except (OSError, KeyError) as error:  # a full disk, an unknown placeholder
                 found[0] = f"save_folder cannot be used: {error!r}"
         dist.broadcast_object_list(found, src=0)  # so that all ranks end together
@@ -83,9 +85,9 @@ class RunGuard(CallbackWithConfig):
         if saver is not None:
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock, refusal = _lock(folder)
-            if refusal is not None:
-                return refusal
+            what = f"save_folder {str(folder)!r} is in use by another run"
+            # Forked workers of the loader live on for some time if the run is killed.
+            self.lock = lock(folder / LOCK, what, "set another save_folder", forks=False)
             link = _link(folder, saver, state)
             if not self.autoresume:
                 # Composer refuses files of another run, and overwrites folders.
@@ -133,10 +135,12 @@ class RunGuard(CallbackWithConfig):
         """Raise an error if there is no batch; let transformers folders be written first."""
         del logger
         if state.dataloader_len is not None and state.dataloader_len.value == 0:
+            samples = len(getattr(state.dataloader, "dataset", ()))
+            size = getattr(state.dataloader, "batch_size", None)
             raise RuntimeError(
-                "train_loader gives no batch: an epoch has fewer samples per rank than a batch. "
-                "Set train_loader.drop_last to false or a smaller global_train_batch_size, or give "
-                "more data."
+                f"train_loader gives no batch: an epoch has {samples} samples per rank and a batch "
+                f"has {size}. Set train_loader.drop_last to false or a smaller "
+                "global_train_batch_size, use fewer ranks, or give more data."
             )
         # llm-foundry sorts them the other way round, since uploads to remote folders take time.
         if _local_saver(state) is not None:
@@ -172,37 +176,6 @@ def _order(callback: Any) -> int:
     if isinstance(callback, CheckpointSaver):
         return 2
     return int(isinstance(callback, HuggingFaceCheckpointer))
-
-
-def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
-    """Lock a folder for this process.
-
-    Returns:
-        The file that holds the lock until it is closed, or None if there are no locks; and the
-        reason why the folder is refused, or None.
-    """
-    file = open(folder / LOCK, "a+")  # noqa: SIM115 (open as long as the run)
-    try:
-        # With flock, workers would inherit the lock and hold it after their parent's death.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read() or "unknown"
-        file.close()
-        return None, (
-            f"save_folder {str(folder)!r} is in use by another run: {holder}. Wait until it "
-            "ends, or set another save_folder."
-        )
-    except OSError as error:
-        log.warning(
-            "%r cannot be locked (%s): do not start a second run there.", str(folder), error
-        )
-        file.close()
-        return None, None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file, None
 
 
 def _unfit(path: Path, key: str, sharded: bool) -> str | None:

@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,28 @@ from llmfoundry.utils.config_utils import set_config_overrides
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from m2_plugin.checkpoints.config import holds_m2_bert, is_reference_config, listed, resolve
-from m2_plugin.checkpoints.folder import read_json_object, weights_file
+from m2_plugin.checkpoints.folder import weights_file
 from m2_plugin.checkpoints.names import our_name
 from m2_plugin.checkpoints.read import Saved, is_checkpoint_file, read_file
 from m2_plugin.constants import VOCAB_MULTIPLE
+from m2_plugin.data.tokenizer import vocabulary_size
+from m2_plugin.files import read_json
 from m2_plugin.foundry.fsdp import MetaInitializer, prepare_for_fsdp
 from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
 from m2_plugin.suggest import did_you_mean
 
-__all__ = ["build_from_keys", "prepare_for_composer"]
+__all__ = [
+    "Weights",
+    "build_config",
+    "build_from_keys",
+    "check_vocab_size",
+    "is_folder_of_reference",
+    "prepare_for_composer",
+    "read_source",
+]
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +58,16 @@ Shape = tuple[int, ...]
 
 
 class Weights(NamedTuple):
-    """The tensors in a checkpoint file, and their config."""
+    """The tensors in a checkpoint file, their config, and the tokenizer that was saved with them.
+
+    `of_reference` is true if the tensors have the names of the M2 reference.
+    """
 
     path: str
     tensors: Mapping[str, torch.Tensor]
     config: PretrainedConfig
+    tokenizer: Mapping[str, Any] = {}
+    of_reference: bool = False
 
 
 def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> Weights:
@@ -66,7 +83,7 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
     """
     if os.path.isdir(path):
         tensors, _ = read_file(weights_file(path))
-        saved = Saved(read_json_object(Path(path) / "config.json"))
+        saved = Saved(read_json(Path(path) / "config.json"))
     else:
         tensors, saved = read_file(path)
     if holds_m2_bert(tensors):
@@ -90,7 +107,7 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
                 path,
                 full,
             )
-        return Weights(path, found.weights, found.config)
+        return Weights(path, found.weights, found.config, saved.tokenizer, found.of_reference)
     saved_type = (saved.config or {}).get("model_type")
     if saved.config is None or saved_type is None:
         raise ValueError(
@@ -106,7 +123,7 @@ def read_weights(path: str, model_type: str, overrides: Mapping[str, Any]) -> We
     # Keys that begin with _ are state of the process that saved the config.
     content = {key: value for key, value in saved.config.items() if not key.startswith("_")}
     config = type(AutoConfig.for_model(saved_type)).from_dict(content)
-    return Weights(path, tensors, _replaced(config, overrides))
+    return Weights(path, tensors, _replaced(config, overrides), saved.tokenizer)
 
 
 def build_config(
@@ -151,9 +168,10 @@ def _check_folder(path: str) -> None:
         )
 
 
-def _is_folder_of_reference(path: str) -> bool:
+def is_folder_of_reference(path: str) -> bool:
+    """Tell whether a path is a folder with a config of the M2 reference."""
     file = os.path.join(path, "config.json")
-    return os.path.isfile(file) and is_reference_config(read_json_object(Path(file)))
+    return os.path.isfile(file) and is_reference_config(read_json(file))
 
 
 def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
@@ -165,12 +183,22 @@ def _check_fields(config: PretrainedConfig, overrides: Mapping[str, Any]) -> Non
             )
 
 
-def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    if tokenizer is not None and config.vocab_size < len(tokenizer):
+def check_vocab_size(vocab_size: int, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Check that a vocabulary has a row for each id of a tokenizer.
+
+    Args:
+        vocab_size: The rows of the model's embedding.
+        tokenizer: The run's tokenizer.
+        key: The key that sets `vocab_size`, for the message.
+
+    Raises:
+        ValueError: If an id has no row.
+    """
+    needed = vocabulary_size(tokenizer)
+    if vocab_size < needed:
         raise ValueError(
-            f"The model's vocab_size {config.vocab_size} is smaller than the tokenizer's "
-            f"{len(tokenizer)} entries ({tokenizer.name_or_path!r}): set "
-            f"config_overrides.vocab_size to {len(tokenizer)} or more."
+            f"The model's vocab_size {vocab_size} is smaller than the tokenizer's {needed} entries "
+            f"({tokenizer.name_or_path!r}): set {key} to {needed} or more."
         )
 
 
@@ -181,14 +209,15 @@ def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> Pre
         ValueError: If weights of the encoder are missing or of another shape. transformers would
             give them random values, with a warning.
     """
-    model, info = auto_class.from_pretrained(
-        path,
-        config=config,
-        torch_dtype=torch.float32,  # master weights; the trainer's precision casts
-        ignore_mismatched_sizes=True,  # the head may have another number of labels; checked below
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    with _quiet_transformers():  # what is new is logged below
+        model, info = auto_class.from_pretrained(
+            path,
+            config=config,
+            torch_dtype=torch.float32,  # master weights; the trainer's precision casts
+            ignore_mismatched_sizes=True,  # the head may have other labels; checked below
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     # In some versions of transformers the entries are names, in others tuples of name and shapes.
     names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *names})
@@ -200,6 +229,16 @@ def load_pretrained(auto_class: Any, path: str, config: PretrainedConfig) -> Pre
     if new:
         log.warning("Newly initialised (not in %s): %s", path, ", ".join(new))
     return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def load_weights(auto_class: Any, weights: Weights, config: PretrainedConfig) -> PreTrainedModel:
@@ -313,14 +352,17 @@ def build_from_keys(
     pretrained: bool | None,
     config_overrides: Mapping[str, Any] | None,
     init_device: str,
+    allow_embedding_resizing: bool = False,
 ) -> PreTrainedModel:
     """Build a transformers model from the keys that all models of this package take in a YAML.
+
+    The vocabulary of a new model is the tokenizer's, unless `config_overrides` gives its size.
 
     Args:
         auto_class: The Auto class of the model.
         model_type: This and the other keys are those of `BertComposerModel`.
         default_model_type: The model type if neither `model_type` nor `path` is given.
-        tokenizer: The run's tokenizer, whose entries must fit the vocabulary; None skips the check.
+        tokenizer: The run's tokenizer, whose ids must fit the vocabulary; None skips the check.
         path: `pretrained_model_name_or_path`.
 
     Raises:
@@ -330,21 +372,48 @@ def build_from_keys(
         pretrained = path is not None
     if pretrained and path is None:
         raise ValueError("pretrained: true needs pretrained_model_name_or_path.")
-    if path is not None and model_type is not None:
-        raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
-    source: str | Weights | None = path
-    overrides = config_overrides or {}
-    if path is not None and (is_checkpoint_file(path) or _is_folder_of_reference(path)):
-        source = read_weights(path, default_model_type, overrides)
-        config = source.config
-    else:
-        config = build_config(path, model_type or default_model_type, overrides)
+    source, config = read_source(path, model_type, default_model_type, config_overrides or {})
     if not pretrained:
+        if tokenizer is not None and "vocab_size" not in (config_overrides or {}):
+            config.vocab_size = vocabulary_size(tokenizer)
         config.vocab_size = padded_size(config.vocab_size, VOCAB_MULTIPLE)
-    _check_vocabulary(config, tokenizer)
+    resized = allow_embedding_resizing and tokenizer is not None
+    if tokenizer is not None and not resized:
+        check_vocab_size(config.vocab_size, tokenizer, "config_overrides.vocab_size")
     # With init_device mixed only rank 0 loads weights; FSDP sends them to the other ranks.
     load = pretrained and not (init_device == "mixed" and dist.get_global_rank() != 0)
-    return build_inner_model(auto_class, config, source, load, init_device)
+    model = build_inner_model(auto_class, config, source, load, init_device)
+    if resized and config.vocab_size < vocabulary_size(tokenizer):
+        # Composer would count the tokens, and leave out ids if there are gaps.
+        size = padded_size(vocabulary_size(tokenizer), VOCAB_MULTIPLE)
+        log.warning("The vocabulary grows from %d to %d.", config.vocab_size, size)
+        model.resize_token_embeddings(size)
+    return model
+
+
+def read_source(
+    path: str | None,
+    model_type: str | None,
+    default_model_type: str,
+    overrides: Mapping[str, Any],
+) -> tuple[str | Weights | None, PretrainedConfig]:
+    """Read what a model starts from: the weights of a file, and the config with its overrides.
+
+    Args:
+        path: `pretrained_model_name_or_path`; the other arguments are as in `build_from_keys`.
+
+    Returns:
+        The content of a file, or the name of a folder as it is; and the config.
+
+    Raises:
+        ValueError: If it cannot be read, or an override contradicts it.
+    """
+    if path is not None and model_type is not None:
+        raise ValueError("Give pretrained_model_name_or_path or model_type, not both.")
+    if path is not None and (is_checkpoint_file(path) or is_folder_of_reference(path)):
+        weights = read_weights(path, default_model_type, overrides)
+        return weights, weights.config
+    return path, build_config(path, model_type or default_model_type, overrides)
 
 
 def shapes_in(path: str) -> dict[str, Shape]:

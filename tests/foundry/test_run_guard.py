@@ -99,10 +99,11 @@ def test_what_cannot_be_loaded(folder, name, sharded, message):
 def test_a_loader_without_batches_is_refused(batches, refused):
     """With any loader, Composer would start epochs for ever."""
     length = None if batches is None else Time(batches, "ba")
-    state = SimpleNamespace(dataloader_len=length, callbacks=[])
+    loader = SimpleNamespace(dataset=range(3), batch_size=8)
+    state = SimpleNamespace(dataloader_len=length, dataloader=loader, callbacks=[])
     guard = RunGuard({"save_interval": "1ep"})
     if refused:
-        with pytest.raises(RuntimeError, match="no batch: .*train_loader.drop_last"):
+        with pytest.raises(RuntimeError, match="no batch: .* 3 samples .* has 8.*drop_last"):
             guard.fit_start(state, None)
     else:
         guard.fit_start(state, None)
