@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from m2_plugin.cli import main
-from m2_plugin.embed import batches
+from m2_plugin.files import locked
+from m2_plugin.inference import batches
 from m2_plugin.models import M2BertForMaskedLM, M2BertForTextEmbedding
 from tests.models.test_modeling_m2_bert import small
 from tests.models.test_text_embedding import TEXTS, embedder
@@ -62,7 +63,7 @@ def interrupt(monkeypatch, folder, file, out):
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr("m2_plugin.embed.CHUNK", 3)
+        patched.setattr("m2_plugin.inference.CHUNK", 3)
         patched.setattr(M2BertForTextEmbedding, "forward", stop)
         assert run(folder, file, out) == 130
 
@@ -110,7 +111,7 @@ def test_texts_are_those_of_the_file_as_it_is(folder, tmp_path):
 def test_a_file_that_changes_meanwhile(folder, tmp_path, capsys, monkeypatch):
     file = tmp_path / "texts.txt"
     file.write_text("one\ntwo\n")
-    monkeypatch.setattr("m2_plugin.embed._survey", lambda *_: (3, "of three texts"))
+    monkeypatch.setattr("m2_plugin.embed.survey", lambda *_: (3, "of three texts"))
     assert run(folder, file, tmp_path / "v.npy") == 1
     assert "was changed while it was read" in capsys.readouterr().err
 
@@ -205,7 +206,7 @@ def test_killed_and_run_again(folder, tmp_path, caplog):
     assert 0 < done < 6000
     caplog.set_level("INFO")
     assert run(folder, file, out) == 0
-    assert f"continuing after {done} texts" in caplog.text
+    assert f"continuing after {done} rows" in caplog.text
     assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
@@ -222,6 +223,40 @@ def test_a_damaged_partial_starts_anew(size, folder, tmp_path, caplog, monkeypat
     assert run(folder, file, out) == 0
     assert f"{partial} is damaged: starting again" in caplog.text
     np.testing.assert_allclose(np.load(out), alone(folder, LINES * 8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda notes: notes | {"rows": notes["rows"] + 3},  # rows that are zeros
+        lambda notes: notes | {"rows": -1},
+        lambda notes: notes | {"digest": None},
+        lambda notes: {"job": 3, "rows": 3},
+        lambda notes: [3],
+        lambda notes: "",
+    ],
+)
+def test_damaged_notes_publish_no_zeros(damage, folder, tmp_path, caplog, monkeypatch):
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    interrupt(monkeypatch, folder, file, out)
+    notes = tmp_path / ".vectors.npy.json"
+    notes.write_text(json.dumps(damage(json.loads(notes.read_text()))))
+    assert run(folder, file, out) == 0
+    assert "starting again" in caplog.text
+    np.testing.assert_allclose(np.load(out), alone(folder, LINES), rtol=0, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_models_do_not_write_one_file(folder, tmp_path, capsys):
+    """The first goes on; the second is told who has the file."""
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    with locked(out):
+        assert run(folder, file, out) == run(folder, file, out, "--overwrite") == 1
+        error = capsys.readouterr().err
+        assert f"{str(out)!r} is being written by another process: process {os.getpid()}" in error
+    assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
@@ -260,10 +295,15 @@ def test_what_is_refused(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(folder, tmp_path / "many")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(9)])
+    tokenizer.save_pretrained(tmp_path / "many")
     for file, model, message in [
+        ("texts.txt", tmp_path / "many", r"has ids up to \d+, but the model's vocab_size is only"),
         ("none.txt", folder, "there is no file .*none.txt"),
         ("texts.doc", folder, "texts.doc: unknown kind of file; the endings known are .txt .text"),
-        ("empty.jsonl", folder, "empty.jsonl' has no texts"),
+        ("empty.jsonl", folder, "empty.jsonl' has no rows"),
         ("bad.jsonl", folder, "bad.jsonl:2: not JSON"),
         ("null.jsonl", folder, "null.jsonl:2: 'text' should be a text, got NoneType None"),
         ("numbers.jsonl", folder, "numbers.jsonl:1: 'text' should be a text, got int 1"),
@@ -279,7 +319,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
             r"bare' has no tokenizer .*\(the folder has no tokenizer.json",
         ),
         ("texts.txt", tmp_path / "cut", "cut/model.safetensors' cannot be read as a checkpoint"),
-        ("texts.txt", tmp_path / "nowhere", "nowhere.*cannot be read"),
+        ("texts.txt", tmp_path / "nowhere", "there is no file .*nowhere/config.json"),
     ]:
         assert run(model, tmp_path / file, out) == 1
         assert re.search(message, capsys.readouterr().err), message

@@ -24,16 +24,18 @@ from m2_plugin.data.formats import (
     is_remote,
     open_bytes,
     read_bytes,
-    read_json_file,
 )
+from m2_plugin.files import read_json
 
 __all__ = [
     "Row",
+    "arrow_schema",
     "class_names",
     "decode",
     "is_json_stream",
     "open_parquet",
     "parse_object",
+    "read_lines",
     "read_row_groups",
     "read_rows",
     "text_bytes",
@@ -237,12 +239,23 @@ def _text_line(line: bytes | BrokenFileError) -> str:
     return decode(line.removesuffix(b"\r"))
 
 
-def _text_rows(path: str, column: str) -> Iterator[_Numbered]:
+def read_lines(path: str) -> Iterator[tuple[int, str | ValueError]]:
+    """Yield the number, from 1, and the text of each line of a file, or why it cannot be read.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    check_file(path)
     for number, line in _lines(path):
         try:
-            yield number, {column: _text_line(line)}
+            yield number, _text_line(line)
         except ValueError as error:
             yield number, error
+
+
+def _text_rows(path: str, column: str) -> Iterator[_Numbered]:
+    for number, line in read_lines(path):
+        yield number, line if isinstance(line, ValueError) else {column: line}
 
 
 def _json_lines(path: str) -> Iterator[_Numbered]:
@@ -528,7 +541,7 @@ def _split_folder(path: str, split: str | None) -> str:
     """
     if not os.path.isfile(f"{path}/dataset_dict.json"):
         return path
-    splits = read_json_file(f"{path}/dataset_dict.json").get("splits", [])
+    splits = read_json(f"{path}/dataset_dict.json").get("splits", [])
     if split not in splits:
         wrong = "holds several splits" if split is None else f"has no split {split!r}"
         raise DataError(f"{path!r} {wrong}; it has {splits}, each in a folder of its name")
@@ -536,7 +549,7 @@ def _split_folder(path: str, split: str | None) -> str:
 
 
 def _dataset_files(folder: str) -> list[str]:
-    state = read_json_file(f"{folder}/state.json")
+    state = read_json(f"{folder}/state.json")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder!r} was saved by an old version of `datasets`: save it again")
     return [f"{folder}/{file['filename']}" for file in state["_data_files"]]
@@ -591,22 +604,37 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
         return map(of, range(len(batch)))
 
 
+def arrow_schema(path: str, split: str | None = None) -> Any:
+    """Return the Arrow schema of a file, or of a folder that `datasets` saved; None if it has none.
+
+    Raises:
+        DataError: If it is damaged.
+    """
+    kind = file_format(path)
+    if kind == "parquet":
+        return open_parquet(path).schema_arrow
+    if kind == "dataset":
+        path, kind = _dataset_files(_split_folder(path, split))[0], "arrow"
+    return _open_arrow(path)[0] if kind == "arrow" else None
+
+
 def class_names(path: str, split: str | None = None) -> dict[str, tuple[str, ...]]:
     """Return column → names of its classes, if `datasets` stored them in a file or folder.
 
-    Such a column holds indices into its list of names.
+    Such a column holds indices into its list of names, or lists of such indices.
     """
     kind = file_format(path)
     features: Mapping[str, Any] = {}
     if kind == "dataset":
         info = f"{_split_folder(path, split)}/dataset_info.json"
-        features = read_json_file(info).get("features") or {}
+        features = read_json(info).get("features") or {}
     elif kind in ("parquet", "arrow"):
-        schema = open_parquet(path).schema_arrow if kind == "parquet" else _open_arrow(path)[0]
-        noted = (schema.metadata or {}).get(b"huggingface")
+        noted = (arrow_schema(path).metadata or {}).get(b"huggingface")
         features = json.loads(noted)["info"]["features"] if noted else {}
-    return {
-        column: tuple(feature["names"])
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    found = {}
+    for column, feature in features.items():
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]  # of the items of a list
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            found[column] = tuple(feature["names"])
+    return found

@@ -6,9 +6,7 @@ ids. A collator tokenises a batch at a time: nothing is cached, so the batches o
 the data, the seed and the epoch alone.
 """
 
-import copy
 import json
-import logging
 import math
 import os
 from collections import Counter
@@ -18,19 +16,25 @@ from itertools import chain
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from composer.core.data_spec import DataSpec
-from composer.utils import dist
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.data.formats import DataError, is_saved_dataset
+from m2_plugin.data.labels import in_data, label_names, spelling
 from m2_plugin.data.rows import Row, class_names, read_rows, text_bytes
-from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader
+from m2_plugin.foundry.loaders import (
+    PAD_MULTIPLE,
+    PADDINGS,
+    SHARED_KEYS,
+    build_example_loader,
+    check_section,
+    leave_out,
+    subset,
+)
 from m2_plugin.glue.tasks import Task
 from m2_plugin.glue.tasks import task as glue_task
-from m2_plugin.suggest import check_keys
 
 __all__ = [
     "TextClassificationCollator",
@@ -38,23 +42,9 @@ __all__ = [
     "build_text_classification_dataloader",
 ]
 
-log = logging.getLogger(__name__)
-
-DEFAULT_SEED = 19  # the published GLUE recipe's
-PADDINGS = ("max_length", "longest")
-ON_ERROR = ("raise", "skip")
 HUB_NAMES = ("nyu-mll/glue", "glue")  # the current name and the former one, which caches may use
 NO_LABEL = "-"  # official MNLI: the annotators did not agree
 
-SHARED_KEYS = {
-    "max_samples",
-    "max_seq_len",
-    "on_error",
-    "padding",
-    "shuffle",
-    "shuffle_seed",
-    "split",
-}
 GLUE_KEYS = SHARED_KEYS | {"path", "task"}
 OWN_KEYS = SHARED_KEYS | {
     "hf_name",
@@ -96,6 +86,7 @@ class _Fields:
         label_range: The smallest and the largest number of a regression.
         skip_label: The label of rows to leave out; None leaves out none.
         by_name: Whether to look up a source's own class names in `spellings`, not its ids.
+        names_only: Whether an id that is no name is refused, because the names are those of data.
     """
 
     texts: tuple[str, ...]
@@ -105,6 +96,7 @@ class _Fields:
     label_range: tuple[float, float] = (-math.inf, math.inf)
     skip_label: str | None = None
     by_name: bool = False
+    names_only: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -115,7 +107,9 @@ class _Fields:
     def takes_ids(self) -> bool:
         """Whether a label may be an id; false if a class name is a number other than its id."""
         spellings = self.spellings or {}
-        return all(name == str(i) for name, i in spellings.items() if _is_number(name))
+        return not self.names_only and all(
+            name == str(i) for name, i in spellings.items() if _is_number(name)
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -177,23 +171,27 @@ def _hub_dataset(name: str, subset: str | None, split: str | None, cache: str | 
 
 def _class_id(value: Any, fields: _Fields) -> int:
     # Look up integers too: names may be numbers that do not start at 0, such as stars.
-    name = str(value).lower() if isinstance(value, bool) else str(value)
     if fields.spellings is not None:
-        for spelling in (name, str(value)):  # JSON's true may be called true or True
-            if spelling in fields.spellings:
-                return fields.spellings[spelling]
+        for name in (spelling(value), str(value)):  # JSON's true may be called true or True
+            if name in fields.spellings:
+                return fields.spellings[name]
     try:
         label = int(value) if fields.takes_ids and isinstance(value, (int, str)) else None
     except ValueError:
         label = None
     n = fields.num_labels
     if label is None or label < 0 or (n is not None and label >= n):
-        names = "" if fields.spellings is None else f" ({', '.join(fields.spellings)})"
+        names = "" if fields.spellings is None else f" ({_listed(fields.spellings)})"
         accepted = "0, 1, 2, ..." if n is None else f"one of 0 to {n - 1}{names}"
         if fields.spellings is not None and not fields.takes_ids:
-            accepted = f"one of {', '.join(fields.spellings)}"
+            accepted = f"one of {_listed(fields.spellings)}"
         raise ValueError(f"label {value!r} is out of range: it must be {accepted}")
     return label
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _number(value: Any, fields: _Fields) -> float:
@@ -285,18 +283,12 @@ def _to_dataset(tables: Sequence[_Table], fields: _Fields, on_error: str) -> Dat
         ValueError: If a column is missing, if a row is broken and `on_error` is not skip, or if no
             example is left.
     """
-    if on_error not in ON_ERROR:
-        raise ValueError(f"dataset.on_error must be one of {ON_ERROR}, got {on_error!r}.")
     parts, broken = [], []
     for table in tables:
         columns, wrong = _examples(table, fields)
         broken += wrong
         parts.append(columns)
-    if broken:
-        count = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
-        if on_error == "raise":
-            raise ValueError(f"{broken[0]}{count}. To leave it out, set dataset.on_error to skip.")
-        log.warning("Left out %d broken rows; the first: %s", len(broken), broken[0])
+    leave_out(broken, on_error)
     merged = {name: [v for part in parts for v in part[name]] for name in parts[0]}
     if not merged["text"]:
         sources = ", ".join(table.source for table in tables)
@@ -462,20 +454,6 @@ def _count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _count_samples(batch: Mapping[str, Any]) -> int:
-    return len(batch["input_ids"])
-
-
-def _subset(examples: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """Choose examples at random, since files may be sorted by label; keep their order."""
-    if max_samples is None or max_samples >= len(examples):
-        return examples
-    if max_samples < 1:
-        raise ValueError(f"dataset.max_samples must be at least 1, got {max_samples}.")
-    chosen = np.random.default_rng(seed).choice(len(examples), max_samples, replace=False)
-    return examples.select(sorted(chosen.tolist()))
-
-
 def _build(
     examples: Dataset,
     num_labels: int | None,
@@ -489,57 +467,30 @@ def _build(
     persistent_workers: bool,
     timeout: int,
 ) -> DataSpec:
-    seed = int(dataset.get("shuffle_seed", DEFAULT_SEED))
-    shuffle = dataset.get("shuffle")
-    if shuffle is None:
-        shuffle = dataset.get("split") == "train"
-    examples = _subset(examples, dataset.get("max_samples"), seed)
+    examples = subset(examples, dataset)
     least = None
     if num_labels is None and "label" in examples.column_names:
         least = max(max(examples["label"]) + 1, 2)
-    # The sampler draws the order of an epoch from seed + epoch; Composer sets the epoch.
-    sampler = dist.get_sampler(examples, drop_last=drop_last, shuffle=bool(shuffle), seed=seed)
-    loader = build_loader(
+    collator = TextClassificationCollator(
+        tokenizer,
+        int(dataset["max_seq_len"]),
+        dataset.get("padding", "max_length"),
+        num_labels,
+        least,
+    )
+    return build_example_loader(
         examples,
-        num_samples=len(sampler),
-        sampler=sampler,
-        collate_fn=TextClassificationCollator(
-            tokenizer,
-            int(dataset["max_seq_len"]),
-            dataset.get("padding", "max_length"),
-            num_labels,
-            least,
-        ),
-        batch_size=int(device_batch_size),
-        drop_last=drop_last,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-        persistent_workers=persistent_workers,
-        timeout=timeout,
+        collator,
+        _count_tokens,
+        dataset,
+        device_batch_size,
+        drop_last,
+        num_workers,
+        pin_memory,
+        prefetch_factor,
+        persistent_workers,
+        timeout,
     )
-    # llm-foundry's data spec does not fit: it expects a label for each token.
-    return DataSpec(
-        dataloader=loader,
-        get_num_samples_in_batch=_count_samples,
-        get_num_tokens_in_batch=_count_tokens,
-    )
-
-
-def _check(
-    name: str,
-    dataset: Mapping[str, Any],
-    accepted: set[str],
-    required: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise ValueError(f"{name} needs a tokenizer.")
-    check_keys(dataset, accepted, "dataset")
-    for key in required:
-        if dataset.get(key) is None:
-            raise ValueError(f"{name} needs the key {key!r} in dataset.")
-    return copy.deepcopy(tokenizer)  # as in mlm_text: the run's own goes into checkpoints
 
 
 def build_glue_dataloader(
@@ -583,7 +534,8 @@ def build_glue_dataloader(
         ValueError: If a key, the task, the split, a file, a column or a label is missing or
             wrong; the message names it, and for a row the file and line.
     """
-    tokenizer = _check("glue", dataset, GLUE_KEYS, ("task", "split", "max_seq_len"), tokenizer)
+    required = ("task", "split", "max_seq_len")
+    tokenizer = check_section("glue", dataset, GLUE_KEYS, required, tokenizer)
     task, split = glue_task(dataset["task"]), dataset["split"]
     if split not in task.splits:
         raise ValueError(
@@ -636,29 +588,6 @@ def _class_names(tables: Sequence[_Table], label: str) -> tuple[str, ...]:
     return next(iter(found.values()), ())
 
 
-def _label_names(dataset: Mapping[str, Any]) -> list[str] | None:
-    """Return `label_names` as texts.
-
-    Raises:
-        ValueError: If YAML read a name as a boolean or a number, or if a name occurs twice.
-    """
-    names = dataset.get("label_names")
-    if names is None:
-        return None
-    if isinstance(names, str) or not names:
-        raise ValueError(f"dataset.label_names must be a list of names, got {names!r}.")
-    for name in names:
-        if not isinstance(name, (str, int)) or isinstance(name, bool):
-            raise ValueError(
-                f"dataset.label_names: {name!r} is not a text: YAML reads yes, no, on and off as "
-                'booleans and 2.50 as a number. Put names in quotes, e.g. ["no", "yes"].'
-            )
-    texts = [str(name) for name in names]
-    if len(set(texts)) < len(texts):
-        raise ValueError(f"dataset.label_names must have each name once, got {texts}.")
-    return texts
-
-
 def build_text_classification_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,
@@ -681,8 +610,9 @@ def build_text_classification_dataloader(
     * `split`: the split of that dataset or folder;
     * `text_column` (required), and `text_pair_column` for pairs;
     * `label_column` (default: label): null for data without labels;
-    * `label_names`: the names of the classes in the order of their ids, if labels are words.
-      Otherwise labels are integers from 0;
+    * `label_names`: the names of the classes in the order of their ids, if labels are words; or
+      `[{path: FILE, column: COLUMN}]` for the labels that occur in these data (see
+      `m2_plugin.data.labels`), which leaves no others. Without it labels are integers from 0;
     * `regression`: true if labels are numbers to predict;
     * `max_seq_len` (required), `padding`, `shuffle`, `shuffle_seed`, `max_samples` and `on_error`
       (default: raise), as in `build_glue_dataloader`.
@@ -703,18 +633,20 @@ def build_text_classification_dataloader(
             for a row the file and line.
     """
     required = ("text_column", "max_seq_len")
-    tokenizer = _check("text_classification", dataset, OWN_KEYS, required, tokenizer)
-    names, regression = _label_names(dataset), dataset.get("regression", False)
-    if regression and names:
+    tokenizer = check_section("text_classification", dataset, OWN_KEYS, required, tokenizer)
+    given, regression = dataset.get("label_names"), dataset.get("regression", False)
+    if regression and given and not in_data(given):
         raise ValueError(
             "dataset has both label_names, for classes, and regression: true: remove one of them."
         )
+    names = None if regression else label_names(given, "dataset.label_names")
     texts = (dataset["text_column"], dataset.get("text_pair_column"))
     fields = _Fields(
         texts=tuple(name for name in texts if name is not None),
         label=dataset.get("label_column", "label"),
         spellings={name: i for i, name in enumerate(names)} if names else None,
         by_name=names is not None,
+        names_only=in_data(given) is not None,
     )
     tables = _own_tables(dataset, fields.columns)
     classes = names or (() if regression else _class_names(tables, fields.label or ""))

@@ -297,8 +297,20 @@ def test_names_that_are_numbers(tokenizer, tmp_path):
     assert [row["label"] for row in examples(stars)] == [0, 2, 1]
 
 
-def test_yaml_for_own_texts(tokenizer, tmp_path):
-    """It is in llm-foundry's schema, and its model computes a loss on batches of its loaders."""
+@pytest.mark.parametrize(
+    ("labels", "more", "names"),
+    [
+        (["so so", "good", "bad"], {}, ["bad", "good", "so so"]),
+        (["no", "yes", "no"], {}, ["no", "yes"]),  # which a YAML would read as booleans
+        ([0, 2, 1], {}, ["0", "1", "2"]),
+        ([5, 3, 1], {}, ["1", "3", "5"]),
+        (["b", "a", "b"], {"variables.label_names": ["b", "a"]}, ["b", "a"]),
+        ([0, 1, 2], {"variables.label_names": None, "model.num_labels": 3}, None),
+        ([0.5, -1.5, 2], {"variables.regression": True}, None),
+    ],
+)
+def test_yaml_for_own_texts(tokenizer, tmp_path, labels, more, names):
+    """Only the files are given; model and loaders agree on the classes, and the model trains."""
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.builders import build_composer_model, build_optimizer
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
@@ -306,10 +318,14 @@ def test_yaml_for_own_texts(tokenizer, tmp_path):
     from tests.foundry.test_models import build as build_model
 
     build_model("m2_bert", "mlm").model.save_pretrained(tmp_path / "mlm")
-    data = write(tmp_path / "a.csv", ["good,1", "bad,0"] * 2, "text,label")
+    tokenizer.save_pretrained(tmp_path / "mlm")
+    train = write(tmp_path / "a.csv", [f"x,{y}" for y in labels] * 2, "text,label")
+    dev = write(tmp_path / "b.csv", [f"x,{y}" for y in labels[:2]], "text,label")
     config = OmegaConf.load(ROOT / "yamls/finetune/text-classification.yaml")
-    keys = {"train": str(data), "eval": str(data), "start": str(tmp_path / "mlm")}
+    keys = {"train": str(train), "eval": str(dev), "start": str(tmp_path / "mlm")}
     config.variables.update(keys | {"max_seq_len": L})
+    for key, value in more.items():
+        OmegaConf.update(config, key, value)
     OmegaConf.resolve(config)
     _, train_config = make_dataclass_and_log_config(
         copy.deepcopy(config), TrainConfig, TRAIN_CONFIG_KEYS, transforms="all"
@@ -318,10 +334,59 @@ def test_yaml_for_own_texts(tokenizer, tmp_path):
     config = OmegaConf.to_container(config)
     model = build_composer_model(config["model"].pop("name"), config["model"], tokenizer)
     build_optimizer(model, config["optimizer"].pop("name"), config["optimizer"])
+    metrics = {"MulticlassAccuracy", "LanguageCrossEntropy"}
+    if "variables.regression" in more:
+        metrics = {"SpearmanCorrCoef", "PearsonCorrCoef", "MeanSquaredError"}
+    assert metrics <= set(model.get_metrics(is_train=False))
     for name in ("train_loader", "eval_loader"):
-        loader = config[name] | {"num_workers": 0, "pin_memory": False}
-        batch = next(iter(build_dataloader(loader, tokenizer, 4).dataloader))
+        loader = config[name] | {"num_workers": 0, "pin_memory": False, "drop_last": False}
+        spec = build_dataloader(loader, tokenizer, 4)
+        batch = next(iter(spec.dataloader))
         assert model.loss(model(batch), batch).item() > 0
+        if names:
+            ids = {str(y): names.index(str(y)) for y in labels}
+            found = [row["label"] for row in examples(spec)]
+            assert found == [ids[str(y)] for y in labels * 2][: len(found)]
+    model.model.save_pretrained(tmp_path / "tuned")
+    saved = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    if names:
+        assert saved["id2label"] == {str(i): name for i, name in enumerate(names)}
+        assert saved["label2id"] == {name: i for i, name in enumerate(names)}
+
+
+def test_a_label_that_the_training_data_lacks(tokenizer, tmp_path):
+    """Also one that would be an id."""
+    train = write(tmp_path / "train.csv", ["x,no", "y,yes"], "text,label")
+    dev = write(tmp_path / "dev.csv", ["x,no", "y,maybe"], "text,label")
+    names = [{"path": str(train), "column": "label"}]
+    for word in ("maybe", "1"):
+        dev.write_text(f"text,label\nx,no\ny,{word}\n")
+        with pytest.raises(
+            ValueError, match=rf"dev.csv:3: label '{word}' .* must be one of no, yes"
+        ):
+            own(tokenizer, dev, label_names=names)
+    both = own(tokenizer, [dev, train], label_names=names, on_error="skip")
+    assert [row["label"] for row in examples(both)] == [0, 0, 1]
+    # An empty label is an error at its line, and no class.
+    train.write_text("text,label\nx,no\ny,\nz,yes\n")
+    with pytest.raises(ValueError, match=r"train.csv:3: label '' .* must be one of no, yes"):
+        own(tokenizer, train, label_names=names)
+
+
+@pytest.mark.parametrize("ending", ["saved", "parquet"])
+def test_data_saved_in_the_format_of_torch(tokenizer, tmp_path, ending):
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["b", "a"])}
+    data = datasets.Dataset.from_dict(
+        {"text": ["x", "y"], "label": [0, 1]}, features=datasets.Features(features)
+    ).with_format("torch")
+    path = tmp_path / f"a.{ending}"
+    data.save_to_disk(str(path)) if ending == "saved" else data.to_parquet(path)
+    assert [row["label"] for row in examples(own(tokenizer, path, label_names=["a", "b"]))] == [
+        1,
+        0,
+    ]
+    names = {"path": str(path), "column": "label"}
+    assert [row["label"] for row in examples(own(tokenizer, path, label_names=names))] == [0, 1]
 
 
 # Bad input
