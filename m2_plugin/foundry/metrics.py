@@ -1,5 +1,7 @@
 """GLUE's metrics, with a value also for inputs where torchmetrics and Composer give NaN.
 
+And a base class for metrics of units that lie in several batches, on any rank.
+
 If all predictions are one class, or constant, correlations and F1 are 0 / 0. Here they are 0, as in
 scikit-learn for Matthews and F1: such predictions show no skill, and one NaN would spoil an average
 over tasks. (scipy gives NaN for correlations of a constant.)
@@ -10,8 +12,10 @@ The classes keep the names of the classes they extend: the trainer logs metrics 
 from typing import Any
 
 import composer.metrics
+import numpy as np
 import torch
 import torchmetrics
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import classification
 
@@ -19,6 +23,7 @@ __all__ = [
     "BinaryF1Score",
     "MulticlassMatthewsCorrCoef",
     "PearsonCorrCoef",
+    "RowMetric",
     "SpearmanCorrCoef",
 ]
 
@@ -80,3 +85,36 @@ class SpearmanCorrCoef(torchmetrics.SpearmanCorrCoef):
     def compute(self) -> Tensor:
         """Return the correlation, from -1 to 1."""
         return super().compute().nan_to_num(0.0).float()
+
+
+class RowMetric(torchmetrics.Metric):
+    """A metric of rows of numbers, which are gathered from all ranks.
+
+    For units such as sentences whose parts lie in several batches: a subclass groups the rows. A
+    row may occur twice, since a sampler repeats rows so that ranks have equally many.
+
+    Args:
+        columns: The numbers in a row.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.columns = columns
+        # A rank without rows gives torchmetrics an empty vector of the metric's dtype, so the state
+        # is a vector of this dtype too. fp64 has all integers to 2^53.
+        self.set_dtype(torch.float64)
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows, (N, columns)."""
+        self.rows.append(rows.double().flatten())
+
+    def table(self) -> NDArray[np.float64]:
+        """Return the rows, (N, columns)."""
+        rows = self.rows if isinstance(self.rows, list) else [self.rows]
+        if not rows:
+            return np.zeros((0, self.columns))
+        return torch.cat(rows).cpu().numpy().reshape(-1, self.columns)

@@ -28,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from m2_plugin.data.labels import in_data
+from m2_plugin.data.labels import label_names as read_label_names
+from m2_plugin.foundry.flops import FlopCounter
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
     MulticlassMatthewsCorrCoef,
@@ -104,11 +107,12 @@ class BertComposerModel(HuggingFaceModel):
             self.auto_class,
             model_type,
             self.default_model_type,
-            tokenizer=None if allow_embedding_resizing else tokenizer,
+            tokenizer=tokenizer,
             path=pretrained_model_name_or_path,
             pretrained=pretrained,
             config_overrides=config_overrides,
             init_device=init_device,
+            allow_embedding_resizing=allow_embedding_resizing,
         )
         config = inner.config
         names = list(metrics if metrics is not None else self.default_metrics(config))
@@ -123,7 +127,16 @@ class BertComposerModel(HuggingFaceModel):
             shift_labels=False,
             allow_embedding_resizing=allow_embedding_resizing,
         )
+        self.count_flops = FlopCounter(self.model)
         prepare_for_composer(self.model)  # after resizing, which replaces modules
+
+    def flops_per_batch(self, batch: Mapping[str, Any]) -> float:
+        """Count the operations of a training step on this rank's batch; see `FlopCounter`.
+
+        Composer's `speed_monitor` logs from it `throughput/flops_per_sec` and, on GPUs whose peak
+        it knows, `throughput/device/mfu`.
+        """
+        return self.count_flops(batch)
 
     @staticmethod
     def default_metrics(config: PretrainedConfig) -> Sequence[str]:
@@ -183,25 +196,49 @@ class _Classification(BertComposerModel):
     """Sequence classification, or regression with one label.
 
     Args:
-        num_labels: Number of classes; 1 is regression.
+        num_labels: Number of classes; 1 is regression. By default the number of `label_names`, or 1
+            with `regression`, or 2.
+        label_names: The names of the classes in the order of their ids, or the data that has them,
+            as in the dataloader `text_classification`. They become `id2label` and `label2id` of
+            the saved config.
+        regression: Whether the model predicts a number. Then `label_names` that stand for the names
+            in some data are not read.
         problem_type: "regression" or "single_label_classification"; by default from `num_labels`.
         config_overrides: Config fields to replace.
         **kwargs: More arguments of `BertComposerModel`. `metrics` may also name accuracy, f1,
             matthews, cross_entropy, pearson, spearman and mse.
 
     Raises:
-        ValueError: If the problem type does not fit the number of labels.
+        ValueError: If the problem type or the names do not fit the number of labels.
     """
 
     auto_class = AutoModelForSequenceClassification
 
     def __init__(
         self,
-        num_labels: int = 2,
+        num_labels: int | None = None,
         problem_type: str | None = None,
         config_overrides: Mapping[str, Any] | None = None,
+        label_names: Any = None,
+        regression: bool = False,
         **kwargs: Any,
     ):
+        names = None
+        if regression:
+            if num_labels not in (None, 1) or (label_names and not in_data(label_names)):
+                raise ValueError(
+                    "model has regression: true, and num_labels or label_names for classes: remove "
+                    "one of them."
+                )
+            num_labels = 1
+        else:
+            names = read_label_names(label_names, "model.label_names")
+        if names is not None and num_labels not in (None, len(names)):
+            raise ValueError(
+                f"model.num_labels is {num_labels}, but label_names are {len(names)}: "
+                f"{', '.join(names[:20])}. Remove num_labels, or list the names."
+            )
+        num_labels = num_labels or len(names or ()) or 2
         problem_type = problem_type or (REGRESSION if num_labels == 1 else SINGLE_LABEL)
         if problem_type not in (REGRESSION, SINGLE_LABEL):
             raise ValueError(
@@ -214,12 +251,15 @@ class _Classification(BertComposerModel):
             )
         task = {"num_labels": num_labels, "problem_type": problem_type}
         super().__init__(config_overrides={**(config_overrides or {}), **task}, **kwargs)
+        if names is not None:
+            self.config.id2label = dict(enumerate(names))
+            self.config.label2id = {name: i for i, name in enumerate(names)}
 
     @staticmethod
     def default_metrics(config: PretrainedConfig) -> Sequence[str]:
         if config.problem_type == REGRESSION:
             return ("spearman", "pearson", "mse")
-        return ("accuracy", "cross_entropy")
+        return ("accuracy", "f1", "cross_entropy")
 
     @staticmethod
     def build_metric(name: str, config: PretrainedConfig) -> Metric:
