@@ -1,9 +1,8 @@
-"""`m2-plugin import`, `export` and `extend`: checkpoints ↔ transformers folders."""
+"""`m2-plugin import`, `export`, `extend` and `average`: checkpoints ↔ transformers folders."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 
 def main_import(argv: Sequence[str] | None = None) -> int:
@@ -13,7 +12,10 @@ def main_import(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name.
 
     Returns:
-        0, or 1 if the source was refused.
+        0.
+
+    Raises:
+        ValueError: If the source is refused.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin import",
@@ -53,21 +55,18 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
     args = parser.parse_args(argv)
 
-    def run() -> list[str]:
-        from m2_plugin.checkpoints.convert import import_checkpoint
+    from m2_plugin.checkpoints.convert import import_checkpoint
 
-        report = import_checkpoint(
-            args.source,
-            args.out,
-            config=args.config,
-            tokenizer=args.tokenizer,
-            allow_missing=args.allow_missing,
-            allow_unused=args.allow_unused,
-            allow_different=args.allow_different,
-        )
-        return [*report.lines(args.verbose), args.out]
-
-    return _say(run)
+    report = import_checkpoint(
+        args.source,
+        args.out,
+        config=args.config,
+        tokenizer=args.tokenizer,
+        allow_missing=args.allow_missing,
+        allow_unused=args.allow_unused,
+        allow_different=args.allow_different,
+    )
+    return _say([*report.lines(args.verbose), args.out])
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +76,10 @@ def main_export(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name.
 
     Returns:
-        0, or 1 if the folder was refused.
+        0.
+
+    Raises:
+        ValueError: If the folder is refused.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin export",
@@ -89,22 +91,35 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     target.add_argument("--out", help="the .pt file to write")
     target.add_argument("--hub", help="the folder to write, for trust_remote_code=True")
     target.add_argument("--onnx", help="the .onnx file to write, for ONNX Runtime")
+    parser.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="with --hub: upload the folder to this repository of the hub, which is made if it "
+        "does not exist",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: nobody else sees it")
     args = parser.parse_args(argv)
+    if args.push and not args.hub:
+        parser.error("--push needs --hub: it uploads that folder")
+    if args.private and not args.push:
+        parser.error("--private needs --push")
 
-    def run() -> list[str]:
-        if args.hub:
-            from m2_plugin.checkpoints.hub import export_hub_folder
+    if args.hub:
+        from m2_plugin.checkpoints.hub import export_hub_folder
+        from m2_plugin.checkpoints.push import check_access, push_folder
 
-            return [f"{len(export_hub_folder(args.folder, args.hub))} files", args.hub]
-        if args.onnx:
-            from m2_plugin.checkpoints.onnx import export_onnx
+        if args.push:
+            check_access(args.push)  # before anything is written
+        files = export_hub_folder(args.folder, args.hub, args.push)
+        lines = [f"{len(files)} files", args.hub]
+        return _say(lines + ([push_folder(args.hub, args.push, args.private)] if args.push else []))
+    if args.onnx:
+        from m2_plugin.checkpoints.onnx import export_onnx
 
-            return [f"outputs: {', '.join(export_onnx(args.folder, args.onnx))}", args.onnx]
-        from m2_plugin.checkpoints.convert import export_checkpoint
+        return _say([f"outputs: {', '.join(export_onnx(args.folder, args.onnx))}", args.onnx])
+    from m2_plugin.checkpoints.convert import export_checkpoint
 
-        return [f"{export_checkpoint(args.folder, args.out)} tensors", args.out]
-
-    return _say(run)
+    return _say([f"{export_checkpoint(args.folder, args.out)} tensors", args.out])
 
 
 def main_extend(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +129,10 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, without the program's name.
 
     Returns:
-        0, or 1 if the folder was refused.
+        0.
+
+    Raises:
+        ValueError: If the folder is refused.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin extend",
@@ -137,21 +155,53 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    def run() -> list[str]:
-        from m2_plugin.checkpoints.extend import extend_folder
+    from m2_plugin.checkpoints.extend import extend_folder
 
-        config = extend_folder(args.folder, args.out, args.max_seq_len, args.method)
-        return [f"takes up to {config.max_sequence_length} tokens", args.out]
-
-    return _say(run)
+    config = extend_folder(args.folder, args.out, args.max_seq_len, args.method)
+    return _say([f"takes up to {config.max_sequence_length} tokens", args.out])
 
 
-def _say(run: Callable[[], Any]) -> int:
-    """Write the lines that `run` returns, or its error; return the exit status."""
-    try:
-        lines = run()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+def main_average(argv: Sequence[str] | None = None) -> int:
+    """Run `m2-plugin average`.
+
+    Args:
+        argv: Arguments, without the program's name.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: If a source is refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="m2-plugin average",
+        description="Average the weights of checkpoints of one model, for example the last ones of "
+        "a run. Evaluate the result: it is often, not always, better than each.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="two or more of what `m2-plugin import` takes: transformers folders, Composer "
+        "checkpoints (.pt), names on the hub",
+    )
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="a number for each source, scaled to sum to 1; by default all count alike",
+    )
+    args = parser.parse_args(argv)
+
+    from m2_plugin.checkpoints.average import average_checkpoints
+
+    shares = average_checkpoints(args.sources, args.out, args.weights)
+    lines = [f"{100 * n:5.1f}% {source}" for n, source in zip(shares, args.sources, strict=True)]
+    return _say([*lines, args.out])
+
+
+def _say(lines: Iterable[str]) -> int:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0

@@ -1,16 +1,15 @@
 """Import checkpoints of the M2 reference and of Composer as transformers folders; export them."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from m2_plugin.checkpoints.card import add_section, shown_name
 from m2_plugin.checkpoints.config import (
     Resolved,
     expected_tensors,
@@ -21,23 +20,30 @@ from m2_plugin.checkpoints.config import (
 )
 from m2_plugin.checkpoints.fetch import fetch
 from m2_plugin.checkpoints.folder import (
-    TOKENIZER_FILES,
-    copy_tokenizer,
+    byte_count,
+    copy_card,
     load_folder,
-    read_json_object,
     save_folder,
     weights_file,
 )
 from m2_plugin.checkpoints.names import to_reference
 from m2_plugin.checkpoints.read import read_file
-from m2_plugin.data.tokenizer import load_tokenizer
-from m2_plugin.files import whole
-from m2_plugin.models.configuration_m2_bert import M2BertConfig
+from m2_plugin.checkpoints.tokenizer import (
+    folder_has_tokenizer,
+    holds_tokenizer,
+    load_data_tokenizer,
+)
+from m2_plugin.data.tokenizer import vocabularies_fit, vocabulary_size
+from m2_plugin.files import read_json, whole
 from m2_plugin.models.modeling_m2_bert import M2BertForTokenClassification
 
-__all__ = ["ImportReport", "export_checkpoint", "import_checkpoint"]
-
-VOCABULARIES = ("tokenizer.json", "vocab.txt")  # a tokenizer needs one of them
+__all__ = [
+    "ImportReport",
+    "export_checkpoint",
+    "import_checkpoint",
+    "read_checkpoint",
+    "save_tokenizer",
+]
 
 
 @dataclass
@@ -50,12 +56,21 @@ class ImportReport:
         missing: Tensors that the source lacks and was allowed to lack, in its naming. They get
             random values.
         tokenizer: The source of the tokenizer, or None if there is no tokenizer.
+        tokenizer_files: Its files, if a file of weights holds them: name → content.
+        local: The path of the source on this machine.
     """
 
     source: str
     found: Resolved
     missing: list[str] = field(default_factory=list)
     tokenizer: str | None = None
+    tokenizer_files: Mapping[str, Any] = field(default_factory=dict)
+    local: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(tensor.numel() for tensor in self.found.weights.values())
 
     def lines(self, verbose: bool = False) -> Iterator[str]:
         """Yield the lines of the report; `verbose` lists every tensor."""
@@ -131,7 +146,39 @@ def import_checkpoint(
         ValueError: If a file cannot be read, or if a tensor or field is missing, unused or
             contradicts another; the message names it. Nothing is written then.
     """
-    source, out = str(source), Path(out)
+    report = read_checkpoint(
+        source, config, tokenizer, allow_missing, allow_unused, allow_different
+    )
+    out = Path(out)
+    with whole(out, byte_count(report.found.weights)) as temporary:
+        temporary.mkdir()
+        save_folder(temporary, report.found.config, report.found.weights)
+        if report.tokenizer is not None:
+            save_tokenizer(report, temporary)
+        copy_card(Path(report.local), temporary)
+        name = shown_name(report.source)
+        add_section(
+            temporary,
+            "Import",
+            f"Imported by m2_plugin from `{name}`.",
+            name=out.name,
+            config=report.found.config,
+            parameters=report.parameters,
+            base_model=name if "/" in name else None,
+        )
+    return report
+
+
+def read_checkpoint(
+    source: str | Path,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+    allow_different: Sequence[str] = (),
+) -> ImportReport:
+    """Read a checkpoint as `import_checkpoint` does, which has the same arguments and errors."""
+    source = str(source)
     local = fetch(source)
     file, given, where = _find(local, config)
     raw, saved = read_file(file)
@@ -141,20 +188,19 @@ def import_checkpoint(
         found = resolve(raw, given, where=where, allow_different=allow_different)
     except ValueError as error:
         raise ValueError(f"{source!r}: {error}") from error
-    report = ImportReport(source, found)
+    report = ImportReport(source, found, local=local)
     _check_names(report, allow_missing, allow_unused)
     found.config.architectures = [found.model_class.__name__]
     others = [t for name, t in found.weights.items() if ".filter." not in name]  # always fp32
     dtypes = {tensor.dtype for tensor in others if tensor.is_floating_point()}
     found.config.torch_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    report.tokenizer, files = tokenizer or _own_tokenizer(local), {}
-    if report.tokenizer is None and any(name in saved.tokenizer for name in VOCABULARIES):
-        report.tokenizer, files = file, saved.tokenizer
-    with whole(out) as temporary:
-        temporary.mkdir()
-        save_folder(temporary, found.config, found.weights)
-        if report.tokenizer is not None:
-            _save_tokenizer(report.tokenizer, files, found.config, temporary)
+    own, files = (local if folder_has_tokenizer(local) else None), {}
+    if own is None and holds_tokenizer(saved.tokenizer):
+        own, files = file, saved.tokenizer
+    report.tokenizer, report.tokenizer_files = own, files
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, own, files)
+        report.tokenizer, report.tokenizer_files = tokenizer, {}
     return report
 
 
@@ -190,22 +236,22 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> int:
     tensors = {f"model.{name}": tensor for name, tensor in to_reference(weights).items()}
     content = reference_config(config)
     integrations = {"huggingface": {"model": {"config": {"content": content}}}}
-    with whole(Path(out)) as temporary:
-        torch.save(
-            {"state": {"model": tensors, "integrations": integrations}, "rng": []}, temporary
-        )
+    saved = {"state": {"model": tensors, "integrations": integrations}, "rng": []}
+    # Given a path, torch would write the file's name into the file, and hide a full disk.
+    with whole(Path(out), byte_count(tensors)) as temporary, temporary.open("wb") as file:
+        torch.save(saved, file)
     return len(tensors)
 
 
 def _find(source: str, config: str | Path | None) -> tuple[str, dict[str, Any] | None, str]:
     """Return the file of weights, the config given with it, and the path of that config."""
     if not os.path.isdir(source):
-        given = None if config is None else read_json_object(Path(config))
+        given = None if config is None else read_json(config)
         return source, given, str(config)
     weights, own = weights_file(source), os.path.join(source, "config.json")
     if config is None and not os.path.exists(own):
         return weights, None, own
-    return weights, read_json_object(Path(config or own)), str(config or own)
+    return weights, read_json(config or own), str(config or own)
 
 
 def _check_names(
@@ -233,36 +279,33 @@ def _check_names(
             )
 
 
-def _own_tokenizer(source: str) -> str | None:
-    there = any(os.path.isfile(os.path.join(source, name)) for name in VOCABULARIES)
-    return source if there else None
-
-
-def _save_tokenizer(
-    name: str, files: Mapping[str, Any], config: M2BertConfig, folder: Path
-) -> None:
-    """Save the tokenizer that `files` make, or if there are none the one called `name`.
-
-    Only data is read from files and folders, whatever they name: no code, and no other files.
-    """
+def _check_tokenizer(name: str, own: str | None, files: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer with another vocabulary than that of the source."""
+    if own is None:
+        return
     try:
-        with TemporaryDirectory() as made, TemporaryDirectory() as scratch:
-            for file in TOKENIZER_FILES:
-                if file in files:
-                    content = files[file]
-                    text = json.dumps(content) if file.endswith(".json") else "\n".join(content)
-                    (Path(made) / file).write_text(text, encoding="utf-8")
-            where = Path(made) if files else Path(name)
-            if where.is_dir():
-                copy_tokenizer(where, Path(scratch))
-            tokenizer = load_tokenizer(scratch if where.is_dir() else name)
-    except Exception as error:  # the files may hold anything, so any error can occur
-        cause = error.__cause__ or error  # without the name of the scratch folder
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise ValueError(f"the tokenizer {name!r} cannot be loaded: {reason}") from error
-    if len(tokenizer) > config.vocab_size:
+        theirs = load_data_tokenizer(own, files)
+    except ValueError:  # damaged, so another one is needed
+        return
+    if not vocabularies_fit(load_data_tokenizer(name, {}), theirs):
         raise ValueError(
-            f"the tokenizer {name!r} has {len(tokenizer)} entries, but the model's vocab_size is "
+            f"the tokenizer {name!r} has another vocabulary than the one in {own!r}: leave out "
+            f"--tokenizer"
+        )
+
+
+def save_tokenizer(report: ImportReport, folder: Path) -> None:
+    """Save the tokenizer of a checkpoint, which has one, with the model's maximum length.
+
+    Raises:
+        ValueError: If it cannot be loaded, or has ids beyond the model's vocabulary.
+    """
+    name, config = str(report.tokenizer), report.found.config
+    tokenizer = load_data_tokenizer(name, report.tokenizer_files)
+    needed = vocabulary_size(tokenizer)
+    if needed > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {name!r} has ids up to {needed - 1}, but the model's vocab_size is "
             f"only {config.vocab_size}"
         )
     if config.max_sequence_length is not None:

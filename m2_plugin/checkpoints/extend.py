@@ -3,7 +3,6 @@
 Dimension key: L old length, H new length, E positional features of the filters.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -13,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m2_plugin.checkpoints.folder import copy_beside_model, load_folder, save_folder
-from m2_plugin.files import whole
+from m2_plugin.checkpoints.card import add_section, shown_name
+from m2_plugin.checkpoints.folder import byte_count, copy_beside_model, load_folder, save_folder
+from m2_plugin.files import read_json, whole, write_json
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 
 __all__ = ["METHODS", "extend", "extend_folder"]
@@ -126,12 +126,20 @@ def extend_folder(
         ValueError: As in `extend`, or if the folder has no complete M2-BERT, or if `out` exists.
     """
     config, weights = extend(*load_folder(folder), length, method)
-    with whole(Path(out)) as temporary:
+    with whole(Path(out), byte_count(weights)) as temporary:
         temporary.mkdir()
         copy_beside_model(Path(folder), temporary)
         save_folder(temporary, config, weights)
         path = temporary / "tokenizer_config.json"
         if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}
-            path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+            write_json(path, read_json(path) | {"model_max_length": length})
+        add_section(
+            temporary,
+            "Extension",
+            f"Extended by m2_plugin to {length:,} tokens from `{shown_name(folder)}` (method "
+            f"`{method}`), and not trained since. Measurements above are of the model before.",
+            name=Path(out).name,
+            config=config,
+            parameters=sum(tensor.numel() for tensor in weights.values()),
+        )
     return config

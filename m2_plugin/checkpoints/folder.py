@@ -1,6 +1,5 @@
 """Read and write transformers folders that hold an M2-BERT."""
 
-import json
 import os
 import re
 import shutil
@@ -14,22 +13,26 @@ from transformers import PreTrainedModel
 
 from m2_plugin.checkpoints.config import HEADS, expected_tensors, listed, model_class_of, resolve
 from m2_plugin.checkpoints.read import SHARD_INDEX, read_file
+from m2_plugin.files import read_json, write_json
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.modeling_m2_bert import M2BertForTextEmbedding
 from m2_plugin.models.sentence_folder import read_modules, write_modules
 
 __all__ = [
+    "CARD",
     "TOKENIZER_FILES",
     "WEIGHTS",
     "build_model",
+    "byte_count",
     "copy_beside_model",
+    "copy_card",
     "copy_tokenizer",
     "load_folder",
-    "read_json_object",
     "save_folder",
     "weights_file",
 ]
 
+CARD = "README.md"  # of a model, as the hub names it
 WEIGHTS = (  # the first that exists is read
     "model.safetensors",
     "model.safetensors.index.json",
@@ -69,7 +72,7 @@ def load_folder(folder: str | Path) -> tuple[M2BertConfig, dict[str, Tensor]]:
             a tensor is missing (transformers would give it random values).
     """
     path = Path(folder) / "config.json"
-    saved = read_json_object(path)
+    saved = read_json(path)
     if saved.get("model_type") != M2BertConfig.model_type:
         raise ValueError(
             f"{str(folder)!r} holds no M2-BERT: model_type in its config.json is "
@@ -128,6 +131,11 @@ def save_folder(folder: Path, config: M2BertConfig, weights: Mapping[str, Tensor
         write_modules(folder, config, tensors)
 
 
+def byte_count(weights: Mapping[str, Tensor]) -> int:
+    """Return the size of a model's weights, which is nearly all of its folder."""
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
 def weights_file(folder: str) -> str:
     """Find the file of weights in a folder, or their index if they are in several files.
 
@@ -149,6 +157,16 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             _copy(folder, Path(name), target)
+
+
+def copy_card(folder: Path, target: Path) -> None:
+    """Copy a folder's model card, if there is one.
+
+    Raises:
+        ValueError: If it is a link out of the folder.
+    """
+    if (folder / CARD).is_file():
+        _copy(folder, Path(CARD), target)
 
 
 def copy_beside_model(folder: Path, target: Path) -> None:
@@ -178,26 +196,11 @@ def _copy(folder: Path, name: Path, target: Path) -> None:
     out = target / name
     out.parent.mkdir(parents=True, exist_ok=True)
     if str(name) == "tokenizer_config.json":
-        content = read_json_object(path)
+        content = read_json(path)
         content = {key: value for key, value in content.items() if not POINTERS.fullmatch(key)}
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(out, content)
     else:
         shutil.copyfile(path, out)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        ValueError: If the file cannot be read or holds another value.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object")
-    return content
 
 
 def _class_of(config: M2BertConfig) -> type[PreTrainedModel] | None:

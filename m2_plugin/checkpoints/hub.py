@@ -6,12 +6,12 @@ become relative. Kernels are left out: in such a folder plain PyTorch computes e
 """
 
 import ast
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from m2_plugin.checkpoints.folder import copy_beside_model, load_folder, save_folder
-from m2_plugin.files import whole
+from m2_plugin.checkpoints.card import add_section, usage
+from m2_plugin.checkpoints.folder import byte_count, copy_beside_model, load_folder, save_folder
+from m2_plugin.files import read_json, whole, write_json
 
 __all__ = ["export_hub_folder", "flat_sources"]
 
@@ -34,12 +34,13 @@ GATE = "why_no_kernel"
 ANSWER = "this folder holds plain PyTorch only: install m2_plugin, and load without remote code"
 
 
-def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
+def export_hub_folder(folder: str | Path, out: str | Path, name: str | None = None) -> list[str]:
     """Copy a transformers folder with an M2-BERT, and add the code that it needs, no other.
 
     Args:
         folder: A transformers folder with an M2-BERT.
         out: The folder to write. It appears when it is complete.
+        name: The name that the model will have on the hub, for its card.
 
     Returns:
         The names of the files in `out`.
@@ -48,20 +49,35 @@ def export_hub_folder(folder: str | Path, out: str | Path) -> list[str]:
         ValueError: If the folder has no complete M2-BERT, or if `out` exists.
     """
     config, weights = load_folder(folder)  # raises an error if the folder is not complete
-    with whole(Path(out)) as temporary:
+    with whole(Path(out), byte_count(weights)) as temporary:
         temporary.mkdir()
         copy_beside_model(Path(folder), temporary)
         save_folder(temporary, config, weights)
         path, tokenizer = temporary / "config.json", temporary / "tokenizer_config.json"
-        content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        content = read_json(path) | {"auto_map": AUTO_MAP}
         if tokenizer.is_file():
             # For a model type that transformers does not know, pipelines load a tokenizer only if
             # config.json names its class.
-            saved = json.loads(tokenizer.read_text(encoding="utf-8"))
-            content["tokenizer_class"] = saved.get("tokenizer_class")
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name, source in flat_sources().items():
-            (temporary / name).write_text(source, encoding="utf-8")
+            content["tokenizer_class"] = read_json(tokenizer).get("tokenizer_class")
+        write_json(path, dict(sorted(content.items())))
+        for file, source in flat_sources().items():
+            (temporary / file).write_text(source, encoding="utf-8")
+        code = usage(
+            (config.architectures or [""])[0],
+            is_m2=True,
+            has_tokenizer=tokenizer.is_file(),
+            where=name or ".",
+            remote_code=True,
+        )
+        add_section(
+            temporary,
+            "Use without m2_plugin",
+            f"This folder has the model's code, in plain PyTorch, which transformers runs if you "
+            f"allow it:\n\n{code}",
+            name=name or Path(out).name,
+            config=config,
+            parameters=sum(tensor.numel() for tensor in weights.values()),
+        )
     return sorted(entry.name for entry in Path(out).iterdir())
 
 

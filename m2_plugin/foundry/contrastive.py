@@ -20,6 +20,7 @@ from llmfoundry.models.llm_embed.finetune_embedding_model import FinetuneEmbeddi
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
+from m2_plugin.foundry.flops import FlopCounter
 from m2_plugin.foundry.private import ContrastiveConfig
 from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_composer
 from m2_plugin.models.modeling_m2_bert import M2BertEmbeddingOutput, M2BertForTextEmbedding
@@ -115,6 +116,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
         )
         self.objective = loss
         self.negative_weight = negative_weight
+        self.count_flops = FlopCounter(self.model)
         prepare_for_composer(self.model)
 
     def construct_model(self) -> M2BertForTextEmbedding:
@@ -134,6 +136,10 @@ class M2BertContrastive(FinetuneEmbeddingModel):
         # llm-foundry keeps the first batch's: wrong if the evaluation has another number.
         if batch["input_ids"].ndim == 3:
             self.step_size = batch["input_ids"].shape[1]
+
+    def flops_per_batch(self, batch: Mapping[str, Any]) -> float:
+        """Count the operations of a training step on this rank's batch; see `FlopCounter`."""
+        return self.count_flops(batch)
 
     def get_hidden_state(self, outputs: M2BertEmbeddingOutput) -> Tensor:
         """Return the embeddings as hidden states of one position, (B·P, 1, D)."""

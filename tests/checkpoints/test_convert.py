@@ -507,3 +507,20 @@ def test_a_tokenizer_of_one_file_is_saved_beside(tmp_path):
     words.save(str(tmp_path / "only" / "tokenizer.json"))
     import_checkpoint(source, tmp_path / "m2", config=config, tokenizer=str(tmp_path / "only"))
     assert AutoTokenizer.from_pretrained(tmp_path / "m2")("he")["input_ids"] == [1]
+
+
+def test_another_vocabulary_than_the_sources_is_refused(tmp_path):
+    """And what has the same ids, and some more, is not."""
+    source, config, _, _ = golden_file(tmp_path)
+    known = {"[UNK]": 0, "he": 1}
+    found = {"own": known, "other": {"[UNK]": 1, "he": 0}, "more": known | {"she": 2}}
+    for name, vocabulary in found.items():
+        (tmp_path / name).mkdir()
+        words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+        words.save(str(tmp_path / name / "tokenizer.json"))
+    import_checkpoint(source, tmp_path / "m2", config=config, tokenizer=str(tmp_path / "own"))
+    with pytest.raises(ValueError, match="another vocabulary than the one in .*m2'"):
+        import_checkpoint(tmp_path / "m2", tmp_path / "no", tokenizer=str(tmp_path / "other"))
+    assert not (tmp_path / "no").exists()
+    import_checkpoint(tmp_path / "m2", tmp_path / "yes", tokenizer=str(tmp_path / "more"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "yes")) == 3
