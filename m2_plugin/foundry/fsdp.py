@@ -62,7 +62,8 @@ def keep_filters_fp32(model: nn.Module) -> None:
         if isinstance(module, HyenaFilter):
             fsdp1, fsdp2 = {"mixed_precision": MixedPrecision()}, {"reshard_after_forward": True}
             setattr(module, FSDP_SETTINGS, fsdp2 if version == "2" else fsdp1)
-            module.register_forward_pre_hook(_refuse_rounded)
+            if version == "2":  # not for others: hooks keep a filter from computing its taps once
+                module.register_forward_pre_hook(_refuse_rounded)
 
 
 def _refuse_rounded(module: nn.Module, _: Any) -> None:

@@ -33,8 +33,6 @@ GELU = ({"name": "gelu"}, {"name": "gelu", "approximate": "none"})  # the op has
 
 # Arguments of MPT's attention layers that a convolution does not support, and why.
 UNSUPPORTED = {
-    "past_key_value": "it keeps no keys and values: call generate(..., use_cache=False), or set "
-    "use_cache: false in the model's config",
     "rotary_emb_w_meta_info": "it has no queries and keys to rotate: set attn_config.rope to false",
     "alibi_slopes": "it has no scores to bias: set attn_config.alibi to false",
     "prev_layer_key_value": "it keeps no keys and values that another layer could reuse",
@@ -104,7 +102,7 @@ class CausalMonarchMixer(nn.Module):
     ):
         super().__init__()
         del n_heads
-        attention_only.pop("attn_impl", None)
+        self.attn_impl = attention_only.pop("attn_impl", None)
         for key, value in {"head_dim": head_dim, **attention_only}.items():
             if value != attn_config_defaults.get(key):
                 raise ValueError(
@@ -142,18 +140,26 @@ class CausalMonarchMixer(nn.Module):
         needs_weights: bool = False,
         flash_attn_padding_info: dict[str, Tensor] | None = None,
         pos_id_within_seq: Tensor | None = None,
+        past_key_value: tuple[Tensor, ...] | None = None,
         **attention_only: Any,
-    ) -> tuple[Tensor, None, None]:
-        """Map (B, L, D) to (B, L, D), with None for attention weights and cache.
+    ) -> tuple[Tensor, None, tuple[Tensor, ...] | None]:
+        """Map (B, S, D) to (B, S, D), with None for attention weights, and the cache.
+
+        The cache is the state of `MonarchMixer.resume`, which grows by D values for each position
+        (2D with `residual_long_conv`), half of what attention keeps. MPT reads the number L − S of
+        positions before x from its first tensor, as (B, D, 1, L − S) with `attn_impl: torch` and
+        (B, L − S, D) with others.
 
         Args:
-            x: (B, L, D).
+            x: (B, S, D).
             attn_bias: MPT's bias on its scores, (B or 1, 1, 1, L) for padding.
             attention_mask: (B, L), true at tokens, or None. Padding does not change the result.
             is_causal: Must be true.
             needs_weights: Must be false.
             flash_attn_padding_info: The starts of documents, with `attn_impl: flash`.
             pos_id_within_seq: Not used.
+            past_key_value: The cache of the positions before x, an empty tuple to start one, or
+                None to have none.
             **attention_only: The arguments in `UNSUPPORTED`; each must be None.
 
         Raises:
@@ -178,15 +184,25 @@ class CausalMonarchMixer(nn.Module):
                 "a convolution cannot separate documents within one sequence: set "
                 "attn_config.attn_uses_sequence_id to false"
             )
-        if x.shape[1] > (longest := self.mixer.long_conv.filter.max_length):
+        past = past_key_value or ()
+        if past:
+            first = past[0].squeeze(2) if self.attn_impl == "torch" else past[0].transpose(1, 2)
+            past = first, *past[1:]
+        length = x.shape[1] + (past[0].shape[2] if past else 0)
+        if length > (longest := self.mixer.long_conv.filter.max_length):
             raise ValueError(
-                f"The sequence has {x.shape[1]} positions, but the filters of monarch_mixer have "
+                f"The sequence has {length} positions, but the filters of monarch_mixer have "
                 f"attn_config.max_seq_len = {longest}: set it to the model's max_seq_len."
             )
-        if attention_mask is None:
-            return self.mixer(x), None, None
-        mask = attention_mask[..., None].to(x.dtype)
-        return self.mixer(x * mask, mask), None, None
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+            x = x * mask
+        if past_key_value is None:
+            return self.mixer(x, mask), None, None
+        y, (first, *rest) = self.mixer.resume(x, mask, past)
+        first = first.unsqueeze(2) if self.attn_impl == "torch" else first.transpose(1, 2)
+        return y, None, (first, *rest)
 
 
 def _refusal(reason: str) -> ValueError:

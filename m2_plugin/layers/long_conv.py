@@ -327,11 +327,11 @@ def _widen_state(module: HyenaFilter, state_dict: dict[str, Any], prefix: str, *
             state_dict[name] = value.float()
 
 
-class KeptSpectrum:
-    """A filter's spectrum, and the values of the parameters that it was computed from."""
+class Kept:
+    """A filter's spectrum or taps, and the values of the parameters that it was computed from."""
 
-    def __init__(self, spectrum: Tensor, length: int, parameters: Sequence[Tensor]):
-        self.spectrum = spectrum
+    def __init__(self, value: Tensor, length: int, parameters: Sequence[Tensor]):
+        self.value = value
         self.length = length
         self.values = [p.detach().clone() for p in parameters]
 
@@ -364,7 +364,8 @@ class LongConv(nn.Module):
         super().__init__()
         self.filter = HyenaFilter(channels, max_length, **filter_kwargs)  # type: ignore[arg-type]
         self.skip = nn.Parameter(torch.empty(channels))
-        self.kept: KeptSpectrum | None = None
+        self.kept: Kept | None = None  # the spectrum
+        self.kept_taps: Kept | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -379,11 +380,44 @@ class LongConv(nn.Module):
         """
         length = u.shape[1]
         self._check_length(length)
-        if self._can_keep(u) and (parameters := self._parameters_alone()) is not None:
+        if self._can_keep_spectrum(u) and (parameters := self._parameters_alone()) is not None:
             return spectral_conv(u.float(), self._kept_spectrum(length, parameters)).to(u.dtype)
         self.kept = None
         k_fwd, k_rev = self.filter(length)
         return fft_conv(u, k_fwd, k_rev, self.skip)
+
+    def last(self, u: Tensor) -> Tensor:
+        """Return what a causal filter gives at the last position, (B, D, L) to (B, D).
+
+        It is a sum over the lags, in fp32 or wider: O(L·D) for each row, without an FFT. On a CPU
+        the taps are kept like the spectrum. Others compute them in each call: with a kernel this
+        takes less time than to compare the parameters.
+
+        Raises:
+            ValueError: If the sequence is longer than the filter.
+        """
+        length = u.shape[-1]
+        self._check_length(length)
+        parameters = None
+        if u.device.type == "cpu" and self._may_keep():
+            parameters = self._parameters_alone()
+        if parameters is None:
+            self.kept_taps = None
+            taps = self._reversed_taps(length)
+        else:
+            # A power of two, so that a text that grows needs new taps only when it has doubled.
+            number = min(1 << (length - 1).bit_length(), self.filter.max_length)
+            kept = self.kept_taps
+            if kept is None or not kept.holds_for(number, parameters):
+                self.kept_taps = kept = Kept(self._reversed_taps(number), number, parameters)
+            taps = kept.value
+        return (u * taps[:, -length:]).sum(-1).to(u.dtype)
+
+    def _reversed_taps(self, length: int) -> Tensor:
+        """Return the taps at lags L − 1 … 0, with the skip at lag 0, (D, L)."""
+        k_fwd, _ = self.filter(length)
+        taps = k_fwd.t().flip(1)
+        return torch.cat([taps[:, :-1], taps[:, -1:] + self.skip.to(taps.dtype)[:, None]], dim=1)
 
     def taps(self, length: int) -> Tensor:
         """Return the taps with the skip, ordered by lag from −(L − 1) to L − 1, (D, 2L − 1), fp32.
@@ -422,16 +456,21 @@ class LongConv(nn.Module):
                 f"long_conv_l_max = {self.filter.max_length}."
             )
 
-    def _can_keep(self, u: Tensor) -> bool:
+    def _may_keep(self) -> bool:
         # A traced graph must not read this state.
         return not (
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            or u.device.type != "cpu"
-            or u.dtype == torch.float64
-            or 8 * self.filter.channels * (u.shape[1] + 1) > KEPT_SPECTRUM_BYTES
+        )
+
+    def _can_keep_spectrum(self, u: Tensor) -> bool:
+        return (
+            self._may_keep()
+            and u.device.type == "cpu"
+            and u.dtype != torch.float64
+            and 8 * self.filter.channels * (u.shape[1] + 1) <= KEPT_SPECTRUM_BYTES
         )
 
     def _parameters_alone(self) -> list[Tensor] | None:
@@ -451,12 +490,12 @@ class LongConv(nn.Module):
         if kept is None or not kept.holds_for(length, parameters):
             k_fwd, k_rev = self.filter(length)
             spectrum = filter_spectrum(k_fwd, k_rev, self.skip.float())
-            self.kept = kept = KeptSpectrum(spectrum, length, parameters)
-        return kept.spectrum
+            self.kept = kept = Kept(spectrum, length, parameters)
+        return kept.value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles get: all but the kept spectrum."""
-        return self.__dict__ | {"kept": None}
+        """Return what copies and pickles get: all but what is kept."""
+        return self.__dict__ | {"kept": None, "kept_taps": None}
 
 
 def taps_of(convs: Sequence[LongConv], length: int) -> list[Tensor]:

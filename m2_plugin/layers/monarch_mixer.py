@@ -17,7 +17,7 @@ from m2_plugin.ops.backend import autocast_dtype, check_backend, use_long_conv_k
 from m2_plugin.ops.gated_long_conv import gated_long_conv
 from m2_plugin.ops.hyena_filters import TapsKeeper
 from m2_plugin.ops.input_projection import input_projection
-from m2_plugin.ops.reference.gated_long_conv import gate_and_convolve
+from m2_plugin.ops.reference.gated_long_conv import Map, gate_and_convolve
 from m2_plugin.ops.short_conv import short_conv
 
 
@@ -169,6 +169,63 @@ class MonarchMixer(nn.Module):
             self.dropout,
         )
         return self.out_proj(self.dropout(y))
+
+    def resume(
+        self, u: Tensor, mask: Tensor | None = None, past: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the next S positions of texts whose first L − S positions are known.
+
+        The result is that of `forward` at the last S of L positions, up to rounding. A filter has
+        no finite state, so the state is the convolutions' inputs so far. One new position costs
+        O(L·D) for each text, beside the projections; more of them cost a whole convolution.
+
+        Args:
+            u: (B, S, D).
+            mask: (B, S, 1) of u's dtype, 1 at tokens and 0 at padding, or None.
+            past: The state that the last call returned, or nothing if these positions are the
+                first.
+
+        Returns:
+            The output (B, S, D), and the state: the inputs of the long convolution (B, D, L), the
+            last two of the short one (B, 2, 3D), and those of the residual one (B, D, L), if there
+            is one.
+
+        Raises:
+            ValueError: If the mixer is bidirectional, or L exceeds the length of the filters.
+        """
+        if self.bidirectional:
+            raise ValueError(
+                "a bidirectional mixer cannot resume: later positions change earlier ones"
+            )
+        u = self.norm(u)
+        p = self.project(u)
+        length = p.shape[1]
+        w, before, *residual = past or (None, None, None)
+        if before is not None:
+            p = torch.cat([before, p], dim=1)
+        state: list[Tensor] = []
+
+        def continued(conv: LongConv, seen: Tensor | None) -> Map:
+            def convolve(x: Tensor) -> Tensor:
+                x = x.transpose(1, 2)
+                state.append(x if seen is None else torch.cat([seen, x], dim=2))
+                if length == 1 and is_plain(conv, LongConv):
+                    return conv.last(state[-1])[:, None]
+                y: Tensor = conv(state[-1].transpose(1, 2))
+                return y[:, -length:]
+
+            return convolve
+
+        y = gate_and_convolve(
+            self.short_conv(p)[:, -length:],
+            continued(self.long_conv, w),
+            u,
+            None if self.residual_conv is None else continued(self.residual_conv, *residual),
+            mask,
+            self.dropout,
+        )
+        state.insert(1, p[:, 1 - self.short_conv.weight.shape[1] :].clone())  # not a view of all
+        return self.out_proj(self.dropout(y)), tuple(state)
 
     @property
     def long_convs(self) -> list[LongConv]:

@@ -2,17 +2,23 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from llmfoundry.models.mpt import MPTForCausalLM
 from llmfoundry.utils.builders import build_composer_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from m2_plugin.foundry.host_layers import CausalMonarchMixer, MonarchFFN, MonarchGLU
 from m2_plugin.layers.block_diagonal_linear import BlockDiagonalLinear
 from m2_plugin.layers.long_conv import FilterLinear, HyenaFilter
 from m2_plugin.layers.monarch_linear import MonarchLinear
+from tests.utils import ROOT, TOKENIZER
 
 VOCAB, LENGTH = 61, 32
 MIXER = {"attn_type": "monarch_mixer", "max_seq_len": LENGTH, "filter_order": 8}
@@ -130,26 +136,97 @@ def test_padding_leaves_no_trace(attn_config, fc_type):
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-12)
 
 
+def left_padded(*lengths):
+    """Prompts of these lengths in one batch, and the mask."""
+    ids = tokens(max(lengths), len(lengths))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : max(lengths) - length] = 0
+    return ids * mask, mask
+
+
 def test_generates_what_whole_forward_passes_give():
     model = build().model.double().eval()
-    prompts = [tokens(9)[0], tokens(6)[1]]
+    ids, mask = left_padded(9, 6)
     expected = []
-    for prompt in prompts:
+    for prompt in (ids[0], ids[1, 3:]):
         row = prompt
         for _ in range(8):
             row = torch.cat([row, model(row[None]).logits[0, -1].argmax()[None]])
         expected.append(row[len(prompt) :])
-    ids = torch.zeros(2, 9, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, 1
-    for kwargs in ({}, {"use_cache": False}):  # the model's config says no cache by default
+    for kwargs in ({}, {"use_cache": False}, {"use_cache": True}):  # the default is no cache
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs
         )
         assert torch.equal(out[:, 9:], torch.stack(expected))
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, attention_mask=mask, max_new_tokens=2, use_cache=True, pad_token_id=0)
+
+
+@models
+@pytest.mark.parametrize("learned_pos_emb", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_cache_changes_no_logits(attn_config, fc_type, learned_pos_emb, dtype):
+    """Prompts of each length, padded on the left, continued by one and by several tokens."""
+    model = build(attn_config, fc_type=fc_type, learned_pos_emb=learned_pos_emb).model
+    model = model.to(dtype).eval()
+    ids, mask = left_padded(LENGTH, LENGTH - 5, 12)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        for parts in ([1] * LENGTH, [20, *[1] * 12], [17, 14, 1]):
+            past, logits, end = None, [], 0
+            for part in parts:
+                new, end = ids[:, end : end + part], end + part
+                out = model(new, past_key_values=past, attention_mask=mask[:, :end], use_cache=True)
+                past = out.past_key_values
+                logits.append(out.logits)
+            error = (torch.cat(logits, 1) - expected)[mask.bool()].abs().max()
+            assert error <= 50 * torch.finfo(dtype).eps * expected.abs().max()
+            size = sum(t.numel() for t in past[0])
+            convolutions = 1 + ("residual_long_conv" in attn_config)
+            assert size == 3 * 16 * (convolutions * LENGTH + 2 * 3)  # B·D·(L per convolution + …)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_beams_and_samples_are_the_same_with_a_cache(kwargs):
+    model = build(MIXER | {"residual_long_conv": True}).model.double().eval()
+    ids, mask = left_padded(9, 6)
+    found = []
+    for use_cache in (False, True):
+        torch.manual_seed(3)
+        found.append(
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=16,
+                pad_token_id=0,
+                use_cache=use_cache,
+                **{"do_sample": False} | kwargs,
+            )
+        )
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match=f"only supports total sequence length <= {LENGTH}"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=LENGTH, use_cache=True,
+                       pad_token_id=0, eos_token_id=None)  # fmt: skip
+
+
+def test_a_cache_longer_than_the_filters_is_an_error():
+    model = build(MIXER | {"max_seq_len": 8}, learned_pos_emb=False).model.eval()
+    past = model(tokens(8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"9 positions.*attn_config.max_seq_len = 8"):
+        model(tokens(1), past_key_values=past, use_cache=True)
+
+
+def test_the_cache_has_the_layout_of_the_attention_it_replaces():
+    """MPT reads the number of positions from the first tensor, where that attention has them."""
+    x = torch.randn(2, 5, 16)
+    for attn_impl, dimension in (("torch", 3), ("flash", 1)):
+        layer = CausalMonarchMixer(16, 2, max_seq_len=8, filter_order=8, attn_impl=attn_impl)
+        expected, _, nothing = layer.eval()(x)
+        assert nothing is None
+        *_, past = layer(x[:, :4], past_key_value=())
+        assert past[0].shape[dimension] == 4
+        y, _, past = layer(x[:, 4:], past_key_value=past)
+        assert past[0].shape[dimension] == 5
+        torch.testing.assert_close(y, expected[:, 4:])
 
 
 @pytest.mark.parametrize(
@@ -292,3 +369,53 @@ def test_filters_are_units_of_fsdp1_that_stay_in_fp32():
     filters = [module for module in units if isinstance(module, HyenaFilter)]
     assert len(filters) == 2 and len(units) == 2 + 2  # and MPT's blocks
     assert all(model.fsdp_wrap_fn(f) == {"mixed_precision": MixedPrecision()} for f in filters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["m2-gpt-125m", "m2-gpt-360m"])
+def test_the_published_sizes_train_are_saved_and_generate(name, mds, tmp_path):
+    """With small layers: by the launcher, to a transformers folder, which generates."""
+    out = tmp_path / "run"
+    values = {
+        "variables.data": mds, "variables.tokenizer": TOKENIZER, "variables.max_seq_len": 32,
+        "tokenizer.kwargs.bos_token": "'[CLS]'", "tokenizer.kwargs.eos_token": "'[SEP]'",
+        "model.d_model": 16, "model.n_layers": 2, "model.n_heads": 2,
+        "model.ffn_config.ffn_hidden_size": 32, "precision": "fp32", "max_duration": "2ba",
+        "global_train_batch_size": 4, "device_train_microbatch_size": 2, "progress_bar": "false",
+        "train_loader.num_workers": 0, "eval_loader.num_workers": 0,
+        "eval_subset_num_batches": 1, "eval_interval": "2ba", "save_interval": "2ba",
+        "save_folder": out, "callbacks.hf_checkpointer.save_folder": out,
+        "loggers.tensorboard.log_dir": tmp_path,
+    }  # fmt: skip
+    for loader in ("train_loader", "eval_loader"):
+        values |= {f"{loader}.prefetch_factor": "null", f"{loader}.persistent_workers": "false"}
+        values |= {f"{loader}.pin_memory": "false"}
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", "train.py"]
+    command += [f"yamls/pretrain/{name}.yaml", *(f"{key}={v}" for key, v in values.items())]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+    folder = out / "huggingface" / "final"
+    with pytest.raises(ValueError, match="attn_type.*monarch_mixer"):  # transformers' own MPT
+        AutoModelForCausalLM.from_pretrained(folder)
+    model = MPTForCausalLM.from_pretrained(folder)
+    trained = torch.load(out / "latest-rank0.pt", weights_only=False)["state"]["model"]
+    saved = {f"model.{key}": weight for key, weight in model.state_dict().items()}
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[key], weight) for key, weight in trained.items())
+    prompt = AutoTokenizer.from_pretrained(folder)(
+        ["call me", "the sea"], add_special_tokens=False, return_tensors="pt"
+    )
+    ids = prompt["input_ids"]
+    kwargs = {"attention_mask": prompt["attention_mask"], "max_new_tokens": 5, "do_sample": False}
+    cached = model.generate(ids, **kwargs, use_cache=True)
+    assert torch.equal(cached, model.generate(ids, **kwargs, use_cache=False))
+    assert torch.equal(cached[:, :-1], model.generate(ids, **kwargs | {"max_new_tokens": 4}))

@@ -179,6 +179,48 @@ def test_kept_spectrum_is_used_and_follows_the_parameters():
     assert conv.kept is None
 
 
+def test_kept_taps_are_used_and_follow_the_parameters():
+    conv = LongConv(6, 100, order=8, bidirectional=False).eval()
+    u = torch.randn(2, 6, 90)
+    with torch.no_grad():
+        for length in (1, 2, 64, 65, 90, 33):
+            expected = conv(u[..., :length].transpose(1, 2))[:, -1]
+            assert max_error(conv.last(u[..., :length]), expected) < 1e-5
+        conv.last(u)
+        kept = conv.kept_taps
+        assert kept is not None and kept.value.shape == (6, 100)
+        conv.last(u[..., :80])
+        assert conv.kept_taps is kept and copy.deepcopy(conv).kept_taps is None
+        before = conv.last(u)
+        conv.filter.freq.data = conv.filter.freq.data * 1.5
+        after = conv.last(u)
+        assert max_error(after, conv(u.transpose(1, 2))[:, -1]) < 1e-5 < max_error(after, before)
+    assert conv.last(u).requires_grad and conv.kept_taps is None  # with gradients: computed anew
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_resumed_mixer_equals_the_whole(residual, norm):
+    mixer = MonarchMixer(
+        12, 24, bidirectional=False, residual_long_conv=residual, pre_norm=norm, filter_order=8
+    ).double()  # fmt: skip
+    u = torch.randn(2, 20, 12, dtype=torch.float64)
+    mask = torch.ones(2, 20, 1, dtype=torch.float64)
+    mask[0, :4] = 0
+    for hooked in (False, True):  # a hook of a convolution must run
+        if hooked:
+            mixer.long_conv.register_forward_hook(lambda module, args, output: 2 * output)
+        expected = mixer(u, mask)
+        state, outputs = (), []
+        for part in (slice(0, 1), slice(1, 9), *(slice(i, i + 1) for i in range(9, 20))):
+            y, state = mixer.resume(u[:, part], mask[:, part], state)
+            outputs.append(y)
+        assert max_error(torch.cat(outputs, 1), expected) < 1e-12
+        assert [t.shape[1:] for t in state] == [(12, 20), (2, 36), (12, 20)][: 2 + residual]
+    with pytest.raises(ValueError, match="bidirectional mixer cannot resume"):
+        small_mixer().resume(u[:, :1])
+
+
 def test_short_conv_initialisation_is_conv1ds():
     torch.manual_seed(1)
     ours = ShortConv(9)
