@@ -5,20 +5,24 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from m2_plugin.cli import main
+from m2_plugin.pictures import LIGHT, drawing
 from m2_plugin.train_report.command import write_report
-from m2_plugin.train_report.draw import draw
-from m2_plugin.train_report.runs import Run, load_runs, summarize
+from m2_plugin.train_report.draw import PANELS, _Panel, draw
+from m2_plugin.train_report.runs import Run, load_runs, summarize, tokenizers_differ
 
 PICTURES = ["loss.png", "learning_rate.png", "throughput.png", "memory.png"]
 START = 1.7e9
@@ -289,7 +293,7 @@ def test_pictures_and_a_page_that_needs_nothing_else(tmp_path, capsys):
     for picture in PICTURES:
         image = Image.open(out / picture)
         image.load()
-        assert image.size == (1200, 675)
+        assert image.size == (1200, 800)
         assert len(set(image.convert("L").getdata())) > 10
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -320,6 +324,74 @@ def test_hyperparameters_are_those_of_the_folder_below(tmp_path):
     assert "optimizer.lr" in text and "99" not in text.split("Hyperparameters")[1]
 
 
+def write_config(folder: Path, **keys: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"run_name": "named", "model": {"name": "m2_bert_mlm"}, "train_loader": {}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | keys))
+
+
+def test_settings_stand_beside_the_logs_or_above_them(tmp_path):
+    log_events(tmp_path / "a", range(20))
+    write_config(tmp_path / "a", optimizer={"lr": 1.25e-6, "betas": [0.9, 0.98]})
+    log_events(tmp_path / "b" / "below", range(20))  # where Composer's logger writes
+    write_config(tmp_path / "b", run_name="second", seed=3)
+    write_csv(tmp_path / "c")
+    write_config(tmp_path / "c", run_name="third")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("hydra: true\n")
+    runs = {run.name: run for run in load_runs([tmp_path])}
+    assert set(runs) == {"named", "second", "third"}
+    assert runs["named"].parameters["optimizer.lr"] == "1.25e-06"
+    assert runs["named"].parameters["optimizer.betas"] == "[0.9, 0.98]"
+    assert runs["second"].parameters["seed"] == "3"
+    assert runs["third"].sources == ["loss_curve.csv"]
+
+
+def test_other_tokenizers_are_noted(tmp_path, capsys):
+    for name, tokenizer in (("a", "one"), ("b", "two"), ("c", "one")):
+        log_events(tmp_path / name, range(20))
+        write_config(tmp_path / name, run_name=name, tokenizer={"name": tokenizer})
+    note = "different tokenizers"
+    folders = [str(tmp_path / name) for name in "abc"]
+    out = str(tmp_path / "out")
+    assert main(["train-report", folders[0], folders[2], "--out", out]) == 0
+    assert note not in capsys.readouterr().err
+    assert note not in (tmp_path / "out" / "report.html").read_text()
+    assert main(["train-report", *folders, "--out", out]) == 0
+    assert note in (tmp_path / "out" / "report.html").read_text()
+    runs = load_runs([Path(folder) for folder in folders])
+    assert tokenizers_differ(runs) and not tokenizers_differ(runs[::2])
+
+
+def test_a_baseline_belongs_to_its_run(tmp_path):
+    values = {"a": 6.5, "b": 7.25}
+    for name, value in values.items():
+        extra = (("baseline/unigram_entropy", value), ("baseline/shared", 1.0))
+        log_events(tmp_path / name, range(20), extra=extra)
+    runs = load_runs([tmp_path])
+    with drawing() as figure:
+        panel = _Panel(figure, runs, "batch", LIGHT)
+        PANELS["loss"][1](panel)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    for run, color in zip(runs, panel.colors, strict=True):
+        line = lines[f"unigram entropy of {run.name}: {values[run.name]:.3f}"]
+        assert line.get_color() == color and set(line.get_ydata()) == {values[run.name]}
+    assert lines["shared: 1.000"].get_color() == LIGHT.faint
+
+
+def test_the_loss_of_a_regression_is_a_squared_error(tmp_path):
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    (folder / "loss_curve.csv").write_text("batch,curve,mse\n1,train,2.0\n1,eval,1.5\n")
+    run = one(folder)
+    assert run.evals()["eval"].values.tolist() == [1.5]
+    with drawing() as figure:
+        PANELS["loss"][1](_Panel(figure, [run], "batch", LIGHT))
+    assert figure.axes[0].get_ylabel() == "loss (mean squared error)"
+    write_report([folder])
+    assert "Losses in mean squared error" in (folder / "report" / "report.html").read_text()
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
     for folder in ("a", "b"):
         log_events(tmp_path / folder / "run" / "small", range(30), shift=float(folder == "b"))
@@ -338,11 +410,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
 
 def test_what_was_not_logged_is_said(tmp_path):
     write_csv(tmp_path / "small")
-    from m2_plugin.train_report.draw import LIGHT, PANELS, _Panel
-
     texts = {}
     for name, (_, function) in PANELS.items():
-        figure = function(_Panel([one(tmp_path)], "batch", LIGHT))
+        with drawing() as figure:
+            function(_Panel(figure, [one(tmp_path)], "batch", LIGHT))
         texts[name] = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "not logged" not in texts["loss"]
     for name, callback in (
@@ -359,7 +430,7 @@ def test_a_diverged_run_is_drawn_and_named(tmp_path):
     writer.close()
     run = one(tmp_path)
     assert np.isnan(summarize(run, "tokens").train_loss)
-    assert Image.open(io.BytesIO(draw("loss", [run]))).size == (1200, 675)
+    assert Image.open(io.BytesIO(draw("loss", [run]))).size == (1200, 800)
 
 
 def test_a_long_run_is_thinned_without_losing_its_peaks(tmp_path):
@@ -383,3 +454,31 @@ def test_a_folder_with_nothing_to_read_is_an_error(there, tmp_path, capsys):
     if there:
         assert all(word in error for word in ("TensorBoard", "MLflow", "loss_curve.csv"))
         assert not list(folder.iterdir())
+
+
+BOMB = "{a: &a [x,x,x,x,x,x,x,x,x]" + "".join(
+    f", {new}: &{new} [{','.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.timeout(60)
+def test_hostile_logs_are_drawn(tmp_path, capsys):
+    """They neither hang the command nor end it; what is whole in them is drawn."""
+    lay_mlflow(tmp_path, "odd", range(30), START)
+    (run,) = (path.parent for path in tmp_path.rglob("metrics"))
+    (run / "meta.yaml").write_text(json.dumps({"run_name": "odd \udcff\x1b[31m"}))
+    losses = run / "metrics" / "loss" / "train" / "total"
+    with losses.open("a") as file:
+        file.write(f"1 1 {2**63}\n{10**400} 1 31\n")
+        file.write("1700000060000 1e308 32\n1700000061000 -1e308 33\n")
+    (run / "params" / "bomb").write_text(BOMB + "}")
+    (run / "params" / "deep").write_text("{a:" * 3000 + "1" + "}" * 3000)
+    (run / "params" / "seed").write_text("17")
+    os.mkfifo(run / "params" / "pipe")
+    for name in ("loss_curve.csv", "events.out.tfevents.1.host.2.0", "run-1.wandb"):
+        os.mkfifo(tmp_path / name)
+    (found,) = load_runs([tmp_path])
+    assert found.name == "odd ??[31m" and found.parameters["seed"] == "17"
+    assert found.parameters["bomb"] == BOMB + "}"
+    assert main(["train-report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert Image.open(tmp_path / "report" / "loss.png").size[0] > 0

@@ -17,16 +17,18 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from numpy.typing import NDArray
 
+from m2_plugin.data.tokenizer import vocabulary_size
 from m2_plugin.files import write_atomically
 from m2_plugin.train_report.draw import draw
-from m2_plugin.train_report.readers import CSV, loss_curve_series
+from m2_plugin.train_report.readers import CSV, MSE, loss_curve_series
 from m2_plugin.train_report.runs import Run
 
-__all__ = ["LossCurve", "SeedEachBatch"]
+__all__ = ["LossCurve", "SeedEachBatch", "local_save_folder"]
 
 log = logging.getLogger(__name__)
 
-EVAL_METRIC = "LanguageCrossEntropy"
+# Evaluation metrics that are the loss of training: of tokens or classes, numbers, pairs of texts.
+LOSSES = ("LanguageCrossEntropy", MSE, "ContrastiveEvalLoss")
 TRAIN = "train"
 Point = tuple[int, str, float]  # batch, curve, loss in nats
 
@@ -67,7 +69,8 @@ class LossCurve(Callback):
     Args:
         folder: The folder to write to; `{run_name}` is replaced. By default the run's
             `save_folder`, or `./{run_name}` if there is none or it is remote.
-        eval_metric: The class name of the evaluation metric to draw.
+        eval_metric: The class name of the evaluation metric to draw; by default the loss that the
+            model has: `LanguageCrossEntropy`, `MeanSquaredError` or `ContrastiveEvalLoss`.
         unigram_baseline: Whether to log and draw two losses, in nats, of a model that knows word
             frequencies only: see `unigram_baseline`.
         unigram_samples: The largest number of samples of each dataset to count for it.
@@ -78,7 +81,7 @@ class LossCurve(Callback):
     def __init__(
         self,
         folder: str | None = None,
-        eval_metric: str = EVAL_METRIC,
+        eval_metric: str | None = None,
         unigram_baseline: bool = False,
         unigram_samples: int = 20_000,
         smoothing: int | None = None,
@@ -88,6 +91,7 @@ class LossCurve(Callback):
         self.unigram_baseline = unigram_baseline
         self.unigram_samples = unigram_samples
         self.smoothing = smoothing
+        self.column = "loss"  # in the CSV: this or mse
         self.points: list[Point] = []
         self.baseline: dict[str, float] = {}
 
@@ -122,10 +126,13 @@ class LossCurve(Callback):
         """Keep the evaluation loss, and write the files."""
         del logger
         label = state.dataloader_label or "eval"
-        metric = state.eval_metrics.get(label, {}).get(self.eval_metric)
-        if metric is not None:
+        metrics = state.eval_metrics.get(label, {})
+        names = LOSSES if self.eval_metric is None else (self.eval_metric,)
+        name = next((name for name in names if name in metrics), None)
+        if name is not None:
+            self.column = "mse" if name == MSE else "loss"
             # All ranks call compute, a collective. A repeated evaluation replaces its point.
-            point = (state.timestamp.batch.value, label, float(metric.compute()))
+            point = (state.timestamp.batch.value, label, float(metrics[name].compute()))
             self.points = [p for p in self.points if p[:2] != point[:2]] + [point]
         self._write(state)
 
@@ -152,27 +159,29 @@ class LossCurve(Callback):
     def _write(self, state: State) -> None:
         if dist.get_global_rank() != 0 or not self.points:
             return
-        folder = format_name_with_dist(self.folder or _save_folder(state), state.run_name)
+        folder = self.folder or local_save_folder(state) or "./{run_name}"
+        folder = format_name_with_dist(folder, state.run_name)
         os.makedirs(folder, exist_ok=True)
-        table = _to_csv(self._baseline_rows() + sorted(self.points))
+        table = _to_csv(self._baseline_rows() + sorted(self.points), self.column)
         write_atomically(os.path.join(folder, "loss_curve.csv"), table)
         run = Run(state.run_name, Path(folder), loss_curve_series(table.splitlines()), {}, [CSV])
         picture = draw("loss", [run], smoothing=self.smoothing)
         write_atomically(os.path.join(folder, "loss_curve.png"), picture)
 
 
-def _save_folder(state: State) -> str:
+def local_save_folder(state: State) -> str | None:
+    """Return the run's `save_folder`; None if there is none or it is remote."""
     for callback in state.callbacks:
         # If the folder is remote, `callback.folder` is a temporary one.
         if isinstance(callback, CheckpointSaver) and callback.remote_uploader is None:
-            return callback.folder
-    return "./{run_name}"
+            return format_name_with_dist(callback.folder, state.run_name)
+    return None
 
 
-def _to_csv(points: Iterable[Point]) -> str:
+def _to_csv(points: Iterable[Point], column: str = "loss") -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("batch", "curve", "loss"))
+    writer.writerow(("batch", "curve", column))
     writer.writerows(points)  # exact: csv writes floats with repr
     return text.getvalue()
 
@@ -200,12 +209,13 @@ def unigram_baseline(train: Any, evals: Iterable[Any], max_samples: int) -> dict
         counts as they are.
     """
     tokenizer = train.tokenizer
-    keep = np.ones(len(tokenizer), dtype=bool)
+    size = vocabulary_size(tokenizer)
+    keep = np.ones(size, dtype=bool)
     keep[tokenizer.all_special_ids] = False
-    counts = _count_tokens(train, len(tokenizer), max_samples)[keep]
+    counts = _count_tokens(train, size, max_samples)[keep]
     seen = np.zeros(len(counts))
     for dataset in evals:
-        seen += _count_tokens(dataset, len(tokenizer), max_samples)[keep]
+        seen += _count_tokens(dataset, size, max_samples)[keep]
     if not counts.sum() or not seen.sum():
         return {}
     smoothed = (counts + 1.0) / (counts + 1.0).sum()

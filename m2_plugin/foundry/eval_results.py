@@ -6,24 +6,43 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, Evaluator, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
+from datasets import Dataset
 from llmfoundry.data.dataloader import build_dataloader
 
+from m2_plugin.data.labels import answer_columns, answers
+from m2_plugin.data.write import write_rows
 from m2_plugin.files import write_atomically, write_json
-from m2_plugin.foundry.models import CLASSIFICATION_METRICS
+from m2_plugin.foundry.models import CLASSIFICATION_METRICS, REGRESSION, SINGLE_LABEL
+from m2_plugin.foundry.question_answering import ANSWER_METRICS
+from m2_plugin.foundry.run_summary import count_parameters
+from m2_plugin.foundry.token_classification import TOKEN_METRICS
 
-__all__ = ["EvalResults"]
+__all__ = ["PACKAGES", "EvalResults", "evaluated", "inner_model"]
 
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 2.0
+# Class names of metrics, which Composer uses, and their names in a YAML.
+METRIC_NAMES = {
+    "MulticlassAccuracy": "accuracy",
+    "BinaryF1Score": "f1",
+    "MulticlassF1Score": "f1",
+    "MulticlassMatthewsCorrCoef": "matthews",
+    "LanguageCrossEntropy": "cross_entropy",
+    "PearsonCorrCoef": "pearson",
+    "SpearmanCorrCoef": "spearman",
+    "MeanSquaredError": "mse",
+}
+METRIC_NAMES |= {cls.__name__: name for name, cls in (TOKEN_METRICS | ANSWER_METRICS).items()}
 PACKAGES = ("m2-plugin", "llm-foundry", "mosaicml", "torch", "transformers")
 
 
@@ -31,13 +50,16 @@ class EvalResults(Callback):
     """Write the metrics of a run's last evaluation to `metrics.json`; `eval_results` in a YAML.
 
     The file appears when training is over, after all other files of this callback. NaN and infinite
-    values are written as null.
+    values are written as null. For a classifier it also has `commonest_answer`, the metrics of a
+    model that always gives the commonest class (or the mean of the numbers), and
+    `constant_predictions`, the evaluations in which the model gave the same answer to all rows.
 
     Args:
         folder: The folder to write to; `{run_name}` is replaced.
         predict: Loaders of data without labels, each in the schema of `eval_loader` with a `label`.
-            `predictions/LABEL.npy` gets the logits, float32 (N, num_labels), in the order of the
-            data. A loader that cannot be built is left out, and `metrics.json` says why.
+            `predictions/LABEL.csv` gets the texts and the columns that `m2-plugin predict` writes,
+            in the order of the data, and `predictions/LABEL.npy` the logits, float32 (N,
+            num_labels). A loader that cannot be built is left out, and `metrics.json` says why.
         batch_size: The rows of a batch of predictions.
         progress: Whether to write `progress.json` every two seconds, with the loss and the share
             of training that is done.
@@ -60,6 +82,8 @@ class EvalResults(Callback):
         self.loaders: dict[str, Any] = {}
         self.predictions: dict[str, Any] = {}
         self.metrics: dict[str, dict[str, float | None]] = {}
+        self.commonest: dict[str, dict[str, float | None]] = {}
+        self.ranges: dict[str, list[tuple[float, float]]] = {}  # of the answers, by label
         self.evaluated_at = -1
         self.fit_ended = False
         self.last_progress = -PROGRESS_SECONDS
@@ -69,7 +93,7 @@ class EvalResults(Callback):
         del logger
         self.folder = format_name_with_dist(self.folder, state.run_name)
         os.makedirs(self.folder, exist_ok=True)
-        tokenizer = getattr(_inner(state), "tokenizer", None)
+        tokenizer = getattr(inner_model(state), "tokenizer", None)
         for config in self.predict:
             label = config["label"]
             loader = {key: value for key, value in config.items() if key != "label"}
@@ -90,16 +114,28 @@ class EvalResults(Callback):
             value = {"done": _share_done(state), "loss": _finite(float(loss))}
             write_json(os.path.join(self.folder, "progress.json"), value)
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Forget the answers of the evaluation before."""
+        del logger
+        self.ranges.pop(str(state.dataloader_label), None)
+
+    def eval_after_forward(self, state: State, logger: Logger) -> None:
+        """Keep the range of the answers to a batch."""
+        del logger
+        if not _classifies(inner_model(state)):
+            return
+        answers = state.outputs.argmax(1) if state.outputs.ndim == 2 else state.outputs
+        low, high = torch.stack(answers.aminmax()).tolist()
+        self.ranges.setdefault(str(state.dataloader_label), []).append((low, high))
+
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep the metrics. All ranks take part, since `compute` is a collective operation."""
         del logger
-        names = _metric_names(_inner(state))
-        self.metrics = {
-            label.removeprefix("eval/"): {
-                names.get(name, name): _finite(float(metric.compute()))
-                for name, metric in metrics.items()
-            }
-            for label, metrics in state.eval_metrics.items()
+        self.metrics = evaluated(state)
+        self.commonest = self.commonest or {
+            evaluator.label.removeprefix("eval/"): found
+            for evaluator in state.evaluators
+            if (found := _commonest_answer(evaluator, inner_model(state)))
         }
         self.evaluated_at = state.timestamp.batch.value
         if self.fit_ended:
@@ -115,10 +151,22 @@ class EvalResults(Callback):
     def _finish(self, state: State) -> None:
         for label, loader in self.loaders.items():
             self.predictions[label] = self._predict(state, label, loader.dataloader)
+        ranges = dist.all_gather_object(self.ranges)
         if dist.get_global_rank() != 0:
             return
+        model = inner_model(state)
         report = {
             "metrics": self.metrics,
+            "commonest_answer": self.commonest,
+            "constant_predictions": [
+                label.removeprefix("eval/")
+                for label in self.ranges
+                if _is_constant([found for rank in ranges for found in rank.get(label, [])])
+            ],
+            "model": {
+                "type": getattr(model.config, "model_type", None),
+                "parameters": count_parameters(state),
+            },
             "predictions": self.predictions,
             "batches": state.timestamp.batch.value,
             "seed": state.rank_zero_seed,
@@ -146,12 +194,76 @@ class EvalResults(Callback):
             folder = os.path.join(self.folder, "predictions")
             os.makedirs(folder, exist_ok=True)
             write_atomically(os.path.join(folder, f"{label}.npy"), _npy(merged))
+            config = inner_model(state).config
+            self._write_csv(Path(folder) / f"{label}.csv", config, loader, merged)
         return {"rows": rows}
 
+    def _write_csv(self, path: Path, config: Any, loader: Any, logits: Any) -> None:
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        regression = config.num_labels == 1
+        texts = [c for c in ("text", "text_pair") if c in loader.dataset.column_names]
+        found = answers(logits, names, regression)
+        rows = (
+            row | answer
+            for row, answer in zip(loader.dataset.select_columns(texts), found, strict=True)
+        )
+        write_rows(path, rows, [*texts, *answer_columns(names, regression)])
 
-def _inner(state: State) -> Any:
+
+def evaluated(state: State) -> dict[str, dict[str, float | None]]:
+    """Return the values of the last evaluation: label → metric → value, None if it is not finite.
+
+    All ranks must call it.
+    """
+    return {
+        label.removeprefix("eval/"): {
+            METRIC_NAMES.get(name, name): _finite(float(metric.compute()))
+            for name, metric in metrics.items()
+        }
+        for label, metrics in state.eval_metrics.items()
+    }
+
+
+def inner_model(state: State) -> Any:
     """Return the Composer model, even if DDP wraps it."""
     return getattr(state.model, "module", state.model)
+
+
+def _classifies(model: Any) -> bool:
+    """Tell whether a model gives one class, or one number, for each row."""
+    config = getattr(model, "config", None)
+    return getattr(config, "problem_type", None) in (REGRESSION, SINGLE_LABEL)
+
+
+def _is_constant(ranges: Sequence[tuple[float, float]]) -> bool:
+    """Tell whether all answers are equal, or are NaN."""
+    low, high = np.array(ranges).T
+    return not low.min() < high.max()
+
+
+def _commonest_answer(evaluator: Evaluator, model: Any) -> dict[str, float | None]:
+    """Return the metrics of a model that knows only how often each class occurs.
+
+    It gives these shares as probabilities, so that its cross-entropy is the entropy of the classes.
+    For a regression it gives the mean. Without labels, or for other models, there are none.
+    """
+    data = getattr(evaluator.dataloader.dataloader, "dataset", None)
+    if not _classifies(model) or not isinstance(data, Dataset) or "label" not in data.column_names:
+        return {}
+    labels, n = torch.tensor(list(data["label"])), model.config.num_labels
+    if n == 1:
+        answers = labels.mean().expand(len(labels))
+    else:
+        answers = torch.bincount(labels, minlength=n).log().expand(len(labels), n)
+    found = {}
+    for name in [METRIC_NAMES.get(name, "") for name in evaluator.metric_names]:
+        if name not in CLASSIFICATION_METRICS:
+            continue
+        metric = CLASSIFICATION_METRICS[name](n)
+        metric.sync_on_compute = False  # each rank has all labels
+        metric.update(answers, labels)
+        found[name] = _finite(float(metric.compute()))
+    return found
 
 
 def _npy(array: Any) -> bytes:
@@ -172,9 +284,3 @@ def _share_done(state: State) -> float:
         within = state.timestamp.batch_in_epoch.value / state.dataloader_len.value
         done += within / state.max_duration.value
     return min(done, 1.0)
-
-
-def _metric_names(model: Any) -> dict[str, str]:
-    """Map class names of metrics, which Composer uses, to their names in a YAML."""
-    n = max(getattr(model.config, "num_labels", 2), 2)
-    return {type(make(n)).__name__: name for name, make in CLASSIFICATION_METRICS.items()}

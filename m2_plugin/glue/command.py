@@ -75,20 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 if all results are complete, 1 if a job failed, 2 for wrong input, 130 if stopped.
+        0 if all results are complete, 1 if a job failed.
+
+    Raises:
+        ValueError: If the input is wrong.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return _run(parse(argv))
-    except ValueError as error:
-        sys.stderr.write(f"m2-plugin glue: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped. Run the same command again to continue.\n")
-        return 130
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    arguments = parse(argv)
     if arguments.report_only:
         if arguments.out is None and arguments.config is None:
             raise ValueError("--report-only needs --out, or --config to find the default.")
@@ -100,6 +93,11 @@ def _run(arguments: argparse.Namespace) -> int:
         for path in write_yamls(sweep, arguments.config, arguments.write_yamls):
             log.info("%s", path)
         return 0
+    if sweep.start is None and sweep.model.get("pretrained") is not False:
+        raise ValueError(
+            "--start is missing: give the checkpoint to fine-tune. To start from random weights, "
+            "add model.pretrained=false variables.tokenizer=FOLDER."
+        )
     from m2_plugin.glue.sweep import FINISHED, run_sweep
 
     out = arguments.out or Path("runs") / f"glue-{sweep.name}"

@@ -30,6 +30,7 @@ MODEL_FOLDER = "huggingface/final"  # where hf_checkpointer writes a job's model
 PER_TASK = {
     "callbacks.eval_results",
     "callbacks.hf_checkpointer",
+    "callbacks.model_card",
     "device_train_microbatch_size",
     "eval_interval",
     "global_train_batch_size",
@@ -43,9 +44,6 @@ PER_TASK = {
 }
 # Keys for a single run only: a killed job of a sweep starts again from its beginning.
 SINGLE_RUN: dict[str, Any] = {
-    "load_weights_only": True,
-    "load_strict_model_weights": False,  # the head is not that of pretraining
-    "load_ignore_keys": ["state/model/model.classifier*"],
     "save_folder": "${variables.out}",
     "save_interval": "1ep",
     "save_num_checkpoints_to_keep": 1,
@@ -53,6 +51,7 @@ SINGLE_RUN: dict[str, Any] = {
 }
 CALLBACKS: dict[str, Any] = {
     "eval_results": {"folder": "${variables.out}"},
+    "model_card": {},
     "hf_checkpointer": {
         "save_folder": "${variables.out}",
         "save_interval": "1dur",
@@ -102,7 +101,8 @@ class Sweep:
         model: The `model` section of the jobs.
         job: The shared settings in llm-foundry's schema.
         variables: The values of `${variables.*}`.
-        start: The checkpoint to fine-tune, or None for random weights.
+        start: The checkpoint to fine-tune, whose architecture the model has; None needs
+            `model.pretrained: false`.
         mnli_checkpoint: A checkpoint to use instead of this sweep's MNLI model.
         predict: Whether to predict the test splits too.
         keep_models: Whether to keep every job's model.
@@ -356,15 +356,20 @@ def _loaders(train: dict[str, Any], evaluation: Any, task: glue_tasks.Task) -> d
 
 def _model(model: dict[str, Any], task: glue_tasks.Task, recipe: Recipe) -> dict[str, Any]:
     model = copy.deepcopy(model)
-    # null means the architecture of the checkpoint.
+    if recipe.start:
+        model.pop("pretrained", None)  # false is for random weights in place of the sweep's start
     overrides = model.pop("config_overrides", None) or {}
     if recipe.pooling is not None:
         overrides["classifier_pooling"] = recipe.pooling
+    if recipe.start:
+        model.pop("pretrained", None)  # what comes from MNLI is trained
     config = {
         "name": model.pop("name"),
         "pretrained_model_name_or_path": "${variables.start}",
         "num_labels": task.num_labels,
         "metrics": list(task.metrics),
+        # For the curve of the loss.
+        "additional_eval_metrics": ["mse" if task.is_regression else "cross_entropy"],
         **model,
     }
     return config | ({"config_overrides": overrides} if overrides else {})
@@ -446,41 +451,33 @@ def _how_to_run(sweep: Sweep, task_name: str) -> list[str]:
     folder = glue_tasks.task(task_name).folder
     title = f"{folder} with {sweep.name}, by the published recipe (arXiv 2310.12109)"
     command = f"    composer -n 1 train.py yamls/finetune/glue/{sweep.name}-"
-    checkpoint = "variables.start=CHECKPOINT"
+    checkpoint = "variables.start=FOLDER"
     if sweep.tasks[task_name].start:
         return [
             title,
             "As published, it starts from the encoder and pooler of the fine-tuned MNLI model:",
             f"{command}{MNLI}.yaml {checkpoint}\n{command}{task_name}.yaml",
-            "`variables.start=CHECKPOINT` starts from another model: a transformers folder, or a "
-            ".pt file of Composer or of the M2 release.",
+            "`variables.start=FOLDER` starts from another model: a transformers folder, or a .pt "
+            "file of Composer or of the M2 release. The architecture is that of this checkpoint.",
         ]
     return [
         title,
         f"{command}{task_name}.yaml {checkpoint}",
-        "CHECKPOINT is a transformers folder, or a .pt file of Composer or of the M2 release; "
-        "without it, training starts from random weights. `load_path=FILE.pt` is "
-        "llm-foundry's own way to load a Composer checkpoint.",
+        "FOLDER is a transformers folder, or a .pt file of Composer or of the M2 release; its "
+        "tokenizer and its architecture are used. `model.pretrained=false` takes the architecture "
+        "only, and starts from random weights.",
     ]
 
 
 def _notes(sweep: Sweep, task_name: str) -> list[str]:
     recipe = sweep.tasks[task_name]
     paragraphs = []
-    if "training_additions" in sweep.variables:
-        paragraphs.append(
-            "The released 80M checkpoint was trained with `variables.training_additions`. For a "
-            "checkpoint of yamls/pretrain/m2-bert-base.yaml add "
-            "`variables.training_additions=false`."
-        )
     notes = [
         "The data is the hub's `glue`; for official TSV files set `variables.glue_path=FOLDER`."
     ]
     if len(recipe.seeds) > 1:
         seeds = ", ".join(str(seed) for seed in recipe.seeds)
         notes.append(f"The published seeds are {seeds}: choose one with `seed=...`.")
-    if recipe.precision is None:
-        notes.append("On a CPU add `precision=fp32`.")
     paragraphs.append(" ".join(notes))
     if recipe.pooling is not None:
         note = (

@@ -18,6 +18,7 @@ from typing import Any
 from m2_plugin.files import read_json, write_atomically
 from m2_plugin.glue import tasks as glue_tasks
 from m2_plugin.glue.sweep import BLOCKED, FAILED, FINISHED, job_name
+from m2_plugin.pictures import LIGHT, drawing, to_png
 
 __all__ = ["Report", "TaskReport", "load_report", "write_report"]
 
@@ -56,6 +57,9 @@ class TaskReport:
         values: In percent, by (evaluation label, metric) and seed; None if undefined.
         scores: In percent, by finished seed: the mean over splits and counting metrics; None if
             one of them is undefined.
+        commonest: In percent, by (evaluation label, metric): a model that always gives the
+            commonest class of the development set, or the mean of its numbers.
+        constant: The finished seeds whose model gave the same answer to all rows of a split.
     """
 
     task: str
@@ -64,6 +68,16 @@ class TaskReport:
     problems: dict[int, str]
     values: dict[tuple[str, str], dict[int, float | None]]
     scores: dict[int, float | None]
+    commonest: dict[tuple[str, str], float]
+    constant: tuple[int, ...] = ()
+
+    @property
+    def commonest_score(self) -> float | None:
+        """The score of the commonest answer; None if it is not known."""
+        counting = glue_tasks.task(self.task).score_metrics
+        found = [self.commonest.get(key) for key in self.values if key[1] in counting]
+        known = [value for value in found if value is not None]
+        return statistics.fmean(known) if known and len(known) == len(found) else None
 
     @property
     def defined(self) -> list[float]:
@@ -94,6 +108,9 @@ class TaskReport:
         undefined = [str(seed) for seed, score in self.scores.items() if score is None]
         if undefined:
             parts.append(f"undefined metric: seed {', '.join(undefined)}")
+        if self.constant:
+            same = ", ".join(map(str, self.constant))
+            parts.append(f"the same answer to all rows: seed {same}")
         return "; ".join(parts)
 
 
@@ -105,11 +122,13 @@ class Report:
         name: The name of the sweep.
         paper_average: The paper's average for this model in percent, or None.
         tasks: One entry per task of the plan.
+        model: The model: its type, its size, and the checkpoint; empty if no job has finished.
     """
 
     name: str
     paper_average: float | None
     tasks: tuple[TaskReport, ...]
+    model: str = ""
 
     @property
     def average(self) -> float | None:
@@ -137,18 +156,31 @@ def load_report(out: Path) -> Report:
     Raises:
         ValueError: If no sweep was started there.
     """
-    plan = read_json(out / "plan.json")
-    if not isinstance(plan, dict):
+    plan = read_json(out / "plan.json", missing_ok=True)
+    if plan is None:
         raise ValueError(f"There is no sweep in {str(out)!r}: plan.json is missing.")
     seeds: dict[str, list[dict[str, Any]]] = {}
     for job in plan["jobs"]:
         seeds.setdefault(job["task"], []).append(job)
     order = [name for name in glue_tasks.TASKS if name in seeds]
+    names = [job_name(job["task"], job["seed"]) for job in plan["jobs"]]
+    results = [read_json(out / name / "result.json", missing_ok=True) for name in names]
     return Report(
         name=plan["name"],
         paper_average=plan.get("paper_average"),
         tasks=tuple(_task_report(out, name, seeds[name]) for name in order),
+        model=_model_text(plan, [result for result in results if result]),
     )
+
+
+def _model_text(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    model = next((result["model"] for result in results if result.get("model")), None)
+    if model is None:
+        return ""
+    text = f"{model['type']}, {model['parameters'] / 1e6:,.1f} M parameters"
+    if not plan.get("pretrained", True):
+        return f"{text}, from random weights"
+    return f"{text}, from {plan['start']}" if plan.get("start") else text
 
 
 def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> TaskReport:
@@ -161,10 +193,12 @@ def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> Tas
         for split in task.eval_splits
         for metric in task.metrics
     }
+    commonest: dict[tuple[str, str], float] = {}
+    constant: list[int] = []
     for job in jobs:
         seed = job["seed"]
-        result = read_json(out / job_name(name, seed) / "result.json")
-        status = result["status"] if isinstance(result, dict) else MISSING
+        result = read_json(out / job_name(name, seed) / "result.json", missing_ok=True)
+        status = MISSING if result is None else result["status"]
         if status == FINISHED and result["hash"] != job["hash"]:
             status = OTHER_SETTINGS
         statuses[seed] = status
@@ -172,7 +206,12 @@ def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> Tas
             problems[seed] = result.get("error") or result.get("problem", "")
         if status != FINISHED:
             continue
+        if result.get("constant_predictions"):
+            constant.append(seed)
+        given = result.get("commonest_answer", {})
         for label, metric in values:
+            if (value := given.get(label, {}).get(metric)) is not None:
+                commonest[label, metric] = 100 * value
             value = result["metrics"].get(label, {}).get(metric)
             values[label, metric][seed] = None if value is None else 100 * value
         counting = [
@@ -187,6 +226,8 @@ def _task_report(out: Path, name: str, jobs: Sequence[Mapping[str, Any]]) -> Tas
         problems=problems,
         values=values,
         scores=scores,
+        commonest=commonest,
+        constant=tuple(constant),
     )
 
 
@@ -202,9 +243,13 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{mean} ± {statistics.stdev(known):.1f}" if len(known) > 1 else mean
 
 
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1f}"
+
+
 def _rows(report: Report) -> list[list[str]]:
     """Return header and cells: a line per task, evaluation split and metric."""
-    rows = [["task", "metric", "value", "score", "seeds", "note"]]
+    rows = [["task", "metric", "value", "commonest answer", "score", "seeds", "note"]]
     for task in report.tasks:
         about = glue_tasks.task(task.task)
         for i, ((label, metric), values) in enumerate(task.values.items()):
@@ -217,24 +262,25 @@ def _rows(report: Report) -> list[list[str]]:
                     about.folder if first else "",
                     name,
                     _spread(list(values.values())),
-                    ("—" if task.score is None else f"{task.score:.1f}") if first else "",
+                    _percent(task.commonest.get((label, metric))),
+                    _percent(task.score) if first else "",
                     f"{len(task.defined)}/{len(task.seeds)}" if first else "",
                     task.note if first else "",
                 ]
             )
-    if report.average is None:
-        rows.append(["average", "", "", "—", "", report.average_text])
-    else:
-        rows.append(["average", "", "", report.average_text, "", ""])
+    note = report.average_text if report.average is None else ""
+    rows.append(["average", "", "", "", _percent(report.average), "", note])
     if report.paper_average is not None:
-        rows.append(["paper, this model", "", "", f"{report.paper_average:.1f}", "", ""])
+        paper = f"{report.paper_average:.1f}"
+        rows.append([f"paper, {report.name}", "", "", "", paper, "", ""])
     return rows
 
 
 def _footer(report: Report) -> list[str]:
     lines = [
         "Value: mean ± sample standard deviation over seeds, in percent, of the final evaluation "
-        "on the development set. Score: mean over seeds, splits and counting metrics. Average: "
+        "on the development set. Commonest answer: always the commonest class of this set, or the "
+        "mean of its numbers. Score: mean over seeds, splits and counting metrics. Average: "
         "unweighted mean over the eight tasks, as the paper counts it.",
         "The paper's averages: "
         + ", ".join(f"{name} {value}" for name, value in PAPER_AVERAGES.items())
@@ -257,111 +303,132 @@ def to_text(report: Report) -> str:
     last = 1 + (report.paper_average is not None)
     body = [lines[0], rule, *lines[1:-last], rule, *lines[-last:]]
     table = "\n".join(line.rstrip() for line in body)
-    return f"GLUE: {report.name}\n\n{table}\n\n" + "\n".join(_footer(report)) + "\n"
+    model = f"Model: {report.model}\n" if report.model else ""
+    footer = "\n".join(_footer(report))
+    return f"GLUE: {report.name}\n{model}\n{table}\n\n{footer}\n"
 
 
 def to_markdown(report: Report) -> str:
     """Return the table in Markdown."""
     rows = _rows(report)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "| --- | --- | ---: | ---: | ---: | --- |")
+    lines.insert(1, "| --- | --- | ---: | ---: | ---: | ---: | --- |")
     footer = "\n\n".join(_footer(report))
-    return f"# GLUE: {report.name}\n\n" + "\n".join(lines) + f"\n\n{footer}\n"
+    model = f"Model: {report.model}\n\n" if report.model else ""
+    return f"# GLUE: {report.name}\n\n{model}" + "\n".join(lines) + f"\n\n{footer}\n"
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else repr(value)
 
 
 def to_csv(report: Report) -> str:
     """Return a line per value of each job; scores and the average have the metric `score`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("task", "evaluation", "metric", "counts", "seed", "status", "percent"))
+    header = ("task", "evaluation", "metric", "counts", "seed", "status", "percent", "commonest")
+    writer.writerow(header)
     for task in report.tasks:
         about = glue_tasks.task(task.task)
         for (label, metric), values in task.values.items():
             counts = metric in about.score_metrics
             for seed in task.seeds:
                 value = values.get(seed)
-                cell = "" if value is None else repr(value)
+                cell = _exact(value)
                 row = (task.task, label, metric, counts, seed, task.statuses[seed], cell)
-                writer.writerow(row)
+                writer.writerow((*row, _exact(task.commonest.get((label, metric)))))
         status = "complete" if task.is_complete else "incomplete"
-        cell = "" if task.score is None else repr(task.score)
-        writer.writerow((task.task, "", "score", "", "", status, cell))
+        cells = (_exact(task.score), _exact(task.commonest_score))
+        writer.writerow((task.task, "", "score", "", "", status, *cells))
     status = "incomplete" if report.average is None else "complete"
-    cell = "" if report.average is None else repr(report.average)
-    writer.writerow(("average", "", "score", "", "", status, cell))
+    writer.writerow(("average", "", "score", "", "", status, _exact(report.average), ""))
     return text.getvalue()
 
 
 # --- as a picture --------------------------------------------------------------------------------
 
-# From Okabe and Ito's palette for the colour-blind; the marks differ in shape too.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.45"
+COMMONEST = {"markersize": 13, "markeredgewidth": 1.5}
 
 
-def draw(report: Report) -> Any:
+def draw(report: Report) -> bytes:
     """Draw the seeds of each task, their mean and sample standard deviation, and the averages.
 
     Returns:
-        A matplotlib figure.
+        A PNG.
     """
-    from matplotlib.figure import Figure
+    with drawing(height=5.6) as figure:
+        _draw(report, figure)
+        return to_png(figure)
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+
+def _draw(report: Report, figure: Any) -> None:
     axes = figure.add_subplot()
-    names = []
-    for y, task in enumerate(report.tasks):
-        names.append(_draw_task(axes, y, task))
+    blue, orange = LIGHT.series[:2]
+    names = [_draw_task(axes, y, task) for y, task in enumerate(report.tasks)]
     bottom = len(report.tasks) + 0.3
     names.append("average")
-    shown = [score for task in report.tasks for score in task.defined]
+    shown = [score for task in report.tasks for score in (*task.defined, task.commonest_score)]
     if report.average is None:
         _note(axes, bottom, report.average_text)
     else:
-        axes.plot(report.average, bottom, "D", color=BLUE, markersize=7)
-        _label(axes, report.average, bottom, f"{report.average:.1f}", BLUE)
-        shown.append(report.average)
+        axes.plot(report.average, bottom, "D", color=blue, markersize=7)
+        _label(axes, report.average, bottom, f"{report.average:.1f}", blue)
     if report.paper_average is not None:
-        axes.plot(
-            report.paper_average, bottom, "x", color=ORANGE, markersize=8, markeredgewidth=2,
-            label=f"the paper's average of this model: {report.paper_average:.1f}",
-        )  # fmt: skip
-        shown.append(report.paper_average)
-    axes.axhline(len(report.tasks) - 0.35, color="0.8", linewidth=0.8)
+        axes.plot(report.paper_average, bottom, "x", color=orange, markersize=8, markeredgewidth=2)
+    known = [x for x in (*shown, report.average, report.paper_average) if x is not None]
+    axes.axhline(len(report.tasks) - 0.35, color=LIGHT.faint, linewidth=0.8)
     axes.set_yticks([*range(len(report.tasks)), bottom], names)
     axes.set_ylim(bottom + 0.6, -0.7)
-    low, high = (min(shown), max(shown)) if shown else (0.0, 100.0)
+    low, high = (min(known), max(known)) if known else (0.0, 100.0)
     pad = max(3.0, 0.12 * (high - low))
     axes.set_xlim(low - pad, high + pad)
     axes.set(title=f"GLUE development sets: {report.name}", xlabel="score (%)")
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.plot([], [], "o", color=BLUE, markerfacecolor="none", label="one seed")
-    axes.plot([], [], "D", color=BLUE, label="mean over seeds ± sample standard deviation")
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
-    return figure
+    _add_legend(report, figure, axes)
+
+
+def _add_legend(report: Report, figure: Any, axes: Any) -> None:
+    """Explain the marks that occur."""
+    blue, orange = LIGHT.series[:2]
+    hollow = {"color": blue, "markerfacecolor": "none"}
+    partly = any(task.defined and not task.is_complete for task in report.tasks)
+    commonest = any(task.commonest_score is not None for task in report.tasks)
+    paper = "" if report.paper_average is None else f"the paper's average: {report.paper_average}"
+    marks: list[tuple[Any, str, str, dict[str, Any]]] = [
+        (True, "D", "mean ± standard deviation", {"color": blue}),
+        (True, "o", "one seed", hollow),
+        (partly, "D", "mean of an incomplete task", {"color": LIGHT.faint}),
+        (commonest, "|", "the commonest answer", {"color": LIGHT.ink, **COMMONEST}),
+        (paper, "x", paper, {"color": orange, "markeredgewidth": 2}),
+    ]
+    for occurs, mark, label, style in marks:
+        if occurs:
+            axes.plot([], [], mark, label=label, **style)
+    figure.legend(loc="outside lower left", ncols=2)
 
 
 def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
     """Draw the line of a task, and return its label."""
     about = glue_tasks.task(task.task)
-    metrics = " and ".join(METRIC_NAMES.get(name, name) for name in about.score_metrics)
-    name = f"{about.folder}  ({metrics})"
+    metrics = ", ".join(METRIC_NAMES.get(name, name) for name in about.score_metrics)
+    name = f"{about.folder}\n{metrics}"
+    if task.commonest_score is not None:
+        axes.plot(task.commonest_score, y, "|", color=LIGHT.ink, **COMMONEST)
     values = task.defined
     if not values:
         _note(axes, y, task.note)
         return name
-    color = BLUE if task.is_complete else GREY
+    color = LIGHT.series[0] if task.is_complete else LIGHT.faint
     # Below the mean, so that they do not hide it.
-    below = [y + 0.22] * len(values)
+    below = [y + 0.25] * len(values)
     axes.plot(values, below, "o", color=color, markerfacecolor="none", markersize=4)
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     axes.errorbar(mean, y, xerr=spread, fmt="D", color=color, markersize=5, capsize=3)
     label = f"{mean:.1f}"
     if not task.is_complete:
-        label += f"  ({len(values)}/{len(task.seeds)} seeds)"
+        label += f" ({len(values)}/{len(task.seeds)} seeds)"
     _label(axes, mean, y, label, color)
     return name
 
@@ -369,16 +436,13 @@ def _draw_task(axes: Any, y: int, task: TaskReport) -> str:
 def _note(axes: Any, y: float, text: str) -> None:
     """Write a text at the left in place of a value."""
     axes.text(
-        0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=GREY,
-        style="italic", fontsize=9,
+        0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=LIGHT.faint,
+        style="italic",
     )  # fmt: skip
 
 
 def _label(axes: Any, x: float, y: float, text: str, color: str) -> None:
-    axes.annotate(
-        text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", color=color,
-        fontsize=8,
-    )  # fmt: skip
+    axes.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", color=color)
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
@@ -387,13 +451,11 @@ def write_report(report: Report, out: Path) -> list[Path]:
     Returns:
         The files.
     """
-    picture = io.BytesIO()
-    draw(report).savefig(picture, format="png")
     contents: dict[str, str | bytes] = {
         "report.txt": to_text(report),
         "report.md": to_markdown(report),
         "report.csv": to_csv(report),
-        "report.png": picture.getvalue(),
+        "report.png": draw(report),
     }
     for name, content in contents.items():
         write_atomically(out / name, content)

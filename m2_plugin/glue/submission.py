@@ -119,7 +119,7 @@ def _best_seed(task: TaskReport | None, name: str, problems: list[str]) -> int |
 def _load(folder: Path, label: str) -> Any:
     """Return the logits, or the reason why there are none, as text."""
     result = read_json(folder / "result.json")
-    assert isinstance(result, dict) and result["status"] == FINISHED
+    assert result["status"] == FINISHED
     entry = result.get("predictions", {}).get(label)
     if entry is None:
         return f"{folder.name} has no predictions of {label}; run it again with predict=true"

@@ -12,7 +12,6 @@ A job is not run again if its result.json has the status `finished` and the same
 
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from m2_plugin.constants import CHECKPOINT_SUFFIXES
-from m2_plugin.files import read_json, write_atomically, write_json
+from m2_plugin.files import lock, read_json, write_atomically, write_json
 from m2_plugin.glue import tasks as glue_tasks
 from m2_plugin.glue.recipes import (
     MNLI,
@@ -57,6 +56,8 @@ THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
 
 # The last line of a traceback; torch puts the rank before it.
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
+
+REFUSAL = "ConfigError"  # of foundry/preflight.py
 
 Command = Callable[["Job"], Sequence[str]]
 
@@ -95,8 +96,12 @@ class Job:
 
     def is_finished(self) -> bool:
         """Return whether its result is complete and belongs to these settings."""
-        result = read_json(self.folder / "result.json")
-        if not isinstance(result, dict) or result.get("status") != FINISHED:
+        try:
+            result = read_json(self.folder / "result.json", missing_ok=True)
+        except ValueError as error:
+            log.warning("%s: it runs again", error)
+            return False
+        if result is None or result.get("status") != FINISHED:
             return False
         model = not self.keeps_model or (self.model_folder / "config.json").is_file()
         return result.get("hash") == self.hash and model
@@ -189,7 +194,8 @@ def _sweep_job(
             for split in glue_tasks.task(source).test_splits
         ]
     if not keeps_model:
-        config["callbacks"].pop("hf_checkpointer")
+        for name in ("hf_checkpointer", "model_card"):
+            config["callbacks"].pop(name)
     return config
 
 
@@ -215,7 +221,8 @@ def _hash(config: Mapping[str, Any], origin: str) -> str:
     config = copy.deepcopy(dict(config))
     for key in ("run_name", "out", "start"):
         del config["variables"][key]
-    config["callbacks"].pop("hf_checkpointer", None)
+    for name in ("hf_checkpointer", "model_card"):
+        config["callbacks"].pop(name, None)
     text = json.dumps([config, origin], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -259,6 +266,17 @@ def select(
                 f"mnli_checkpoint=CHECKPOINT, or tasks.{job.task}.start=null to start from `start`."
             )
     return chosen
+
+
+def _check_starts(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        model = job.config["model"]
+        if job.config["variables"]["start"] is None and model.get("pretrained") is not False:
+            raise ValueError(
+                "start is missing: give --start FOLDER, the checkpoint to fine-tune (a "
+                "transformers folder, or a .pt file of Composer or of the M2 release). To train "
+                "from random weights, set model.pretrained=false too."
+            )
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -311,18 +329,19 @@ def run_jobs(
     jobs: Sequence[Job],
     slots: Sequence[Mapping[str, str]],
     command: Command = train_command,
-    lock: int | None = None,
+    held: int | None = None,
 ) -> dict[str, str]:
     """Run the jobs that are not finished, as many at a time as there are slots.
 
     A job starts when the job that it needs has finished, and is blocked if that failed; the others
-    continue. When this function ends, for any reason, its processes end too.
+    continue. If llm-foundry refuses the settings of a job, no other job is started: they share most
+    of their settings. When this function ends, for any reason, its processes end too.
 
     Args:
         jobs: The jobs in their order.
         slots: The environment variables of each slot.
         command: A function that returns the command line of a job.
-        lock: A file descriptor that the processes inherit.
+        held: A file descriptor that the processes inherit.
 
     Returns:
         The status by name of the job.
@@ -332,6 +351,7 @@ def run_jobs(
     running: dict[int, _Running] = {}
     bar = tqdm(total=len(jobs), initial=len(statuses), unit="job", desc="glue", smoothing=0)
     shown = ""
+    refused: str | None = None
     try:
         with bar, logging_redirect_tqdm():
             while pending or running:
@@ -339,16 +359,19 @@ def run_jobs(
                     if slot not in running:
                         job = _next(pending, statuses)
                         if job is not None:
-                            running[slot] = _start(job, command(job), slots[slot], lock)
+                            running[slot] = _start(job, command(job), slots[slot], held)
                 for slot, current in list(running.items()):
                     if current.process.poll() is not None:
                         del running[slot]
                         statuses[current.job.name] = _finish(current)
+                        refused = refused or _refused(current.job)
                         bar.update()
-                for job in [job for job in pending if _is_blocked(job, statuses)]:
-                    pending.remove(job)
-                    statuses[job.name] = _block(job)
-                    bar.update()
+                for job in list(pending):
+                    problem = refused or _blocked_by(job, statuses)
+                    if problem is not None:
+                        pending.remove(job)
+                        statuses[job.name] = _block(job, problem)
+                        bar.update()
                 text = "; ".join(_describe(current.job) for current in running.values())
                 if text != shown and sys.stderr.isatty():  # a file gets one line per job
                     shown = text
@@ -368,11 +391,22 @@ def _next(pending: list[Job], statuses: Mapping[str, str]) -> Job | None:
     return None
 
 
-def _is_blocked(job: Job, statuses: Mapping[str, str]) -> bool:
-    return statuses.get(job.needs or "") in (FAILED, BLOCKED)
+def _blocked_by(job: Job, statuses: Mapping[str, str]) -> str | None:
+    """Return why a job cannot run, or None."""
+    if statuses.get(job.needs or "") in (FAILED, BLOCKED):
+        return f"it starts from {job.needs}, which failed"
+    return None
 
 
-def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int | None) -> _Running:
+def _refused(job: Job) -> str | None:
+    """Return a note if the settings of a job that has ended were refused, or None."""
+    error = read_json(job.folder / "result.json").get("error")
+    if isinstance(error, str) and error.split(":")[0].endswith(REFUSAL):
+        return f"the settings of {job.name} were refused"
+    return None
+
+
+def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], held: int | None) -> _Running:
     # Remove files of an earlier attempt, so that they do not count as results of this one.
     if job.folder.exists():
         shutil.rmtree(job.folder)
@@ -391,7 +425,7 @@ def _start(job: Job, command: Sequence[str], slot: Mapping[str, str], lock: int 
         stdout=output,
         stderr=subprocess.STDOUT,
         env=environment,
-        pass_fds=() if lock is None else (lock,),
+        pass_fds=() if held is None else (held,),
     )
     log.info("%s started: %s", job.name, job.folder / "log.txt")
     return _Running(job, process, output, time.time())
@@ -402,7 +436,6 @@ def _finish(current: _Running) -> str:
     current.log.close()
     job, code = current.job, current.process.returncode
     seconds = round(time.time() - current.started, 1)
-    report = read_json(job.folder / "metrics.json")
     result: dict[str, Any] = {
         "task": job.task,
         "seed": job.seed,
@@ -410,15 +443,16 @@ def _finish(current: _Running) -> str:
         "start": job.config["variables"]["start"],
         "seconds": seconds,
     }
-    problem = None
+    problem, report = None, {}
+    try:
+        report = read_json(job.folder / "metrics.json")
+    except ValueError as error:
+        problem = f"it ended without metrics: {error}"
     if code != 0:
         problem = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
-    elif not isinstance(report, dict):
-        problem = "it ended without metrics.json"
-    elif job.keeps_model and not (job.model_folder / "config.json").is_file():
+    elif problem is None and job.keeps_model and not (job.model_folder / "config.json").is_file():
         problem = f"it wrote no model to {job.model_folder}"
     if problem is None:
-        assert isinstance(report, dict)
         write_json(job.folder / "result.json", {"status": FINISHED, **result, **report})
         log.info("%s finished after %.0f s: %s", job.name, seconds, _one_line(report["metrics"]))
         return FINISHED
@@ -430,10 +464,9 @@ def _finish(current: _Running) -> str:
     return FAILED
 
 
-def _block(job: Job) -> str:
+def _block(job: Job, problem: str) -> str:
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"task": job.task, "seed": job.seed, "hash": job.hash}
-    problem = f"it starts from {job.needs}, which failed"
     write_json(job.folder / "result.json", {"status": BLOCKED, **result, "problem": problem})
     log.error("%s not run: %s", job.name, problem)
     return BLOCKED
@@ -483,8 +516,9 @@ def _one_line(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def _describe(job: Job) -> str:
-    progress = read_json(job.folder / "progress.json")
-    if not isinstance(progress, dict):
+    try:
+        progress = read_json(job.folder / "progress.json")
+    except ValueError:
         return f"{job.name} starts"
     loss = progress.get("loss")
     return (
@@ -493,27 +527,6 @@ def _describe(job: Job) -> str:
 
 
 # --- the whole sweep -----------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Lock the folder; the lock lasts as long as any process of this sweep."""
-    path = out / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = path.read_text().strip() or "unknown"
-            raise ValueError(
-                f"{out} is in use by another sweep, or by a job that it left running: process "
-                f"{owner}. Wait until it ends, or set another --out."
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -536,7 +549,13 @@ def write_plan(sweep: Sweep, jobs: Sequence[Job], out: Path) -> None:
     entries = [{"task": job.task, "seed": job.seed, "hash": job.hash} for job in jobs]
     write_json(
         out / "plan.json",
-        {"name": sweep.name, "paper_average": sweep.paper_average, "jobs": entries},
+        {
+            "name": sweep.name,
+            "start": sweep.start,
+            "pretrained": sweep.model.get("pretrained") is not False,
+            "paper_average": sweep.paper_average,
+            "jobs": entries,
+        },
     )
 
 
@@ -572,18 +591,22 @@ def run_sweep(
         The status, "finished", "failed" or "blocked", by name of the job.
 
     Raises:
-        ValueError: If the selection is wrong, or another sweep runs in the folder.
+        ValueError: If the selection is wrong, a job has no checkpoint to start from, or another
+            sweep runs in the folder.
     """
     gpus = visible_gpus() if gpus is None else gpus
     planned = plan(sweep, out, on_cpu=not gpus)
     chosen = select(planned, tasks, seeds)
+    _check_starts(chosen)
     slots = make_slots(gpus, jobs)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out) as lock, _terminable():
+    what = f"{str(out)!r} is in use by another sweep, or by a job that it left running"
+    held = lock(out / ".lock", what, "set another --out")  # by the jobs too
+    with held or nullcontext(), _terminable():
         write_plan(sweep, planned, out)
         if not gpus and sweep.job.get("precision", "amp_bf16") != "fp32":
             log.warning("No GPU: the jobs run in fp32, as Composer requires on a CPU.")
         needed = {job.needs for job in chosen} - {job.name for job in chosen}
         known = [job for job in planned if job.name in needed and job.is_finished()]
-        statuses = run_jobs([*known, *chosen], slots, command, lock)
+        statuses = run_jobs([*known, *chosen], slots, command, held.fileno() if held else None)
     return {job.name: statuses[job.name] for job in chosen}

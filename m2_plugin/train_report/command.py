@@ -8,9 +8,17 @@ from datetime import datetime
 from pathlib import Path
 
 from m2_plugin.files import write_atomically
-from m2_plugin.train_report.draw import DARK, LIGHT, PANELS, draw
+from m2_plugin.pictures import DARK, LIGHT
+from m2_plugin.train_report.draw import PANELS, draw
 from m2_plugin.train_report.page import page, table
-from m2_plugin.train_report.runs import AXES, Run, common_rate, load_runs, summarize
+from m2_plugin.train_report.runs import (
+    AXES,
+    Run,
+    common_rate,
+    load_runs,
+    summarize,
+    tokenizers_differ,
+)
 
 __all__ = ["main", "write_report"]
 
@@ -19,8 +27,8 @@ log = logging.getLogger(__name__)
 EPILOG = """examples:
   m2-plugin train-report runs/m2-bert-base
   m2-plugin train-report runs/m2-bert-base runs/bert-base --x tokens --out compared
-It reads TensorBoard event files, MLflow file stores, offline files of Weights & Biases, and
-loss_curve.csv, at any depth below the folders."""
+It reads TensorBoard event files, MLflow file stores, offline files of Weights & Biases,
+loss_curve.csv and config.yaml, at any depth below the folders."""
 
 
 def write_report(
@@ -41,6 +49,8 @@ def write_report(
     """
     runs = load_runs([Path(folder) for folder in folders])
     _check_axis(runs, axis)
+    if tokenizers_differ(runs):
+        log.warning("The runs have different tokenizers: their losses per token do not compare.")
     default = Path(folders[0]) / "report" if len(folders) == 1 else Path("train-report")
     out = default if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `m2-plugin train-report`.
 
     Returns:
-        0, or 1 if the input is wrong.
+        0.
+
+    Raises:
+        ValueError: If the input is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin train-report",
@@ -90,11 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--x", dest="axis", default="batch", choices=AXES, help="default: batch")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        rows, files = write_report(**vars(args))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    rows, files = write_report(**vars(args))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]

@@ -1,14 +1,13 @@
 """Draw the curves of runs on common axes, in light or dark colours."""
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m2_plugin.pictures import LIGHT, LINES, MARKERS, Theme, drawing, to_png
 from m2_plugin.train_report.readers import Series
 from m2_plugin.train_report.runs import (
     AXES,
@@ -17,54 +16,39 @@ from m2_plugin.train_report.runs import (
     Run,
     common_rate,
     default_span,
+    loss_unit,
     memory_series,
     running_mean,
+    tokenizers_differ,
 )
 
-__all__ = ["DARK", "LIGHT", "PANELS", "Theme", "draw"]
+__all__ = ["PANELS", "draw"]
 
 DRAWN = 2000  # points of a line; a picture is 1,200 pixels wide
 End = tuple[float, float, str]  # last x of a curve, its value there, its colour
-LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a picture; `runs` is for the colour-blind too (Okabe and Ito)."""
-
-    paper: str
-    ink: str
-    faint: str
-    runs: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1c2024", "#8a9199",
-    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B61A8", "#8C6D46"),
-)  # fmt: skip
-DARK = Theme(
-    "#16191d", "#e4e7ea", "#7d858d",
-    ("#4FA8DC", "#FF8A4C", "#2FC79A", "#E79BC5", "#F2B632", "#9AD3F5", "#B39DDB", "#C9A66B"),
-)  # fmt: skip
 
 
 class _Panel:
     """Axes, with a colour for each run and the chosen x axis."""
 
-    def __init__(self, runs: Sequence[Run], axis: str, theme: Theme, smoothing: int | None = None):
-        # Imported here because it is slow, and `--help` does not need it.
+    def __init__(
+        self,
+        figure: Any,
+        runs: Sequence[Run],
+        axis: str,
+        theme: Theme,
+        smoothing: int | None = None,
+    ):
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
 
-        self.figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor=theme.paper)
-        self.axes = self.figure.add_subplot(facecolor=theme.paper)
+        self.figure, self.axes = figure, figure.add_subplot()
         self.runs, self.axis, self.theme, self.smoothing = runs, axis, theme, smoothing
         self.ends: list[End] = []
-        self.colors: list[Any] = list(theme.runs[: len(runs)])
+        self.colors: list[Any] = list(theme.series[: len(runs)])
         lengths = [sum(run.ends) - sum(wall for wall, _ in run.starts) for run in runs]
         # The quickstart takes minutes, a pretraining days.
         self.in_minutes = axis == "time" and max(lengths) < 2 * 3600
-        if len(runs) > len(theme.runs):
+        if len(runs) > len(theme.series):
             self.colors = list(colormaps["turbo"](np.linspace(0.08, 0.92, len(runs))))
 
     @property
@@ -85,51 +69,44 @@ class _Panel:
         self.axes.plot(*_thin(x, y), **style)
         return True
 
-    def finish(self, ylabel: str, missing: str) -> Any:
+    def finish(self, ylabel: str, missing: str, title: str = "") -> None:
         """Label the axes; if nothing was drawn, name the callback that would log it."""
         axes, theme = self.axes, self.theme
-        empty = not axes.lines
-        if empty:
+        if not axes.lines:
             axes.set(xticks=[], yticks=[])
             axes.text(
                 0.5, 0.5, f"not logged\n\n{missing}", transform=axes.transAxes,
-                ha="center", va="center", color=theme.faint, fontsize=11,
+                ha="center", va="center", color=theme.faint, fontsize=12,
             )  # fmt: skip
             axes.spines[:].set_visible(False)
-            return self.figure
-        if self.alone:
-            title = self.runs[0].name
-            axes.set_title(title, color=theme.ink, fontsize=10, loc="left", parse_math=False)
+            return
+        if self.alone or title:
+            axes.set_title(title or self.runs[0].name)
         label = AXES[self.axis][0]
         label = label.replace("hours", "minutes") if self.in_minutes else label
-        axes.set_xlabel(label, color=theme.ink)
-        axes.set_ylabel(ylabel, color=theme.ink)
-        axes.grid(alpha=0.25, color=theme.faint)
-        axes.set_axisbelow(True)
+        axes.set(xlabel=label, ylabel=ylabel)
         axes.margins(x=0.02)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(theme.faint)
-        axes.tick_params(colors=theme.ink, which="both")
         if self.axis == "tokens":
             axes.xaxis.set_major_formatter(_engineering)
         else:
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+        axes.locator_params(axis="x", nbins=6)  # long numbers would touch each other
         self._add_legend()
         if len(self.ends) <= 6:
             _annotate_ends(axes, self.ends)
-        return self.figure
 
     def _add_legend(self) -> None:
-        entries = len(self.axes.get_legend_handles_labels()[0])
-        if not entries:
+        labels = self.axes.get_legend_handles_labels()[1]
+        if not labels:
             return
-        if entries > 8:  # it would cover the curves
-            legend = self.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-        else:
-            legend = self.axes.legend(fontsize=9)
-        legend.set_frame_on(False)
-        for text in legend.get_texts():
-            text.set(color=self.theme.ink, parse_math=False)  # a name may contain a $
+        if len(labels) <= 6 and max(map(len, labels)) <= 34:
+            self.axes.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)
+            return
+        # It would cover the curves: add a line below them for each row of the legend.
+        columns = 2 if max(map(len, labels)) <= 30 else 1
+        rows = -(-len(labels) // columns)
+        self.figure.set_figheight(self.figure.get_figheight() + 0.22 * rows)
+        self.figure.legend(loc="outside lower left", ncols=columns)
 
 
 def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
@@ -137,7 +114,7 @@ def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
     low, high = axes.get_ylim()
     below = -math.inf
     for x, value, color in sorted(ends, key=lambda end: end[1]):
-        height = max(value, below + 0.035 * (high - low))  # a line of text is 3.5 % of the axis
+        height = max(value, below + 0.05 * (high - low))  # a line of text is 5 % of the axis
         below = height
         axes.annotate(
             f"{value:.3f}",
@@ -146,7 +123,6 @@ def _annotate_ends(axes: Any, ends: Iterable[End]) -> None:
             textcoords=("axes fraction", "data"),
             va="center",
             color=color,
-            fontsize=9,
         )
 
 
@@ -171,9 +147,8 @@ def _thin(
     return x[index], y[index]
 
 
-def _draw_loss(panel: _Panel) -> Any:
+def _draw_loss(panel: _Panel) -> None:
     labels: list[str] = []  # of evaluations
-    baselines: dict[str, float] = {}
     for run, color in zip(panel.runs, panel.colors, strict=True):
         unnamed = not _draw_train(panel, run, color)
         for label, series in run.evals().items():
@@ -181,29 +156,52 @@ def _draw_loss(panel: _Panel) -> Any:
                 labels.append(label)
             _draw_eval(panel, run, series, labels.index(label), color, unnamed)
             unnamed = False
-        for tag in run.series:
-            if tag.startswith("baseline/") and (known := run.get(tag)) is not None:
-                name = tag.removeprefix("baseline/").replace("_", " ")
-                value = float(known.values[-1])
-                baselines[f"{name}: {value:.3f}"] = value
-    if not panel.axes.lines:
-        labels, baselines = [], {}
+    if panel.axes.lines:
+        _name_evals(panel, labels)
+        _draw_baselines(panel)
+    unit = loss_unit(panel.runs)
+    panel.finish(
+        f"loss ({unit})" if unit else "loss",
+        "Composer logs it to every logger;\nthe callback loss_curve writes it too.",
+        "Different tokenizers: losses per token do not compare"
+        if tokenizers_differ(panel.runs)
+        else "",
+    )
+
+
+def _name_evals(panel: _Panel, labels: Sequence[str]) -> None:
+    """Explain the curves of the evaluations in the legend.
+
+    With several runs, a colour means a run: one grey entry explains the dashed lines.
+    """
     for i, label in enumerate(labels):
-        # With several runs, a colour means a run: one grey entry explains the dashed lines.
-        shade = panel.theme.runs[(i + 1) % len(panel.theme.runs)]
+        shade = panel.theme.series[(i + 1) % len(panel.theme.series)]
         panel.axes.plot(
             [], [], color=shade if panel.alone else panel.theme.faint, markersize=4, linewidth=1.2,
             linestyle="-" if panel.alone else "--", marker=MARKERS[i % len(MARKERS)],
             label="evaluation" + (f" ({label})" if label != "eval" else ""),
         )  # fmt: skip
-    if len(baselines) <= len(LINES):
-        for (label, value), line in zip(baselines.items(), ("--", ":", "-.", "-"), strict=False):
-            panel.axes.axhline(
-                value, linestyle=line, color=panel.theme.faint, linewidth=1, label=label
-            )
-    return panel.finish(
-        "loss (nats)", "Composer logs it to every logger;\nthe callback loss_curve writes it too."
-    )
+
+
+def _draw_baselines(panel: _Panel) -> None:
+    """Draw the losses of the callback `loss_curve`'s simple models, grey if all runs have them."""
+    found: dict[tuple[str, str], list[int]] = {}  # name, value: the runs
+    for i, run in enumerate(panel.runs):
+        for tag in run.series:
+            if tag.startswith("baseline/") and (known := run.get(tag)) is not None:
+                name = tag.removeprefix("baseline/").replace("_", " ")
+                found.setdefault((name, f"{known.values[-1]:.3f}"), []).append(i)
+    names = list(dict.fromkeys(name for name, _ in found))
+    for (name, value), owners in found.items():
+        common = len(owners) == len(panel.runs)
+        whose = "" if common else f" of {', '.join(panel.runs[i].name for i in owners)}"
+        panel.axes.axhline(
+            float(value),
+            color=panel.theme.faint if common else panel.colors[owners[0]],
+            linestyle=LINES[1:][names.index(name) % 3],
+            linewidth=1.2,
+            label=f"{name}{whose}: {value}",
+        )
 
 
 def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
@@ -222,7 +220,7 @@ def _draw_train(panel: _Panel, run: Run, color: Any) -> bool:
 def _draw_eval(
     panel: _Panel, run: Run, series: Series, number: int, color: Any, unnamed: bool
 ) -> None:
-    shade = panel.theme.runs[(number + 1) % len(panel.theme.runs)] if panel.alone else color
+    shade = panel.theme.series[(number + 1) % len(panel.theme.series)] if panel.alone else color
     drawn = panel.line(
         run, series, color=shade, linewidth=1.2, linestyle="-" if panel.alone else "--",
         marker=MARKERS[number % len(MARKERS)], markersize=4,
@@ -233,11 +231,11 @@ def _draw_eval(
         panel.ends.append((0, series.values[-1], shade))
 
 
-def _draw_learning_rate(panel: _Panel) -> Any:
+def _draw_learning_rate(panel: _Panel) -> None:
     groups: list[str] = []
     for run, color in zip(panel.runs, panel.colors, strict=True):
         for j, (group, series) in enumerate(run.learning_rates().items()):
-            shade = panel.theme.runs[j % len(panel.theme.runs)] if panel.alone else color
+            shade = panel.theme.series[j % len(panel.theme.series)] if panel.alone else color
             groups += [group] if group not in groups else []
             name = group if panel.alone else run.name if j == 0 else None
             panel.line(run, series, color=shade, linewidth=1.6, label=name,
@@ -248,10 +246,10 @@ def _draw_learning_rate(panel: _Panel) -> Any:
     if panel.axes.lines:
         panel.axes.set_ylim(bottom=0)
         panel.axes.yaxis.set_major_formatter(lambda y, _: f"{y:.6g}")
-    return panel.finish("learning rate", "The callback lr_monitor logs it.")
+    panel.finish("learning rate", "The callback lr_monitor logs it.")
 
 
-def _draw_throughput(panel: _Panel) -> Any:
+def _draw_throughput(panel: _Panel) -> None:
     kind = common_rate(panel.runs)
     highest = 0.0
     for run, color in zip(panel.runs, panel.colors, strict=True):
@@ -273,17 +271,17 @@ def _draw_throughput(panel: _Panel) -> Any:
     if panel.axes.lines:
         panel.axes.set_ylim(0, 1.15 * highest)
         panel.axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
-    return panel.finish(f"{kind} per second", "The callback speed_monitor logs it.")
+    panel.finish(f"{kind} per second", "The callback speed_monitor logs it.")
 
 
-def _draw_memory(panel: _Panel) -> Any:
+def _draw_memory(panel: _Panel) -> None:
     kinds = set()
     for run, color in zip(panel.runs, panel.colors, strict=True):
         series, kind = memory_series(run)
         if series is None:
             continue
         kinds.add(kind)
-        what = "peak allocated" if kind == "GPU" else "in use on the machine, by all programs"
+        what = "peak allocated" if kind == "GPU" else "in use, by all programs"
         highest = f"{what}: at most {series.values.max():.3g} GB"
         label = highest if panel.alone else f"{run.name}: at most {series.values.max():.3g} GB"
         panel.line(run, series, color=color, linewidth=1.6, label=label)
@@ -293,15 +291,15 @@ def _draw_memory(panel: _Panel) -> Any:
             panel.line(run, reserved, color=color, linewidth=1.2, linestyle="--", label=label)
     if panel.axes.lines:
         panel.axes.set_ylim(0, 1.15 * panel.axes.get_ylim()[1])
-    of = {"GPU": ", peak allocated", "machine": " of the machine, by all programs"}
-    return panel.finish(
-        f"memory{of[kinds.pop()] if len(kinds) == 1 and not panel.alone else ''} (GB)",
+    of = {"GPU": "peak GPU memory", "machine": "memory of the machine"}
+    panel.finish(
+        f"{of[kinds.pop()] if len(kinds) == 1 else 'memory'} (GB)",
         "The callback memory_monitor logs a GPU's,\nsystem_metrics_monitor that of the machine.",
     )
 
 
 # File name: title on the page, and the function that draws it.
-PANELS: dict[str, tuple[str, Callable[[_Panel], Any]]] = {
+PANELS: dict[str, tuple[str, Callable[[_Panel], None]]] = {
     "loss": ("Loss", _draw_loss),
     "learning_rate": ("Learning rate", _draw_learning_rate),
     "throughput": ("Throughput", _draw_throughput),
@@ -329,7 +327,6 @@ def draw(
     Returns:
         A PNG.
     """
-    figure = PANELS[name][1](_Panel(runs, axis, theme, smoothing))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", facecolor=theme.paper)
-    return file.getvalue()
+    with drawing(theme) as figure:
+        PANELS[name][1](_Panel(figure, runs, axis, theme, smoothing))
+        return to_png(figure)

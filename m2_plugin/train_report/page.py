@@ -6,8 +6,7 @@ from datetime import datetime
 from html import escape
 
 from m2_plugin.train_report.draw import PANELS
-from m2_plugin.train_report.readers import TENSORBOARD
-from m2_plugin.train_report.runs import Run, Summary
+from m2_plugin.train_report.runs import Run, Summary, loss_unit, tokenizers_differ
 
 __all__ = ["page", "table"]
 
@@ -30,6 +29,7 @@ body { margin: 0; background: var(--back); color: var(--ink);
 main { max-width: 1280px; margin: 0 auto; padding: 24px; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 16px; margin: 28px 0 8px; }
+strong { color: var(--ink); }
 p { color: var(--faint); margin: 4px 0; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
   gap: 16px; margin-top: 20px; }
@@ -49,6 +49,7 @@ th:first-child, td:first-child { text-align: left; }
   font: 13px/1.5 ui-monospace, monospace; }
 .parameters th { text-align: left; font-size: 13px; }
 details { margin-top: 8px; }
+@media (max-width: 600px) { main { padding: 12px; } figure { padding: 4px; } }
 summary { cursor: pointer; color: var(--faint); }
 """
 
@@ -112,7 +113,10 @@ def _parameters(runs: Sequence[Run]) -> str:
     """Return the hyperparameters, a column per run; all but the main ones are folded."""
     names = {name for run in runs for name in run.parameters}
     if not names:
-        return ""
+        return (
+            "<h2>Hyperparameters</h2>\n<p>Not logged: the callback run_summary writes them to "
+            "config.yaml in the run's save_folder.</p>"
+        )
     main = [name for name in MAIN if name in names]
     parts = []
     for about, chosen in ((None, main), ("all others", sorted(names - set(main)))):
@@ -124,9 +128,12 @@ def _parameters(runs: Sequence[Run]) -> str:
         parts.append(
             block if about is None else f"<details><summary>{about}</summary>{block}</details>"
         )
-    if any(TENSORBOARD in run.sources for run in runs):
-        parts.append("<p>Composer's TensorBoard logger keeps four decimals of a number.</p>")
     return "<h2>Hyperparameters</h2>\n" + "\n".join(parts)
+
+
+def _losses(runs: Sequence[Run]) -> str:
+    unit = loss_unit(runs)
+    return f"Losses in {unit}." if unit else "Losses in nats; of a regression, mean squared errors."
 
 
 def _image(png: bytes) -> str:
@@ -159,6 +166,12 @@ def page(
         f"<p>{escape(run.name)}: {escape(', '.join(run.sources))}, {escape(str(run.folder))}</p>\n"
         for run in runs
     )
+    note = (
+        "<p><strong>The runs have different tokenizers: their losses per token do not compare."
+        "</strong></p>\n"
+        if tokenizers_differ(runs)
+        else ""
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -174,7 +187,7 @@ def page(
 <h2>Results</h2>
 <div class="scroll"><table>
 {_rows(table(rows))}</table></div>
-<p>Losses in nats. The training loss is the last value of its running mean. Throughput is the
+{note}<p>{_losses(runs)} The training loss is the last value of its running mean. Throughput is the
 median of the logged values. Wall time is that of all attempts, with lost work and without the
 pauses between them. If a run was resumed, batches trained twice appear once, with the last
 attempt's values.</p>

@@ -1,4 +1,7 @@
-"""Read the files of Composer's loggers: TensorBoard, MLflow, Weights & Biases, `loss_curve.csv`."""
+"""Read the files of Composer's loggers: TensorBoard, MLflow, Weights & Biases; and our own.
+
+Our own are `loss_curve.csv` and `config.yaml`, of the callbacks `loss_curve` and `run_summary`.
+"""
 
 import csv
 import json
@@ -16,17 +19,19 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-__all__ = ["SOURCES", "Log", "Series", "loss_curve_series", "read_logs"]
+__all__ = ["MSE", "SOURCES", "Log", "Series", "loss_curve_series", "read_logs"]
 
 log = logging.getLogger(__name__)
 
 TENSORBOARD, MLFLOW, WANDB, CSV = "TensorBoard", "MLflow", "Weights & Biases", "loss_curve.csv"
+CONFIG = "config.yaml"
 # If several loggers have the same curve, the first of them in this order is used.
-SOURCES = (TENSORBOARD, MLFLOW, WANDB, CSV)
+SOURCES = (TENSORBOARD, MLFLOW, WANDB, CSV, CONFIG)
+MSE = "MeanSquaredError"  # the metric that is a regression's loss
 # The curves to read, of about 50 in a log; this saves half the memory.
 WANTED = re.compile(
     r"loss/train/total|lr-.*|throughput/.*|memory/peak_.*|cpu_memory_used|baseline/.*"
-    r"|time/(batch|token)|metrics/(?!train/).*(CrossEntropy|Loss)"
+    r"|time/(batch|token)|metrics/(?!train/).*(CrossEntropy|Loss|MeanSquaredError)"
 )
 EVENT_FILE = re.compile(r".*tfevents\.(\d+)\.(.*)\.(\d+)")  # torch: time, host and process, count
 
@@ -97,7 +102,7 @@ class _Points:
 
     def series(self) -> dict[str, Series]:
         return {
-            tag: Series(np.array(steps, np.int64), np.array(walls), np.array(values))
+            tag: Series(np.array(steps, np.int64), np.array(walls), _drawable(np.array(values)))
             for tag, (steps, walls, values) in self.columns.items()
         }
 
@@ -105,6 +110,16 @@ class _Points:
         """Return the times of the first and the last point."""
         walls = [column[1] for column in self.columns.values()]
         return min(map(min, walls)), max(map(max, walls))
+
+
+def _drawable(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Make numbers infinite if the scale of an axis that shows them would overflow."""
+    return np.where(np.abs(values) >= 1e100, np.copysign(np.inf, values), values)
+
+
+def _printable(text: str) -> str:
+    """Replace what neither a terminal nor a file in UTF-8 can show."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_logs(folder: Path) -> list[Log]:
@@ -117,6 +132,7 @@ def read_logs(folder: Path) -> list[Log]:
     for path, folders, names in os.walk(folder):
         folders.sort()
         here = Path(path)
+        names = [name for name in names if (here / name).is_file()]  # to open a pipe would wait
         for name in sorted(names):
             if "tfevents" in name:
                 events[here].append(here / name)
@@ -124,11 +140,18 @@ def read_logs(folder: Path) -> list[Log]:
                 logs += _attempt(_read_wandb, here / name)
             elif name == "loss_curve.csv":
                 logs += _attempt(_read_csv, here / name)
+            elif name == CONFIG:
+                logs += _attempt(_read_config, here / name)
         if "meta.yaml" in names and "metrics" in folders:
             logs += _attempt(_read_mlflow, here)
     for here, files in events.items():
         logs += _attempt(_read_events, here, files)
     logs = [entry for entry in logs if entry.series or entry.parameters]
+    for entry in logs:
+        entry.name = _printable(entry.name)
+        entry.parameters = {
+            _printable(key): _printable(value) for key, value in entry.parameters.items()
+        }
     return sorted(logs, key=lambda entry: (SOURCES.index(entry.source), entry.folder))
 
 
@@ -228,12 +251,24 @@ def _hyperparameters(content: bytes) -> dict[str, str]:
     return found
 
 
+class _Loader(yaml.BaseLoader):
+    """Reads all values as text, so that digits stay as logged.
+
+    An alias is an error: a few of them can stand for more text than fits into memory.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
 def _flat(name: str, value: Any) -> dict[str, str]:
     """Return a hyperparameter as text; loggers write whole sections of a YAML as one."""
     if isinstance(value, str) and value[:1] in "{\"'":
         try:
-            value = yaml.load(value, yaml.BaseLoader)  # as text, so that digits stay as logged
-        except yaml.YAMLError:
+            value = yaml.load(value, _Loader)
+        except (yaml.YAMLError, RecursionError):
             return {name: value}
     if isinstance(value, dict):
         found: dict[str, str] = {}
@@ -252,7 +287,7 @@ def _flat(name: str, value: Any) -> dict[str, str]:
 
 def _read_mlflow(folder: Path) -> Log:
     """Read a run of a file store: a file per curve, with lines `milliseconds value step`."""
-    about = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8")) or {}
+    about = yaml.load((folder / "meta.yaml").read_text(encoding="utf-8"), _Loader) or {}
     points = _Points()
     for path in sorted((folder / "metrics").rglob("*")):
         tag = path.relative_to(folder / "metrics").as_posix()
@@ -263,10 +298,10 @@ def _read_mlflow(folder: Path) -> Log:
             try:
                 wall, value, step = line.split()[:3]
                 points.add(tag, int(step), int(wall) / 1000, float(value))
-            except ValueError:
+            except (ValueError, OverflowError):
                 log.warning("%s: line %d is not whole", path, number)
     parameters: dict[str, str] = {}
-    for path in sorted((folder / "params").glob("*")):
+    for path in filter(Path.is_file, sorted((folder / "params").glob("*"))):
         parameters |= _flat(path.name, path.read_text(encoding="utf-8", errors="replace"))
     name = str(about.get("run_name") or folder.name)
     starts = [points.span()[0]] if points.columns else []
@@ -291,7 +326,10 @@ def _read_wandb(path: Path) -> Log:
         while (data := store.scan_data()) is not None:
             record = Record.FromString(data)
             if record.HasField("history"):
-                _add_history(record.history, points)
+                try:
+                    _add_history(record.history, points)
+                except (ValueError, OverflowError) as error:
+                    log.warning("%s has a row that cannot be read: %s", path, error)
             if record.HasField("run"):
                 found.name = record.run.display_name or record.run.run_id
                 found.parameters |= _wandb_config(record.run.config)
@@ -331,15 +369,32 @@ def _read_csv(path: Path) -> Log:
     return Log(CSV, path.parent.resolve().name, path.parent, series)
 
 
+def _read_config(path: Path) -> Log:
+    """Read the settings that the callback `run_summary` wrote, or nothing from another file."""
+    config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    found = Log(CONFIG, path.parent.resolve().name, path.parent)
+    if isinstance(config, dict) and {"run_name", "model", "train_loader"} <= config.keys():
+        found.name = str(config["run_name"])
+        for key, value in config.items():
+            if key != "variables":  # their values are in the other sections
+                found.parameters |= _flat(key, value)
+    return found
+
+
 def loss_curve_series(lines: Iterable[str]) -> dict[str, Series]:
-    """Read the lines of a `loss_curve.csv`; the tags are those of Composer's loggers."""
+    """Read the lines of a `loss_curve.csv`; the tags are those of Composer's loggers.
+
+    The third column is `loss`, in nats, or `mse`.
+    """
     points = _Points()
-    for row in csv.DictReader(lines):
+    rows = csv.DictReader(lines)
+    mse = "mse" in (rows.fieldnames or ())
+    for row in rows:
         batch, curve = int(row["batch"]), row["curve"]
-        tag = f"metrics/{curve}/LanguageCrossEntropy"
+        tag = f"metrics/{curve}/{MSE if mse else 'LanguageCrossEntropy'}"
         if curve == "train":
             tag, batch = "loss/train/total", batch - 1  # loggers count the batches before it
         elif batch == 0 and curve.startswith("unigram_"):
             tag = f"baseline/{curve}"
-        points.add(tag, batch, np.nan, float(row["loss"]))
+        points.add(tag, batch, np.nan, float(row["mse" if mse else "loss"]))
     return points.series()

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m2_plugin.train_report.readers import CSV, SOURCES, TENSORBOARD, Log, Series, read_logs
+from m2_plugin.train_report.readers import (
+    CONFIG,
+    CSV,
+    MSE,
+    SOURCES,
+    TENSORBOARD,
+    Log,
+    Series,
+    read_logs,
+)
 
 __all__ = [
     "AXES",
@@ -20,9 +29,11 @@ __all__ = [
     "common_rate",
     "default_span",
     "load_runs",
+    "loss_unit",
     "memory_series",
     "running_mean",
     "summarize",
+    "tokenizers_differ",
 ]
 
 log = logging.getLogger(__name__)
@@ -204,6 +215,17 @@ def common_rate(runs: Sequence[Run]) -> str:
     return max(RATES, key=lambda kind: counts[kind])  # the first of equals
 
 
+def loss_unit(runs: Sequence[Run]) -> str:
+    """Return the unit of the losses; empty if some runs are regressions and others are not."""
+    kinds = {any(tag.endswith(MSE) for tag in run.series) for run in runs}
+    return "" if len(kinds) > 1 else "mean squared error" if kinds == {True} else "nats"
+
+
+def tokenizers_differ(runs: Sequence[Run]) -> bool:
+    """Tell whether runs name different tokenizers, so that a token is not the same for all."""
+    return len({run.parameters.get("tokenizer.name") for run in runs} - {None}) > 1
+
+
 # --- from logs -----------------------------------------------------------------------------------
 
 
@@ -222,7 +244,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
             raise ValueError(
                 f"{str(folder)!r} has no logs of a run. Accepted are TensorBoard event files, "
                 "MLflow file stores (mlruns), offline files of Weights & Biases, loss_curve.csv. "
-                "`loggers: {tensorboard: {log_dir: ...}}` in the run's YAML writes event files."
+                "`loggers: {tensorboard_file: {}}` in the run's YAML writes event files."
             )
         known = [run.folder for _, run in found]
         found += [(folder, run) for run in runs if run.folder not in known]
@@ -239,13 +261,28 @@ def _groups(logs: Sequence[Log]) -> list[list[Log]]:
     groups: dict[str, list[Log]] = defaultdict(list)
     events = [entry for entry in logs if entry.source == TENSORBOARD]
     for entry in logs:
-        groups[_key(entry, events)].append(entry)
+        if entry.source != CONFIG:
+            groups[_key(entry, events)].append(entry)
     for key, group in list(groups.items()):
         if all(entry.source == CSV for entry in group) and len(groups) == 2:
             (other,) = groups.keys() - {key}  # there is only one run that it can belong to
             if any(entry.source != CSV for entry in groups[other]):
                 groups[other] += groups.pop(key)
+    for entry in logs:
+        if entry.source == CONFIG and (owner := _owner(entry, list(groups.values()))) is not None:
+            owner.append(entry)
     return list(groups.values())
+
+
+def _owner(config: Log, groups: Sequence[list[Log]]) -> list[Log] | None:
+    """Return the logs of the run with these settings: those beside them, or of the run's name.
+
+    Composer's TensorBoard logger writes to a folder of the run's name, which may be below.
+    """
+    near = [g for g in groups if any(e.folder == config.folder for e in g)]
+    near = near or [g for g in groups if any(e.folder.parent == config.folder for e in g)]
+    near = near or [g for g in groups if any(e.name == config.name for e in g)]
+    return near[0] if len(near) == 1 else None
 
 
 def _key(entry: Log, events: Sequence[Log]) -> str:
@@ -277,7 +314,7 @@ def _merge(logs: Sequence[Log]) -> Run:
     joined = {tag: _sorted(several) for tag, several in parts.items()}
     used = [entry for entry in logs if any(owner.get(t) == entry.source for t in entry.series)]
     run = Run(
-        name=logs[0].name,
+        name=next((e.name for e in logs if e.source == CONFIG), logs[0].name),
         folder=logs[0].folder,
         series=joined,
         parameters=parameters,

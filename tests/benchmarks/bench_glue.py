@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from m2_plugin.files import write_atomically
 from m2_plugin.glue.tasks import TASKS, Task
+from m2_plugin.pictures import LIGHT, drawing, to_png
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -193,25 +195,23 @@ def parameters(final: Path) -> int:
 
 
 def draw(report: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     rows = report["tasks"]
-    for i, name in enumerate(MODELS):
-        heights = [row["models"][name]["metrics"][row["metric"]] for row in rows]
-        bars = axes.bar([x + 0.37 * (i - 0.5) for x in range(len(rows))], heights, 0.36, label=name)
-        axes.bar_label(bars, fmt="%.3f", fontsize=8)
-    for x, row in enumerate(rows):
-        axes.hlines(row["commonest"][row["metric"]], x - 0.4, x + 0.4, color="0.2", linestyle="--")
-    axes.hlines([], 0, 0, color="0.2", linestyle="--", label="the commonest answer")
-    axes.set_xticks(range(len(rows)), [f"{row['task']}\n{row['metric']}" for row in rows])
-    axes.set_title("GLUE dev sets, quickstart-size models, both pretrained 1,000 batches")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    with drawing(height=4.6) as figure:
+        axes = figure.add_subplot()
+        for i, name in enumerate(MODELS):
+            heights = [row["models"][name]["metrics"][row["metric"]] for row in rows]
+            places = [x + 0.4 * (i - 0.5) for x in range(len(rows))]
+            bars = axes.bar(places, heights, 0.39, label=name, color=LIGHT.series[i])
+            axes.bar_label(bars, fmt="%.2f")
+        for x, row in enumerate(rows):
+            score = row["commonest"][row["metric"]]
+            axes.hlines(score, x - 0.4, x + 0.4, color=LIGHT.ink, linestyle="--")
+        axes.hlines([], 0, 0, color=LIGHT.ink, linestyle="--", label="the commonest answer")
+        axes.set_xticks(range(len(rows)), [f"{row['task']}\n{row['metric']}" for row in rows])
+        axes.grid(visible=False, axis="x")
+        axes.set_title("GLUE dev sets, both pretrained 1,000 batches")
+        figure.legend(loc="outside lower left", ncols=3)
+        write_atomically(path, to_png(figure))
 
 
 def main() -> None:

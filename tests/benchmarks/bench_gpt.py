@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+
+from m2_plugin.files import write_atomically
+from m2_plugin.pictures import LIGHT, drawing, to_png
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +49,7 @@ def run(command: list[str], log: Path) -> float:
 def train(model: dict, mds: Path, folder: Path, batches: int) -> dict:
     folder.mkdir()
     config = OmegaConf.load(ROOT / "yamls" / "pretrain" / "m2-gpt-small.yaml")
+    config.model.vocab_size = 30528  # llm-foundry's default for the MPT is another
     for key, value in model.items():
         config.model[key] = value  # in place of the whole section: the command line merges
     OmegaConf.save(config, folder / "gpt.yaml")
@@ -77,25 +79,22 @@ def train(model: dict, mds: Path, folder: Path, batches: int) -> dict:
 
 
 def draw(report: dict, path: Path) -> None:
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     span = 10  # batches averaged
-    for i, (name, found) in enumerate(report["models"].items()):
-        batches, losses = zip(*found["train"], strict=True)
-        means = [sum(losses[j : j + span]) / span for j in range(len(losses) - span + 1)]
-        label = f"{name}, {found['parameters']:,} parameters"
-        axes.plot(batches[span - 1 :], means, color=f"C{i}", label=label)
-        batches, losses = zip(*found["eval"], strict=True)
-        axes.plot(batches, losses, "o", color=f"C{i}", label=f"{name}, held-out text")
-    unigram = report["unigram_cross_entropy"]
-    axes.axhline(unigram, linestyle="--", color="0.25", linewidth=1, label="word frequencies only")
-    axes.set(xlabel="batch", ylabel=f"loss (nats per token; mean of {span} batches)")
-    axes.set_ylim(top=8)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, facecolor="white")
+    with drawing(height=4.8) as figure:
+        axes = figure.add_subplot()
+        for (name, found), color in zip(report["models"].items(), LIGHT.series, strict=False):
+            batches, losses = zip(*found["train"], strict=True)
+            means = [sum(losses[j : j + span]) / span for j in range(len(losses) - span + 1)]
+            label = f"{name}, {found['parameters']:,} parameters"
+            axes.plot(batches[span - 1 :], means, color=color, label=label)
+            batches, losses = zip(*found["eval"], strict=True)
+            axes.plot(batches, losses, "o", color=color, label=f"{name}, held-out text")
+        unigram = report["unigram_cross_entropy"]
+        axes.axhline(unigram, linestyle="--", color=LIGHT.faint, label="word frequencies only")
+        axes.set(xlabel="batch", ylabel=f"loss (nats per token, mean of {span})")
+        axes.set_ylim(top=8)
+        figure.legend(loc="outside lower left")
+        write_atomically(path, to_png(figure))
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ optimizer and precision, on the quickstart's novels. What differs is said in `re
 evaluation, no files, no loggers, and smaller batches. Needs llm-foundry; the plugin's entry points
 must be installed, too. Writes tests/benchmarks/results/training_<device>.json after each model.
 
-MFU is the share of the device's dense bf16 rate that the operations of the model's matrix products
-take: those of `flops_per_batch` where a model has it, else of `floors.py`; three times the forward
-pass, and what is computed again does not count.
+MFU is the share of the device's dense bf16 rate that the model's operations take, by its
+`flops_per_batch` (m2_plugin/foundry/flops.py): three times the forward pass, and what is computed
+again does not count.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import floors
 import torch
 import transformers
 from composer.callbacks.speed_monitor import get_gpu_flops_available
@@ -50,11 +49,10 @@ class Clock(Callback):
 
     found: dict[str, Any] = {}  # of the last run
 
-    def __init__(self, seconds: float, masked: float):
-        self.seconds, self.masked = seconds, masked
+    def __init__(self, seconds: float):
+        self.seconds = seconds
         self.start = 0.0
         self.first: tuple[int, int] | None = None
-        self.operations = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Count the batch; the device is waited for at the two ends only."""
@@ -75,11 +73,7 @@ class Clock(Callback):
         batches, samples = batches - self.first[0], samples - self.first[1]
         length = state.batch["input_ids"].shape[1]
         rows = samples / batches
-        operations = rows * length * token_operations(state, length, self.masked)
-        if hasattr(state.model, "flops_per_batch"):
-            operations = (
-                rows / len(state.batch["input_ids"]) * state.model.flops_per_batch(state.batch)
-            )
+        operations = rows / len(state.batch["input_ids"]) * state.model.flops_per_batch(state.batch)
         peak = get_gpu_flops_available(state)
         Clock.found = {
             "batches": batches,
@@ -101,14 +95,6 @@ class Clock(Callback):
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def token_operations(state: State, length: int, masked: float) -> float:
-    """Of a training step: three times those of the forward pass."""
-    config = state.model.model.config
-    layer = floors.layer_operations(config.model_type, config.hidden_size, length)
-    head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size)
-    return 3.0 * (config.num_hidden_layers * layer + masked * head)
 
 
 def convert(folder: Path) -> None:
@@ -137,11 +123,10 @@ def recipe(name: str, data: Path, args: argparse.Namespace) -> DictConfig:
     config.device_train_microbatch_size = args.microbatch
     config.progress_bar = False
     config.train_loader.num_workers = args.workers
-    masked = config.train_loader.dataset.mlm_probability
     config.callbacks = {
         "seed_each_batch": {},
         "speed_monitor": {"window_size": 10},
-        CLOCK: {"seconds": args.seconds, "masked": masked},
+        CLOCK: {"seconds": args.seconds},
     }
     if args.device == "cpu":
         config.precision = "fp32"

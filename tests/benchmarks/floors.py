@@ -44,15 +44,3 @@ def mlp_weights(hidden: int, nblocks: int = 4) -> int:
 def hyena_filters(hidden: int, length: int) -> Work:
     """Writes the taps of both convolutions at all lags in fp32."""
     return Work(2 * hidden * (2 * length - 1) * 4, None)
-
-
-def layer_operations(model_type: str, hidden: int, length: int) -> int:
-    """Of the matrix products of a token in one layer of `bert` or `m2_bert` at their usual sizes.
-
-    M2-BERT's long convolutions count as products with Toeplitz matrices up to length 1,024, and
-    not at all beyond, where FFTs take over: their operations depend on how they are cut up.
-    """
-    if model_type == "bert":
-        return 24 * hidden**2 + toeplitz_operations(1, hidden, length)  # as many: Q·K and P·V
-    core = toeplitz_operations(1, hidden, length) if length <= 1024 else 0
-    return 8 * hidden**2 + core + 2 * mlp_weights(hidden)

@@ -355,7 +355,7 @@ def training_cuda() -> str:
         f"`{report['optimizer']}`, data from MDS; the first masks 30% of the tokens, the second "
         f"15%; torch {report['torch']}, transformers {report['transformers']}, {report['date']} "
         f"(`bench_training.py`). The share is that of "
-        f"the device's dense bf16 rate which the model's matrix products take (MFU).\n\n"
+        f"the device's dense bf16 rate which the model's operations take (MFU).\n\n"
     )
     header = ["model", "parameters", "batches", "thousand tokens/s", "MFU", "peak memory, GiB"]
     text += table(header, rows, 1)
@@ -441,46 +441,46 @@ def ops_cuda() -> str:
 def draw_model(path: Path) -> None:
     """Draw tokens per millisecond against length from a file of `bench_model.py`."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         log.warning("matplotlib is not installed: %s is not drawn", path.with_suffix(".png"))
         return
+    from m2_plugin.files import write_atomically
+    from m2_plugin.pictures import LIGHT, drawing, to_png
+
     report = json.loads(path.read_text())
     scales = list(dict.fromkeys(row["scale"] for row in report["rows"]))
-    figure = Figure(figsize=(9, 3.8 * len(scales)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(scales), 2, squeeze=False)
-    for scale, pair in zip(scales, grid, strict=True):
-        for (what, title), axes in zip(
-            {"forward": "encoder forward", "step": "training step"}.items(), pair, strict=True
-        ):
-            rows = [r for r in report["rows"] if (r["scale"], r["what"]) == (scale, what)]
-            rows.sort(key=lambda row: row["length"])
-            for colour, (provider, name) in enumerate(MODELS.items()):
-                done = [r for r in rows if "median_s" in r.get(provider, {})]
-                if done:
-                    rates = [
-                        1e-3 * r["batch"] * r["length"] / r[provider]["median_s"] for r in done
-                    ]
-                    lengths = [r["length"] for r in done]
-                    axes.plot(lengths, rates, marker="o", label=name, color=f"C{colour}")
-            ticks = [row["length"] for row in rows]
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.set_xticks(ticks, [str(n) if n < 1024 else f"{n // 1024}k" for n in ticks])
-            axes.set_xlabel("sequence length")
-            axes.set_ylabel("tokens per ms")
-            axes.set_title(f"{title}, {scale} size")
-            axes.grid(alpha=0.3, which="both")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{report['device']}, {report['dtype']}, torch {report['torch']}")
-    figure.savefig(path.with_suffix(".png"), facecolor="white")
+    shown = {
+        p: n for p, n in MODELS.items() if any("median_s" in r.get(p, {}) for r in report["rows"])
+    }
+    with drawing(height=3.7 * len(scales)) as figure:
+        grid = figure.subplots(len(scales), 2, squeeze=False, sharey="row")
+        for scale, pair in zip(scales, grid, strict=True):
+            titles = {"forward": "encoder forward", "step": "training step"}
+            for (what, title), axes in zip(titles.items(), pair, strict=True):
+                rows = [r for r in report["rows"] if (r["scale"], r["what"]) == (scale, what)]
+                rows.sort(key=lambda row: row["length"])
+                for (provider, name), color in zip(shown.items(), LIGHT.series, strict=False):
+                    done = [r for r in rows if "median_s" in r.get(provider, {})]
+                    if done:
+                        rates = [
+                            1e-3 * r["batch"] * r["length"] / r[provider]["median_s"] for r in done
+                        ]
+                        lengths = [r["length"] for r in done]
+                        label = name if axes is grid[0][0] else None
+                        axes.plot(lengths, rates, marker="o", label=label, color=color)
+                ticks = [row["length"] for row in rows]
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+                axes.set_xticks(ticks, [str(n) if n < 1024 else f"{n // 1024}k" for n in ticks])
+                axes.set(xlabel="sequence length", title=f"{title},\n{scale} size")
+            pair[0].set_ylabel("tokens per ms")
+        figure.suptitle(f"{report['device']}, {report['dtype']}, torch {report['torch']}")
+        figure.legend(loc="outside lower left", ncols=2)
+        write_atomically(path.with_suffix(".png"), to_png(figure))
 
 
 def conversion() -> str:

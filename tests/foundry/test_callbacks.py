@@ -19,6 +19,7 @@ from m2_plugin.foundry.callbacks import (
     SeedEachBatch,
     _from_csv,
     _to_csv,
+    local_save_folder,
     unigram_baseline,
 )
 from m2_plugin.train_report import draw
@@ -103,7 +104,7 @@ def test_resumed_run_is_the_unbroken_run(make_trainer, tmp_path):
         assert memory.data[f"baseline/{name}"]
         assert name in {row["curve"] for row in rows}
     with Image.open(tmp_path / "whole/loss_curve.png") as image:
-        assert image.size == (1200, 675)
+        assert image.size == (1200, 800)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
 
     # Cut one batch after the checkpoint of batch 3, as a killed run would be.
@@ -220,29 +221,23 @@ def test_figure_survives_odd_points(monkeypatch, tmp_path):
     assert len(heights) == 3
     assert min(np.diff(heights)) > 0  # equal values, texts apart
     with Image.open(tmp_path / "loss_curve.png") as image:
-        assert image.size == (1200, 675)
+        assert image.size == (1200, 800)
 
 
 def keep_figure(finish, figures):
-    def kept(*arguments):
-        figures.append(finish(*arguments))
-        return figures[-1]
+    def kept(panel, *arguments):
+        finish(panel, *arguments)
+        figures.append(panel.figure)
 
     return kept
 
 
 @pytest.mark.parametrize(
-    ("folder", "save_folder", "expected"),
-    [
-        ("curves/{run_name}", "ckpt", "curves/{run_name}"),
-        (None, "ckpt/{run_name}", "ckpt/{run_name}"),
-        (None, "s3://bucket/ckpt", "./{run_name}"),
-        (None, None, "./{run_name}"),
-    ],
+    ("save_folder", "expected"),
+    [("ckpt/{run_name}", "ckpt/small"), ("s3://bucket/ckpt", None), (None, None)],
 )
-def test_folder(folder, save_folder, expected):
-    from m2_plugin.foundry.callbacks import _save_folder
-
+def test_local_save_folder(save_folder, expected):
     state = State.__new__(State)
+    state.run_name = "small"
     state._callbacks = [CheckpointSaver(folder=save_folder)] if save_folder else []
-    assert (folder or _save_folder(state)) == expected
+    assert local_save_folder(state) == expected

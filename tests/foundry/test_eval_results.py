@@ -1,12 +1,13 @@
 """The final evaluation as a file, and predictions in the order of the data."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from composer import Callback, Trainer
+from composer import Callback, Evaluator, Trainer
 from llmfoundry.utils.builders import (
     add_metrics_to_eval_loaders,
     build_callback,
@@ -16,7 +17,14 @@ from llmfoundry.utils.builders import (
     build_optimizer,
 )
 
-from m2_plugin.foundry.eval_results import EvalResults
+from m2_plugin.data.rows import read_rows
+from m2_plugin.foundry.eval_results import (
+    METRIC_NAMES,
+    EvalResults,
+    _commonest_answer,
+    _is_constant,
+)
+from m2_plugin.foundry.models import CLASSIFICATION_METRICS
 
 GLUE = Path(__file__).parent / "data" / "glue"
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "hyena_filter_order": 4}
@@ -89,6 +97,13 @@ def test_metrics_are_those_of_the_final_weights(train, tokenizer, tmp_path, eval
     for label, metrics in report["metrics"].items():
         expected = accuracy(trainer.state.model, tokenizer, label.replace("mnli", "validation"))
         assert metrics == {"accuracy": pytest.approx(expected, abs=1e-6)}
+        labels = [row["label"] for row in build_dataloader(
+            loader("mnli", label.replace("mnli", "validation")), tokenizer, 64
+        ).dataloader.dataset]  # fmt: skip
+        share = max(labels.count(i) for i in range(3)) / len(labels)
+        assert report["commonest_answer"][label] == {"accuracy": pytest.approx(share, abs=1e-6)}
+    parameters = sum(p.numel() for p in trainer.state.model.parameters())
+    assert report["model"] == {"type": "m2_bert", "parameters": parameters}
     assert report["batches"] == 8 and report["seed"] == 3 and report["precision"] == "fp32"
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
 
@@ -116,7 +131,8 @@ def test_predictions_are_the_models_in_the_order_of_the_file(train, tokenizer, t
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert report["predictions"]["ax"] == {"rows": 6}
     assert "/nowhere" in report["predictions"]["gone"]["error"]
-    assert {p.name for p in (tmp_path / "predictions").iterdir()} == {"mnli_matched.npy", "ax.npy"}
+    files = {f"{label}.{ending}" for label in ("mnli_matched", "ax") for ending in ("csv", "npy")}
+    assert {p.name for p in (tmp_path / "predictions").iterdir()} == files
     for label, split in (("mnli_matched", "test_matched"), ("ax", "test")):
         saved = np.load(tmp_path / "predictions" / f"{label}.npy")
         data = loader(label.split("_")[0], split)
@@ -124,6 +140,14 @@ def test_predictions_are_the_models_in_the_order_of_the_file(train, tokenizer, t
         expected = predict(trainer.state.model, batch).numpy()
         assert saved.dtype == np.float32 and saved.shape == (6, 3)
         np.testing.assert_allclose(saved, expected, atol=1e-5)
+        rows = [row.values for row in read_rows(str(tmp_path / "predictions" / f"{label}.csv"))]
+        assert list(rows[0]) == [
+            *("text", "text_pair", "prediction"), *(f"probability_LABEL_{i}" for i in range(3))
+        ]  # fmt: skip
+        assert [row["prediction"] for row in rows] == [f"LABEL_{i}" for i in expected.argmax(1)]
+        shares = [[float(row[f"probability_LABEL_{i}"]) for i in range(3)] for row in rows]
+        powers = np.exp(expected)
+        np.testing.assert_allclose(shares, powers / powers.sum(1, keepdims=True), atol=1e-5)
     progress = json.loads((tmp_path / "progress.json").read_text())
     assert 0 < progress["done"] <= 1 and progress["loss"] > 0
 
@@ -131,3 +155,52 @@ def test_predictions_are_the_models_in_the_order_of_the_file(train, tokenizer, t
 def test_a_prediction_without_a_label_is_an_error():
     with pytest.raises(ValueError, match="each loader needs a label"):
         EvalResults(".", predict=[loader("mnli", "test_matched")])
+
+
+class Broken(Callback):
+    """Give the classifier one answer for all rows, before each evaluation."""
+
+    def batch_end(self, state, logger):
+        state.model.model.classifier.weight.data.zero_()
+        state.model.model.classifier.bias.data = torch.tensor([0.0, 1.0, 0.0])
+
+
+def test_the_same_answer_to_all_rows_is_noted(train, tmp_path):
+    train([EvalResults(str(tmp_path)), Broken()])
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(report["constant_predictions"]) == {"mnli_matched", "mnli_mismatched"}
+    assert _is_constant([(1.0, 1.0), (1.0, 1.0)]) and _is_constant([(math.nan, math.nan)])
+    assert not _is_constant([(1.0, 1.0), (0.0, 0.0)]) and not _is_constant([(0.0, 2.0)])
+
+
+def test_the_commonest_answer_of_numbers_is_their_mean(tokenizer):
+    numbers = loader("stsb", "validation")
+    config = {"num_labels": 1, "metrics": ["spearman", "mse"], "config_overrides": dict(TINY)}
+    model = build_composer_model("m2_bert_classification", config, tokenizer)
+    spec = build_dataloader(numbers, tokenizer, 64)
+    labels = np.array(spec.dataloader.dataset["label"])
+    found = _commonest_answer(
+        Evaluator(label="stsb", dataloader=spec, metric_names=list(model.get_metrics(False))), model
+    )
+    assert found == {"spearman": 0.0, "mse": pytest.approx(labels.var(), rel=1e-5)}
+
+    config = {"num_labels": 2, "metrics": ["f1", "matthews", "cross_entropy"]}
+    model = build_composer_model(
+        "m2_bert_classification", {**config, "config_overrides": dict(TINY)}, tokenizer
+    )
+    spec = build_dataloader(loader("cola", "validation"), tokenizer, 64)
+    labels = np.array(spec.dataloader.dataset["label"])
+    found = _commonest_answer(
+        Evaluator(label="cola", dataloader=spec, metric_names=list(model.get_metrics(False))), model
+    )
+    share = labels.mean()
+    entropy = -(share * math.log(share) + (1 - share) * math.log(1 - share))
+    assert found["cross_entropy"] == pytest.approx(entropy, rel=1e-5) and found["matthews"] == 0
+    guess = int(share > 0.5)  # the first of equally common classes
+    assert found["f1"] == pytest.approx(2 * share / (1 + share) if guess else 0.0, rel=1e-5)
+
+
+def test_every_metric_has_its_yamls_name():
+    for n in (2, 3):
+        made = {type(make(n)).__name__: name for name, make in CLASSIFICATION_METRICS.items()}
+        assert made.items() <= METRIC_NAMES.items()

@@ -9,7 +9,7 @@ from composer import Trainer
 from composer.optim import DecoupledAdamW
 from llmfoundry.utils.builders import build_composer_model, build_dataloader
 from torch.distributed.fsdp import MixedPrecision
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from m2_plugin.foundry import models
 
@@ -381,3 +381,38 @@ def test_gradient_is_that_of_the_whole_batch(mds, tokenizer):
 def test_registered_classes_differ_in_attributes_only():
     for cls in (models.M2BertMLM, models.HFBertMLM):
         assert "forward" not in vars(cls) and "__init__" not in vars(cls)
+
+
+@families
+def test_label_names_are_saved(family, tmp_path):
+    names = ["no", "so so", "yes"]
+    model = build(family, "classification", label_names=names)
+    assert model.config.num_labels == 3
+    model.model.save_pretrained(tmp_path / "first")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first").config
+    assert again.id2label == dict(enumerate(names))
+    # Other names for as many classes replace those of the starting point.
+    start = {"pretrained_model_name_or_path": str(tmp_path / "first")}
+    other = build(family, "classification", label_names=["a", "b", "c"], num_labels=3, **start)
+    assert other.config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert build(family, "classification", regression=True).config.num_labels == 1
+    missing = [{"path": "none.csv", "column": "label"}]
+    one = build(family, "classification", regression=True, label_names=missing)
+    assert one.config.problem_type == "regression"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"label_names": ["a", "b"], "num_labels": 3},
+            "num_labels is 3, but label_names are 2: a, b",
+        ),
+        ({"label_names": ["a", "b"], "regression": True}, "remove one of them"),
+        ({"num_labels": 2, "regression": True}, "remove one of them"),
+        ({"label_names": [True, False]}, "model.label_names: True is not a text: YAML reads yes"),
+    ],
+)
+def test_label_names_that_contradict(keys, message):
+    with pytest.raises(ValueError, match=message):
+        build("m2_bert", "classification", **keys)

@@ -13,6 +13,10 @@ from pathlib import Path
 import yaml
 
 
+class ConfigError(ValueError):
+    """Stands for that of the preflight."""
+
+
 def job(path: Path) -> None:
     folder, out = path.parent, path.parent.parent
     behaviour = json.loads((out / "behaviour.json").read_text()).get(folder.name, {})
@@ -22,6 +26,8 @@ def job(path: Path) -> None:
     if start is not None and not (Path(start) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {start}")
     time.sleep(behaviour.get("sleep", 0))
+    if "refused" in behaviour:
+        raise ConfigError(behaviour["refused"])
     if "crash" in behaviour:
         sys.stdout.write("about to fail\n")
         raise RuntimeError(behaviour["crash"])

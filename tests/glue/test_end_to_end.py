@@ -28,7 +28,7 @@ TINY = {
     "hyena_training_additions": False,
 }
 SMALL = [f"model.config_overrides.{key}={value}" for key, value in TINY.items()]
-SMALL += [f"variables.tokenizer={TOKENIZER}"]
+SMALL += [f"variables.tokenizer={TOKENIZER}", "model.pretrained=false"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -50,6 +50,7 @@ def finish(process: subprocess.Popen) -> str:
 def sweep(out: Path, data: Path) -> subprocess.Popen:
     command = [str(BIN / "m2-plugin"), "glue", "--config", f"{YAMLS}/sweep-m2-bert-base.yaml"]
     command += ["--out", str(out), "--jobs", "2", "--tasks", "mnli", "cola", "rte", *SMALL]
+    command += ["model.pretrained=false"]
     command += [f"variables.glue_path={data}", "tasks.mnli.max_duration=1ep"]
     command += ["tasks.rte.max_duration=2ep", "tasks.rte.seeds=[7]", "tasks.cola.seeds=[7]"]
     return launch(command)
@@ -112,14 +113,17 @@ def test_one_task_by_composer_from_a_pretraining_checkpoint(tmp_path):
 
     out = tmp_path / "run"
     command = [str(BIN / "composer"), "-n", "1", "train.py", f"{YAMLS}/m2-bert-base-rte.yaml"]
-    command += [*SMALL, f"load_path={checkpoint}", "variables.start=null", f"variables.out={out}"]
-    command += ["precision=fp32", f"variables.glue_path={DATA}", "max_duration=1ep"]
+    command += [f"variables.start={checkpoint}", f"variables.out={out}"]
+    command += [f"variables.glue_path={DATA}", "max_duration=1ep"]
     command += ["optimizer.lr=0", "optimizer.weight_decay=0"]
     process = launch(command)
     output = finish(process)
     assert process.returncode == 0, output[-5000:]
+    said = f"2 batches of 16 × at most 128 tokens, from {checkpoint}"
+    assert said in output and "rte has trained 2 batches" in output
     report = json.loads((out / "metrics.json").read_text())
     assert 0 <= report["metrics"]["rte"]["accuracy"] <= 1 and report["batches"] == 2
+    assert report["commonest_answer"]["rte"]["accuracy"] >= 0.5
     tuned = load_file(out / "huggingface" / "final" / "model.safetensors")
     encoder = {k: v for k, v in pretrained.model.state_dict().items() if k.startswith("model.")}
     assert len(encoder) > 20

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from m2_plugin.cli import main
 from m2_plugin.glue.recipes import job_config, load_sweep, render_task_yaml
 from m2_plugin.glue.tasks import TASKS, task
 from tests.utils import GOLDEN, ROOT, TOKENIZER
@@ -16,15 +17,6 @@ SIZES = sorted(PUBLISHED["glue"])
 DEFAULTS = {name.lower(): values for name, values in PUBLISHED["glue_job_defaults"].items()}
 CASES = [(size, name) for size in SIZES for name in PUBLISHED["glue"][size]["tasks"]]
 CASE_IDS = [f"{size}-{name}" for size, name in CASES]
-# Settings of the reference's optimizer, its attention (M2-BERT has none), its choice of the mixer.
-ELSEWHERE = {
-    "long_conv_kernel_learning_rate",
-    "hyena_lr_pos_emb",
-    "hyena_wd",
-    "num_attention_heads",
-    "attention_probs_dropout_prob",
-    "monarch_mixer_sequence_mixing",
-}
 METRICS = {
     "MulticlassAccuracy": "accuracy",
     "BinaryF1Score": "f1",
@@ -110,26 +102,18 @@ def test_pooling_is_what_was_in_effect(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_model_is_the_published_one(size):
-    model = job(size, "cola")["model"]
-    recipe = PUBLISHED["glue"][size]["model_config"]
-    if recipe is None:
-        assert model["name"] == "hf_bert_classification"
-        return
-    from m2_plugin.models import M2BertConfig
-
-    config = M2BertConfig(**model["config_overrides"])
-    for key, value in recipe.items():
-        if key not in ELSEWHERE:
-            assert model["config_overrides"][key] == value, key
-    assert {"hidden_size", "intermediate_size"} <= set(model["config_overrides"])
-    assert config.hyena_training_additions == (size == "m2-bert-base")
+def test_the_architecture_is_the_checkpoints(size):
+    """A recipe sets only what it changes: a published model is that of the pretraining."""
+    model = job(size, "cola", "start=x")["model"]
+    assert model["pretrained_model_name_or_path"] == "x"
+    assert model.get("config_overrides", {}).keys() <= {"classifier_pooling"}
+    of_bert = PUBLISHED["glue"][size]["model_config"] is None
+    assert model["name"] == ("hf_bert_classification" if of_bert else "m2_bert_classification")
 
 
-def test_the_architecture_can_be_the_checkpoints():
-    model = job("m2-bert-base", "sst2", "model.config_overrides=null")["model"]
-    assert model["config_overrides"] == {"classifier_pooling": "mean"}
-    assert "config_overrides" not in job("bert-base", "sst2")["model"]
+def test_random_weights_are_asked_for_and_not_for_what_comes_from_mnli():
+    assert job("m2-bert-base", "cola", "model.pretrained=false")["model"]["pretrained"] is False
+    assert "pretrained" not in job("m2-bert-base", "rte", "model.pretrained=false")["model"]
 
 
 @pytest.mark.parametrize(("size", "average"), [
@@ -176,12 +160,15 @@ def test_a_task_from_mnli_starts_where_the_mnli_yaml_leaves_its_model():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_job_is_in_llm_foundrys_schema(size):
+    from llmfoundry import registry
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
-    from llmfoundry.registry import callbacks, dataloaders, models, optimizers, schedulers
+    from llmfoundry.registry import dataloaders, models, optimizers, schedulers
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
 
+    callbacks = {*registry.callbacks.get_all(), *registry.callbacks_with_config.get_all()}
     for name in load_sweep(sweep_file(size)).tasks:
-        config = OmegaConf.create(job(size, name))
+        config = OmegaConf.create(job(size, name, f"variables.tokenizer={TOKENIZER}"))
+        config.model |= {"pretrained_model_name_or_path": None, "pretrained": False}
         _, train_config = make_dataclass_and_log_config(
             config, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all"
         )
@@ -189,7 +176,8 @@ def test_every_job_is_in_llm_foundrys_schema(size):
         assert train_config.model["name"] in models
         assert train_config.optimizer["name"] in optimizers
         assert train_config.scheduler["name"] in schedulers
-        assert set(train_config.callbacks) <= set(callbacks.get_all())
+        assert set(train_config.callbacks) <= callbacks
+        assert set(train_config.loggers) <= set(registry.loggers.get_all())
         for loader in (train_config.train_loader, *train_config.eval_loaders):
             assert loader["name"] in dataloaders
         assert train_config.device_train_batch_size == train_config.global_train_batch_size
@@ -260,3 +248,12 @@ def test_bad_files_are_named(tmp_path):
     path.write_text("name: x\n")
     with pytest.raises(ValueError, match="`tasks` must be a section"):
         load_sweep(path)
+
+
+def test_a_sweep_from_random_weights_still_fine_tunes_its_mnli_model(capsys):
+    """Without a start, training from random weights must be asked for."""
+    config = str(sweep_file("m2-bert-base"))
+    assert main(["glue", "--config", config]) == 1
+    assert "--start is missing" in capsys.readouterr().err
+    assert job("m2-bert-base", "cola", "model.pretrained=false")["model"]["pretrained"] is False
+    assert "pretrained" not in job("m2-bert-base", "rte", "model.pretrained=false")["model"]

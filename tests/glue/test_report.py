@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2_plugin.glue.command import main
+from m2_plugin import cli
 from m2_plugin.glue.recipes import load_sweep
 from m2_plugin.glue.report import load_report, to_csv, to_markdown, to_text, write_report
 from m2_plugin.glue.submission import TEST_ROWS, format_predictions, write_submission
@@ -31,16 +31,24 @@ def values_of(name: str, seed: int) -> dict[str, dict[str, float]]:
     }
 
 
+def commonest_of(name: str) -> dict[str, dict[str, float]]:
+    about = task(name)
+    splits = [about.eval_label(split) for split in about.eval_splits]
+    return {label: dict.fromkeys(about.metrics, 0.25 + 0.1 * i) for i, label in enumerate(splits)}
+
+
 def write_result(job, **changes) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"status": "finished", "hash": job.hash, "metrics": values_of(job.task, job.seed)}
+    result |= {"commonest_answer": commonest_of(job.task), "constant_predictions": []}
+    result["model"] = {"type": "m2_bert", "parameters": 80_267_328}
     (job.folder / "result.json").write_text(json.dumps(result | changes))
 
 
 @pytest.fixture
 def finished(tmp_path):
     """A sweep whose jobs are all finished; the folder and its jobs by name."""
-    sweep = load_sweep(CONFIG)
+    sweep = load_sweep(CONFIG, ["start=some/checkpoint"])
     jobs = plan(sweep, tmp_path)
     write_plan(sweep, jobs, tmp_path)
     for job in jobs:
@@ -129,9 +137,41 @@ def test_what_is_missing_is_said_and_not_averaged(finished):
     text, markdown = to_text(report), to_markdown(report)
     assert "incomplete: 3 of 8 tasks" in text and "incomplete: 3 of 8 tasks" in markdown
     assert "3/4" in text and error in text
-    assert next(r for r in markdown.splitlines() if r.startswith("| RTE")).count("|") == 7
+    assert next(r for r in markdown.splitlines() if r.startswith("| RTE")).count("|") == 8
     rows = list(csv.DictReader(io.StringIO(to_csv(report))))
     assert rows[-1]["percent"] == "" and rows[-1]["status"] == "incomplete"
+    assert len(write_report(report, out)) == 4
+
+
+def test_the_report_names_the_model_and_what_the_commonest_answer_gives(finished):
+    out, jobs = finished
+    write_result(jobs["sst2-seed717"], constant_predictions=["sst2"])
+    report = load_report(out)
+    assert report.model == "m2_bert, 80.3 M parameters, from some/checkpoint"
+    assert f"Model: {report.model}" in to_text(report) and report.model in to_markdown(report)
+    tasks = {t.task: t for t in report.tasks}
+    assert tasks["mnli"].commonest_score == pytest.approx(30)  # the mean of 25 and 35
+    assert tasks["sst2"].note == "the same answer to all rows: seed 717"
+    assert tasks["sst2"].is_complete
+    rows = {(r["task"], r["evaluation"], r["metric"]): r["commonest"] for r in csv.DictReader(
+        io.StringIO(to_csv(report))
+    )}  # fmt: skip
+    assert float(rows["mnli", "mnli_mismatched", "accuracy"]) == pytest.approx(35)
+    assert float(rows["mnli", "", "score"]) == pytest.approx(30)
+    row = next(r for r in to_text(report).splitlines() if r.startswith("MRPC"))
+    assert "25.0" in row
+
+
+def test_a_result_without_baselines_is_read(finished):
+    """As older versions wrote it."""
+    out, jobs = finished
+    for job in jobs.values():
+        result = {"status": "finished", "hash": job.hash}
+        result["metrics"] = values_of(job.task, job.seed)
+        (job.folder / "result.json").write_text(json.dumps(result))
+    report = load_report(out)
+    assert report.average is not None and report.model == ""
+    assert {t.commonest_score for t in report.tasks} == {None}
     assert len(write_report(report, out)) == 4
 
 
@@ -149,11 +189,15 @@ def test_a_sweep_of_fewer_tasks_has_no_average(tmp_path):
 
 
 def test_the_picture_has_a_point_for_every_seed(finished):
-    from m2_plugin.glue.report import draw
+    from m2_plugin.glue.report import _draw
+    from m2_plugin.pictures import drawing
 
     out, jobs = finished
+    (jobs["cola-seed717"].folder / "result.json").unlink()
     report = load_report(out)
-    axes = draw(report).axes[0]
+    with drawing() as figure:
+        _draw(report, figure)
+    axes = figure.axes[0]
     dots = {
         round(x, 9) for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o"
     }
@@ -161,18 +205,22 @@ def test_the_picture_has_a_point_for_every_seed(finished):
     assert scores <= dots
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[0].startswith("CoLA") and labels[-1] == "average" and len(labels) == 9
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"mean of an incomplete task", "the commonest answer"} <= named
+    ticks = [x for line in axes.lines if line.get_markersize() == 13 for x in line.get_xdata()]
+    assert sorted(ticks) == sorted(t.commonest_score for t in report.tasks)
     write_report(report, out)
-    assert Image.open(out / "report.png").size == (1200, 750)
+    assert Image.open(out / "report.png").size == (1200, 1120)
 
 
 def test_report_only_needs_nothing_but_the_folder(finished, capsys, tmp_path):
     out, _ = finished
-    assert main(["--report-only", "--out", str(out)]) == 0
+    assert cli.main(["glue", "--report-only", "--out", str(out)]) == 0
     assert "GLUE: m2-bert-base" in capsys.readouterr().out
     assert {"report.txt", "report.md", "report.csv", "report.png"} <= {
         p.name for p in out.iterdir()
     }
-    assert main(["--report-only", "--out", str(tmp_path / "none")]) == 2
+    assert cli.main(["glue", "--report-only", "--out", str(tmp_path / "none")]) == 1
     assert "There is no sweep in" in capsys.readouterr().err
 
 
@@ -180,11 +228,11 @@ def test_report_only_needs_nothing_but_the_folder(finished, capsys, tmp_path):
 
 
 def test_the_command_names_what_is_wrong(capsys):
-    assert main([]) == 2
+    assert cli.main(["glue"]) == 1
     assert "--config is missing" in capsys.readouterr().err
-    assert main(["--config", str(CONFIG), "tasks.colla.lr=1"]) == 2
+    assert cli.main(["glue", "--config", str(CONFIG), "tasks.colla.lr=1"]) == 1
     assert "Did you mean 'cola'" in capsys.readouterr().err
-    assert main(["--config", str(CONFIG), "--seeds", "one"]) == 2
+    assert cli.main(["glue", "--config", str(CONFIG), "--seeds", "one"]) == 1
     assert "--seeds takes whole numbers" in capsys.readouterr().err
 
 
@@ -198,8 +246,6 @@ def test_overrides_may_follow_a_list():
 
 
 def test_the_entry_point_lists_its_commands(capsys):
-    from m2_plugin import cli
-
     assert cli.main([]) == 0
     assert "glue" in capsys.readouterr().out
     assert cli.main(["gleu"]) == 2

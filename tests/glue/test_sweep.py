@@ -19,7 +19,7 @@ from tests.utils import ROOT
 
 CONFIG = ROOT / "yamls" / "finetune" / "glue" / "sweep-m2-bert-base.yaml"
 FEW = ["tasks.cola.seeds=[1,2]", "tasks.rte.seeds=[1]", "tasks.mrpc.seeds=[1]"]
-FEW += ["tasks.sst2.seeds=[1]", "tasks.stsb.seeds=[1]"]
+FEW += ["tasks.sst2.seeds=[1]", "tasks.stsb.seeds=[1]", "model.pretrained=false"]
 ALL = {
     "mnli-seed19", "qqp-seed19", "qnli-seed19", "sst2-seed1", "cola-seed1", "cola-seed2",
     "rte-seed1", "mrpc-seed1", "stsb-seed1",
@@ -123,7 +123,7 @@ def test_a_crash_is_reported_and_the_rest_goes_on(out, caplog):
     assert crashed["error"] == "RuntimeError: the loss is nan"
     assert "about to fail" in crashed["log_tail"]
     assert "cola-seed2 FAILED" in caplog.text and "about to fail" in caplog.text
-    assert result(out, "sst2-seed1")["problem"] == "it ended without metrics.json"
+    assert "it ended without metrics: there is no" in result(out, "sst2-seed1")["problem"]
     table = to_text(load_report(out))
     assert "failed: seed 2" in table and "RuntimeError: the loss is nan" in table
 
@@ -131,6 +131,20 @@ def test_a_crash_is_reported_and_the_rest_goes_on(out, caplog):
     first = len(started(out))
     assert set(run(out).values()) == {"finished"}
     assert set(started(out)[first:]) == {"cola-seed2", "sst2-seed1"}
+
+
+def test_settings_that_are_refused_are_refused_once(out):
+    """The jobs share them: the other jobs would end in the same way, each after its start."""
+    why = "the tokenizer 'a' has another vocabulary"
+    behave(out, {name: {"refused": why} for name in ALL})
+    statuses = run(out, jobs=1)
+    assert len(started(out)) == 1
+    name = started(out)[0]
+    assert statuses.pop(name) == "failed" and set(statuses.values()) == {"blocked"}
+    assert result(out, name)["error"].endswith(f"ConfigError: {why}")
+    assert result(out, "cola-seed2")["problem"] == f"the settings of {name} were refused"
+    behave(out, {})
+    assert set(run(out).values()) == {"finished"}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +230,17 @@ def test_what_no_job_would_find_is_named_at_once(out, override):
     with pytest.raises(ValueError, match=f"{key}: '{value}' does not exist"):
         run(out, override)
     assert not started(out)
+
+
+def test_a_sweep_without_a_checkpoint_is_refused(out):
+    with pytest.raises(ValueError, match="start is missing: give --start FOLDER.*pretrained=false"):
+        run(out, "model.pretrained=null", tasks=["cola"])
+    assert not started(out) and not (out / "plan.json").exists()
+    model = out / "mnli"  # what a task from MNLI starts from is enough
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    run(out, "model.pretrained=null", f"mnli_checkpoint={model}", tasks=["rte"])
+    assert started(out) == ["rte-seed1"]
 
 
 def test_bad_choices_are_named(out):
