@@ -20,7 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "": [],  # m2_plugin/__init__.py
     "constants": [],
+    "executor": [],
     "files": [],
+    "pictures": [],
     "suggest": [],
     "cli": [""],
     "recipes": ["", "files", "suggest"],
@@ -33,20 +35,26 @@ ROOMS = {
     "checkpoints": ["constants", "data", "files", "layers", "models", "suggest"],
     "data": ["files", "suggest"],
     "glue.tasks": ["suggest"],
-    "glue": ["constants", "files", "glue.tasks", "suggest"],
-    "train_report": ["files"],
+    "glue": ["constants", "files", "glue.tasks", "pictures", "suggest"],
+    "train_report": ["files", "pictures"],
     "foundry.mds_index": [],
-    "foundry.conversion": ["data", "files", "foundry.mds_index", "suggest"],
+    "foundry.conversion": ["data", "executor", "files", "foundry.mds_index", "suggest"],
     "foundry": [
-        *("checkpoints", "constants", "data", "files", "foundry.mds_index", "glue.tasks"),
-        *("layers", "models", "ops", "suggest", "train_report"),
+        *("checkpoints", "constants", "data", "files", "foundry.conversion", "foundry.mds_index"),
+        *("glue.tasks", "inference", "layers", "models", "ops", "recipes", "suggest"),
+        "train_report",
     ],
     "doctor": ["ops", "ops.backend", "ops.kernels"],
-    "embed": ["checkpoints", "constants", "data", "files", "models", "suggest"],
+    "inference": ["checkpoints", "data", "files", "models"],
+    "embed": ["checkpoints", "data", "files", "inference", "models"],
+    "tasks": ["data", "inference"],
+    "predict": ["data", "inference", "tasks"],
+    "evaluate": ["data", "files", "foundry", "inference"],
 }
 TENSORS = {"numpy", "safetensors", "torch", "transformers"}
 # Room: the packages that it may import beside the standard library; other rooms: none.
 PACKAGES = {
+    "executor": {"distributed"},
     "ops.backend": {"torch"},
     "ops.reference": {"torch"},
     "ops.kernels": {"torch", "triton"},
@@ -54,19 +62,35 @@ PACKAGES = {
     "layers": {"torch"},
     "models": TENSORS,
     "checkpoints": TENSORS | {"huggingface_hub", "onnx"},
-    "data": {"datasets", "fsspec", "numpy", "pyarrow", "transformers", "zstandard"},
-    "glue": {"matplotlib", "numpy", "omegaconf", "torch", "tqdm", "yaml"},
+    "data": {
+        "datasets",
+        "fsspec",
+        "huggingface_hub",
+        "numpy",
+        "pyarrow",
+        "transformers",
+        "zstandard",
+    },
+    "pictures": {"matplotlib"},
+    "glue": {"numpy", "omegaconf", "torch", "tqdm", "yaml"},
     "train_report": {"google", "matplotlib", "numpy", "tensorboard", "wandb", "yaml"},
-    "foundry.conversion": {"datasets", "numpy", "pyarrow", "tqdm", "transformers", "xxhash"},
+    "foundry.conversion": {
+        *("datasets", "numpy", "pyarrow", "streaming", "tqdm", "transformers", "xxhash")
+    },
     "foundry": TENSORS
-    | {"composer", "datasets", "fsspec", "llmfoundry", "pyarrow", "streaming", "torchmetrics"},
+    | {"composer", "datasets", "fsspec", "llmfoundry", "pyarrow", "streaming", "torchmetrics"}
+    | {"tqdm", "yaml"},
     "doctor": {"torch"},
-    "embed": TENSORS | {"datasets", "tqdm"},
+    "inference": TENSORS | {"tqdm"},
+    "embed": TENSORS,
+    "tasks": TENSORS | {"pyarrow", "tokenizers"},
+    "predict": {"pyarrow", "transformers"},
 }
 # Commands that answer --help at once, and rooms for them: heavy packages only within functions.
-LIGHT = ["", "constants", "files", "suggest", "cli", "recipes", "data", "foundry.mds_index"]
-LIGHT += ["foundry.conversion", "glue", "glue.tasks", "train_report"]
-HEAVY = {"datasets", "fsspec", "matplotlib", "pyarrow", "torch", "transformers", "wandb"}
+LIGHT = ["", "constants", "executor", "files", "pictures", "suggest", "cli", "recipes", "data"]
+LIGHT += ["foundry.mds_index", "foundry.conversion", "glue", "glue.tasks", "train_report"]
+HEAVY = {"datasets", "distributed", "fsspec", "matplotlib", "pyarrow", "streaming", "torch"}
+HEAVY |= {"transformers", "wandb"}
 
 
 def module_name(path: Path) -> str:

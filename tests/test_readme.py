@@ -5,6 +5,7 @@ of the repository, as a user would run them, but with small models: `more` says 
 """
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -67,7 +68,7 @@ TINY = {
     "hyena_filter_order": 4,
 }
 SMALL = " ".join(f"model.config_overrides.{key}={value}" for key, value in TINY.items())
-LOCAL = f"precision=fp32 variables.tokenizer={TOKENIZER}"
+LOCAL = f"variables.tokenizer={TOKENIZER}"
 BATCHES = "max_duration=2ba eval_interval=2ba eval_subset_num_batches=1 save_interval=2ba"
 BATCHES += " global_train_batch_size=8 device_train_microbatch_size=8 progress_bar=false"
 
@@ -102,15 +103,43 @@ COMMANDS: dict[str, Run | NotRun] = {
         f"{SMALL} {LOCAL} {BATCHES}", "runs/m2-bert-base/huggingface/final/model.safetensors"
     ),
     "m2-plugin train-report runs/m2-bert-base": Run(makes="runs/m2-bert-base/report/report.html"),
-    "composer train.py yamls/finetune/text-classification.yaml variables.train=train.csv "
-    "variables.eval=dev.csv variables.start=quickstart/run/huggingface/final "
-    "variables.tokenizer=data_prep/quickstart/tokenizer variables.num_labels=2 precision=fp32": Run(
-        BATCHES, "runs/text-classification/huggingface/final/config.json"
+    "python data_prep/quickstart/pages.py --out quickstart/pages": Run(
+        makes="quickstart/pages/new.csv"
+    ),
+    "composer train.py yamls/finetune/text-classification.yaml "
+    "variables.start=quickstart/run/huggingface/final variables.train=quickstart/pages/train.csv "
+    "variables.eval=quickstart/pages/dev.csv optimizer.lr=1.0e-3": Run(
+        BATCHES, "runs/text-classification/huggingface/final/README.md"
+    ),
+    "m2-plugin predict quickstart/pages/new.csv --model runs/text-classification/huggingface/final "
+    "--out predictions.csv": Run(makes="predictions.csv"),
+    "m2-plugin evaluate runs/text-classification/huggingface/final --data "
+    "quickstart/pages/dev.csv": Run(),
+    "composer train.py yamls/finetune/token-classification.yaml variables.train=train.conll "
+    "variables.eval=dev.conll": Run(
+        BATCHES, "runs/token-classification/huggingface/final/config.json"
+    ),
+    "m2-plugin predict dev.conll --model runs/token-classification/huggingface/final "
+    "--out tagged.jsonl": Run(makes="tagged.jsonl"),
+    "composer train.py yamls/finetune/question-answering.yaml variables.train=train.json "
+    "variables.eval=dev.json": Run(
+        BATCHES, "runs/question-answering/huggingface/final/config.json"
+    ),
+    "m2-plugin predict dev.json --model runs/question-answering/huggingface/final "
+    "--out answers.jsonl": Run(makes="answers.jsonl"),
+    "bash data_prep/adapt.sh": Run(
+        makes="runs/adapted/predictions.csv",
+        instead={"bash": f"CONTINUE='{BATCHES}' FINETUNE='{BATCHES}' bash"},
+    ),
+    "TEXTS=reports.jsonl TRAIN=train.csv DEV=dev.csv NEW=new.csv OUT=runs/reports "
+    "bash data_prep/adapt.sh": NotRun(
+        "Another test runs it on texts and labels of its own.",
+        "tests/test_adapt.py::test_own_texts",
     ),
     "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start "
-    "runs/m2-bert-base/huggingface/final variables.training_additions=false": Run(
+    "runs/m2-bert-base/huggingface/final": Run(
         f"--tasks cola --seeds 19 --jobs 1 variables.glue_path={ROOT}/tests/foundry/data/glue "
-        f"variables.tokenizer={TOKENIZER} {SMALL} tasks.cola.max_duration=1ep",
+        f"tasks.cola.max_duration=1ep",
         "runs/glue-m2-bert-base/cola-seed19/result.json",
     ),
     "python data_prep/quickstart/pairs.py --out quickstart/pairs": Run(
@@ -136,11 +165,14 @@ COMMANDS: dict[str, Run | NotRun] = {
         "tests/test_end_to_end.py::test_unbroken_run_leaves_everything",
     ),
     "composer train.py yamls/finetune/text-classification.yaml variables.train=train.csv "
-    "variables.eval=dev.csv variables.start=quickstart/run/huggingface/final "
-    "variables.num_labels=3": NotRun(
+    "variables.eval=dev.csv variables.start=quickstart/run/huggingface/final": NotRun(
         "The same YAML runs for README.md.",
-        "tests/foundry/test_starting_points.py::test_fine_tune_and_reload",
+        "tests/foundry/test_text_classification.py::test_yaml_for_own_texts",
     ),
+    "m2-plugin predict new.csv --model runs/text-classification/huggingface/final --out "
+    "predictions.csv": Run("--overwrite", "predictions.csv"),
+    "m2-plugin evaluate runs/text-classification/huggingface/final --data dev.csv": Run(),
+    "m2-plugin evaluate quickstart/run/huggingface/final --data quickstart/mds": Run(),
     "python data_prep/convert_pairs.py --out_root ./my-pairs --local_files train=train.jsonl "
     "val=val.jsonl": Run(
         makes="my-pairs/val/index.json",
@@ -164,12 +196,14 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin train-report runs/m2-bert-base runs/bert-base --x tokens --out compared": Run(
         makes="compared/report.html", instead={"runs/bert-base": "quickstart/run"}
     ),
-    "composer train.py yamls/finetune/glue/m2-bert-base-mnli.yaml "
-    "variables.start=CHECKPOINT": ONE_TASK,
-    "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start CHECKPOINT": SWEEP,
+    "composer train.py yamls/pretrain/m2-gpt-small.yaml": Run(
+        f"{BATCHES} model.d_model=16 model.n_layers=1 model.attn_config.filter_order=4",
+        "quickstart/m2-gpt/huggingface/final/model.safetensors",
+    ),
+    "composer train.py yamls/finetune/glue/m2-bert-base-mnli.yaml variables.start=FOLDER": ONE_TASK,
+    "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start FOLDER": SWEEP,
     "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start "
-    "runs/m2-bert-base/huggingface/final --tasks cola sst2 --seeds 19 "
-    "model.config_overrides=null tasks.cola.lr=3.0e-5": SWEEP,
+    "runs/m2-bert-base/huggingface/final --tasks cola sst2 --seeds 19 tasks.cola.lr=3.0e-5": SWEEP,
     "m2-plugin glue --report-only --out runs/glue-m2-bert-base": Run(
         makes="runs/glue-m2-bert-base/report.png"
     ),
@@ -199,10 +233,16 @@ COMMANDS: dict[str, Run | NotRun] = {
         makes="latest-rank0.pt", instead={"FOLDER": "imported"}
     ),
     "m2-plugin export FOLDER --hub HUB_FOLDER": Run(makes="HUB_FOLDER/config.json"),
+    "m2-plugin export FOLDER --hub HUB_FOLDER --push USER/NAME": NotRun(
+        "It uploads to the hub.", "tests/checkpoints/test_push.py::test_a_folder_is_uploaded"
+    ),
     "m2-plugin export FOLDER --onnx model.onnx": Run(
         makes="other.onnx", instead={"model.onnx": "other.onnx"}
     ),
     "m2-plugin extend FOLDER --max-seq-len 2048 --out LONGER": Run(makes="LONGER/config.json"),
+    "m2-plugin average CHECKPOINT CHECKPOINT CHECKPOINT --out AVERAGED": Run(
+        makes="AVERAGED/README.md"
+    ),
     # CONTRIBUTING.md
     "make install": BY_CI,
     "make test": BY_CI,
@@ -276,10 +316,20 @@ def clone(tmp_path_factory) -> Path:
         program.write_text(f'#!/bin/sh\nexec {BIN / name} "$@" {more}\n')
         program.chmod(0o755)
 
-    for name in ("train.csv", "dev.csv"):
+    labels = {"good": "blog", "bad": "news", "long": "shop"}
+    for name in ("train.csv", "dev.csv", "new.csv"):
         with open(folder / name, "w", newline="") as file:
-            rows = [(f"A {word} film.", i % 2) for i, word in enumerate(["good", "bad"] * 8)]
-            csv.writer(file).writerows([("text", "label"), *rows])
+            rows = [(f"A {word} film.", label) for word, label in labels.items()] * 6
+            kept = 1 if name == "new.csv" else 2
+            csv.writer(file).writerows(row[:kept] for row in [("text", "label"), *rows])
+    sentence = "Anna B-PER\nwent O\nto O\nParis B-LOC\n. O\n\n"
+    answer = {"text": "Paris", "answer_start": 13}
+    asked = [{"id": f"q{i}", "question": "Where to?", "answers": [answer]} for i in range(40)]
+    paragraph = {"context": "Anna went to Paris.", "qas": asked}
+    squad = {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    for name in ("train", "dev"):
+        (folder / f"{name}.conll").write_text(sentence * 40)
+        (folder / f"{name}.json").write_text(json.dumps(squad))
     tensors = load_golden("base_bidir_resid_glu_monarch")[1]
     weights = {f"model.{name}": value for name, value in with_prefix(tensors, "sd/").items()}
     torch.save({"state": {"model": weights}}, folder / "m2-bert-128.pt")

@@ -5,7 +5,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from m2_plugin import recipes
+from m2_plugin import cli, recipes
 from tests.utils import ROOT
 
 YAMLS = {p.relative_to(ROOT / "yamls").with_suffix("").as_posix() for p in ROOT.rglob("*.yaml")
@@ -62,7 +62,7 @@ def test_never_overwrites_unasked(tmp_path, capsys):
     mine.write_text("mine")
     (tmp_path / "train.py").unlink()
     capsys.readouterr()
-    assert recipes.main(copy) == 1
+    assert cli.main(["recipes", *copy]) == 1
     assert f"differ from the ones to be copied: {mine}." in capsys.readouterr().err
     assert mine.read_text() == "mine" and not (tmp_path / "train.py").exists()
 
@@ -71,6 +71,6 @@ def test_never_overwrites_unasked(tmp_path, capsys):
 
 
 def test_an_unknown_recipe_is_an_error(tmp_path, capsys):
-    assert recipes.main(["--copy", "nothing", "--out", str(tmp_path)]) == 1
+    assert cli.main(["recipes", "--copy", "nothing", "--out", str(tmp_path)]) == 1
     assert "no recipe 'nothing'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

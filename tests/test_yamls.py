@@ -8,10 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from m2_plugin.foundry.preflight import preflight
 from tests.utils import GOLDEN, ROOT, TOKENIZER
 
 PRETRAIN = sorted((ROOT / "yamls" / "pretrain").glob("*.yaml"))
+WITH_MODEL = [path for path in PRETRAIN if path.stem != "continue"]
 RETRIEVAL = sorted((ROOT / "yamls" / "finetune" / "retrieval").glob("*.yaml"))
+FINETUNE = sorted((ROOT / "yamls" / "finetune").glob("*.yaml"))
 RECIPES = json.loads((GOLDEN / "recipes.json").read_text())["pretrain"]
 PUBLISHED = {
     "m2-bert-base",
@@ -21,11 +24,19 @@ PUBLISHED = {
     "bert-base",
 }
 # The same model, on longer texts: continued from a folder that `m2-plugin extend` makes.
-LONGER = {"m2-bert-base-2k": 2048, "m2-bert-base-8k": 8192, "m2-bert-base-32k": 32768}
+LONGER = {
+    "m2-bert-base-2k": 2048,
+    "m2-bert-large-341m-2k": 2048,
+    "m2-bert-base-8k": 8192,
+    "m2-bert-base-32k": 32768,
+}
 # The same run on so many GPUs; what may differ.
 GPUS = {"m2-bert-large-341m-8gpu": 8, "m2-bert-large-341m-64gpu": 64}
 DIFFERS = {"device_train_microbatch_size", "fsdp_config"}
-OF_OUR_OWN = {"m2-bert-quickstart", "m2-gpt-small"}
+# M2-GPT: MPT with Monarch layers. The published sizes differ in what is listed.
+GPT = {"m2-gpt-125m", "m2-gpt-360m"}
+GPT_DIFFERS = {"variables", "run_name", "model", "optimizer", "device_train_microbatch_size"}
+OF_OUR_OWN = {"continue", "m2-bert-quickstart", "m2-gpt-small"}
 # Settings of the reference's optimizer, written to the model's config there; its flags for
 # attention, which M2-BERT has none of; and a misspelt field that transformers ignored.
 ELSEWHERE = {
@@ -43,12 +54,13 @@ def load(path: Path) -> dict:
     config = OmegaConf.load(path)
     config.variables.tokenizer = str(TOKENIZER)
     if "start" in config.variables:
-        config.variables.start = None  # from random weights
+        config.variables.start = None
+        config.model.pretrained = False  # from random weights
     OmegaConf.resolve(config)
     return OmegaConf.to_container(config)
 
 
-@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda p: p.stem)
 def test_is_in_llm_foundrys_schema(path):
     from llmfoundry.command_utils.train import TRAIN_CONFIG_KEYS, TrainConfig, validate_config
     from llmfoundry.utils.config_utils import make_dataclass_and_log_config
@@ -60,10 +72,29 @@ def test_is_in_llm_foundrys_schema(path):
     )
     validate_config(train_config)
     assert "code_paths" not in config
-    assert train_config.autoresume and "seed_each_batch" in train_config.callbacks
+    assert train_config.autoresume
 
 
-@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
+EVERY_RUN = {"seed_each_batch", "run_guard", "run_summary", "nan_monitor", "loss_curve"}
+EVERY_RUN |= {"lr_monitor", "speed_monitor"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_run_is_guarded_and_says_what_it_does(path):
+    config = OmegaConf.load(path)
+    config = config.get("job", config)
+    if "callbacks" not in config:  # a sweep, which includes recipe.yaml
+        assert config.include == "recipe.yaml"
+        return
+    wanted = EVERY_RUN | ({"eval_results"} if "text-classification" in path.stem else set())
+    assert wanted <= config.callbacks.keys()
+    assert "tensorboard_file" in config.loggers and "tensorboard" not in config.loggers
+
+
+# `continue` has no architecture of its own: it takes that of its start.
+@pytest.mark.parametrize("path", WITH_MODEL, ids=lambda p: p.stem)
 def test_builds_a_model_and_its_optimizer_groups(path):
     from llmfoundry.utils.builders import (
         build_callback,
@@ -74,14 +105,22 @@ def test_builds_a_model_and_its_optimizer_groups(path):
     )
 
     config = load(path)
+    preflight(config)
     tokenizer = build_tokenizer(config["tokenizer"]["name"], config["tokenizer"]["kwargs"])
     model_config = config["model"]
     if "config_overrides" in model_config:
         model_config["config_overrides"]["num_hidden_layers"] = 2
+    else:
+        model_config["n_layers"] = 2
     model = build_composer_model(model_config.pop("name"), model_config, tokenizer)
-    assert model.config.vocab_size == 30528
+    assert model.config.vocab_size == (50264 if path.stem in GPT else 30528)
     optimizer = build_optimizer(model, config["optimizer"].pop("name"), config["optimizer"])
-    assert len(optimizer.param_groups) == 1
+    if path.stem in GPT:  # no weight decay for the filters
+        _, filters = optimizer.param_groups
+        assert filters["weight_decay"] == 0
+        assert len(filters["params"]) == 2 * (2 + 7)  # features, frequencies, an MLP
+    else:
+        assert len(optimizer.param_groups) == 1
     build_scheduler(config["scheduler"].pop("name"), config["scheduler"])
     for name, kwargs in config["callbacks"].items():
         build_callback(name, kwargs, train_config=config)
@@ -150,8 +189,19 @@ def test_is_the_published_recipe(name):
         M2BertConfig(**ours)
 
 
+def test_what_is_started_has_the_tokenizer_of_its_start():
+    """And no YAML names begin and end tokens: a tokenizer without them would get them."""
+    for path in (ROOT / "yamls").rglob("*.yaml"):
+        text = path.read_text()
+        assert "eos_token" not in text and "bos_token" not in text
+        variables = OmegaConf.load(path).get("variables", {})
+        if "start" in variables or path.stem == "recipe":
+            line = next(line for line in text.splitlines() if line.startswith("  tokenizer:"))
+            assert line.split()[1] == "${variables.start}", path
+
+
 def test_every_published_recipe_has_its_yaml():
-    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, *GPUS, *OF_OUR_OWN}
+    assert {p.stem for p in PRETRAIN} == PUBLISHED | {*LONGER, *GPUS, *GPT, *OF_OUR_OWN}
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -166,6 +216,27 @@ def test_many_gpus_run_the_same_recipe(name):
     fsdp = config.get("fsdp_config", {})
     assert fsdp.keys() <= {field.name for field in dataclasses.fields(FSDPConfig)}
     assert fsdp.get("sharding_strategy", "FULL_SHARD") in SHARDING_MAP
+
+
+def test_m2_gpt_has_one_recipe_in_two_sizes():
+    """The recipe is that of the Pile in HazyResearch/safari (configs/experiment/pile)."""
+    small, large = (load(ROOT / "yamls" / "pretrain" / f"{name}.yaml") for name in sorted(GPT))
+    assert {key for key in small | large if small.get(key) != large.get(key)} <= GPT_DIFFERS
+    for config, lr in ((small, 6e-4), (large, 3e-4)):
+        assert (config["optimizer"]["lr"], config["optimizer"]["weight_decay"]) == (lr, 0.1)
+        model = config["model"]
+        filters = {"filter_order": 64, "filter_emb_dim": 33, "filter_w": 14, "max_seq_len": 2048}
+        assert filters.items() <= model["attn_config"].items()
+        assert model["max_seq_len"] == config["max_seq_len"] == 2048
+    assert small["scheduler"] == {
+        "name": "cosine_with_warmup",
+        "t_warmup": "0.01dur",
+        "alpha_f": 0.1,
+    }
+    assert (small["global_train_batch_size"], small["max_duration"]) == (256, "30000ba")
+    large["model"] |= {key: small["model"][key] for key in ("d_model", "n_heads", "n_layers")}
+    large["model"]["ffn_config"]["ffn_hidden_size"] = 8192
+    assert large["model"] == small["model"]
 
 
 @pytest.mark.parametrize("name", LONGER)
@@ -183,12 +254,16 @@ def test_long_context_keeps_the_published_mixture(name):
     assert [stream["proportion"] for stream in train["streams"].values()] == [0.5, 0.5]
     assert all(stream["split"] == "val" for stream in evaluation["streams"].values())
     overrides = config["model"]["config_overrides"]
+    if "large" in name:
+        published = RECIPES[name.removesuffix("-2k")]["model_config"]
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+            assert overrides[key] == published[key], key
     length = LONGER[name]
     assert overrides["long_conv_l_max"] == overrides["max_position_embeddings"] == length
     assert config["tokenizer"]["kwargs"]["model_max_length"] == length
 
 
-@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", WITH_MODEL, ids=lambda p: p.stem)
 def test_readme_states_the_parameter_count(path):
     from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -199,7 +274,8 @@ def test_readme_states_the_parameter_count(path):
         from llmfoundry.utils.builders import build_composer_model
 
         name = model.pop("name")
-        built = build_composer_model(name, model | {"init_device": "meta"}, None)
+        fields = {"vocab_size": 30528} | model | {"init_device": "meta"}
+        built = build_composer_model(name, fields, None)
     else:
         fields = {"vocab_size": 30528} | model["config_overrides"]
         with torch.device("meta"):
@@ -224,6 +300,7 @@ def test_retrieval_trains_the_embedding_that_is_saved(path):
         config, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all"
     )
     validate_config(train_config)
+    preflight(raw)
     tokenizer = build_tokenizer(raw["tokenizer"]["name"], raw["tokenizer"]["kwargs"])
     model_config = raw["model"]
     overrides = model_config["config_overrides"]
@@ -241,5 +318,5 @@ def test_retrieval_trains_the_embedding_that_is_saved(path):
 
 
 def test_retrieval_has_a_recipe_for_each_length():
-    names = {f"{name}-retrieval" for name in LONGER}
+    names = {f"{name}-retrieval" for name in LONGER if "base" in name}
     assert {p.stem for p in RETRIEVAL} == names | {"m2-bert-quickstart"}

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
 
+from m2_plugin.cli import guarded
 from m2_plugin.files import write_atomically
 
 log = logging.getLogger("pairs")
@@ -38,6 +39,18 @@ def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
             piece = ""
 
 
+def pages() -> Iterator[dict[str, str]]:
+    """Read the pages of the sample, with `text` and `url`."""
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def split_of(page: dict[str, str]) -> str:
+    """Return the split of a page: train, val or test."""
+    digest = hashlib.sha256(page["url"].encode()).hexdigest()
+    return SPLITS[int(digest, 16) % len(SPLITS)]
+
+
 def pairs() -> dict[str, list[dict[str, str]]]:
     """Return the pairs of each split.
 
@@ -45,13 +58,11 @@ def pairs() -> dict[str, list[dict[str, str]]]:
     is no other passage from the query's page.
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
-    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
-        for page in map(json.loads, file):
-            digest = hashlib.sha256(page["url"].encode()).hexdigest()
-            split = SPLITS[int(digest, 16) % len(SPLITS)]
-            neighbours = pairwise(pieces(page["text"]))
-            for query, passage in neighbours if split == "train" else islice(neighbours, 1):
-                splits[split].append({"query": query, "passage": passage, "source": page["url"]})
+    for page in pages():
+        split = split_of(page)
+        neighbours = pairwise(pieces(page["text"]))
+        for query, passage in neighbours if split == "train" else islice(neighbours, 1):
+            splits[split].append({"query": query, "passage": passage, "source": page["url"]})
     return splits
 
 
@@ -70,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
