@@ -116,13 +116,13 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin evaluate runs/text-classification/huggingface/final --data "
     "quickstart/pages/dev.csv": Run(),
     "composer train.py yamls/finetune/token-classification.yaml variables.train=train.conll "
-    "variables.eval=dev.conll": Run(
+    "variables.eval=dev.conll optimizer.lr=1.0e-3": Run(
         BATCHES, "runs/token-classification/huggingface/final/config.json"
     ),
     "m2-plugin predict dev.conll --model runs/token-classification/huggingface/final "
     "--out tagged.jsonl": Run(makes="tagged.jsonl"),
     "composer train.py yamls/finetune/question-answering.yaml variables.train=train.json "
-    "variables.eval=dev.json": Run(
+    "variables.eval=dev.json optimizer.lr=1.0e-3": Run(
         BATCHES, "runs/question-answering/huggingface/final/config.json"
     ),
     "m2-plugin predict dev.json --model runs/question-answering/huggingface/final "
