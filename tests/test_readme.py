@@ -78,6 +78,13 @@ ONE_TASK = NotRun(
     "Another test runs one task in the same way.",
     "tests/glue/test_end_to_end.py::test_one_task_by_composer_from_a_pretraining_checkpoint",
 )
+ADAPT = NotRun(
+    "Another test runs it on texts and labels of its own.", "tests/test_adapt.py::test_own_texts"
+)
+LIKE_README = NotRun(
+    "Such a command runs for README.md.",
+    "tests/foundry/test_evaluation.py::test_predictions_and_evaluation_agree",
+)
 SWEEP = NotRun(
     "Another test runs the sweep, and one task of it runs for README.md.",
     "tests/glue/test_end_to_end.py::test_a_killed_sweep_goes_on_and_a_broken_task_is_in_the_table",
@@ -127,15 +134,9 @@ COMMANDS: dict[str, Run | NotRun] = {
     ),
     "m2-plugin predict dev.json --model runs/question-answering/huggingface/final "
     "--out answers.jsonl": Run(makes="answers.jsonl"),
-    "bash data_prep/adapt.sh": Run(
-        makes="runs/adapted/predictions.csv",
-        instead={"bash": f"CONTINUE='{BATCHES}' FINETUNE='{BATCHES}' bash"},
-    ),
+    "bash data_prep/adapt.sh": ADAPT,
     "TEXTS=reports.jsonl TRAIN=train.csv DEV=dev.csv NEW=new.csv OUT=runs/reports "
-    "bash data_prep/adapt.sh": NotRun(
-        "Another test runs it on texts and labels of its own.",
-        "tests/test_adapt.py::test_own_texts",
-    ),
+    "bash data_prep/adapt.sh": ADAPT,
     "m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start "
     "runs/m2-bert-base/huggingface/final": Run(
         f"--tasks cola --seeds 19 --jobs 1 variables.glue_path={ROOT}/tests/foundry/data/glue "
@@ -170,8 +171,8 @@ COMMANDS: dict[str, Run | NotRun] = {
         "tests/foundry/test_text_classification.py::test_yaml_for_own_texts",
     ),
     "m2-plugin predict new.csv --model runs/text-classification/huggingface/final --out "
-    "predictions.csv": Run("--overwrite", "predictions.csv"),
-    "m2-plugin evaluate runs/text-classification/huggingface/final --data dev.csv": Run(),
+    "predictions.csv": LIKE_README,
+    "m2-plugin evaluate runs/text-classification/huggingface/final --data dev.csv": LIKE_README,
     "m2-plugin evaluate quickstart/run/huggingface/final --data quickstart/mds": Run(),
     "python data_prep/convert_pairs.py --out_root ./my-pairs --local_files train=train.jsonl "
     "val=val.jsonl": Run(

@@ -372,7 +372,7 @@ def test_filters_are_units_of_fsdp1_that_stay_in_fp32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["m2-gpt-125m", "m2-gpt-360m"])
+@pytest.mark.parametrize("name", ["m2-gpt-360m"])  # the other recipe differs in sizes only
 def test_the_published_sizes_train_are_saved_and_generate(name, mds, tmp_path):
     """With small layers: by the launcher, to a transformers folder, which generates."""
     out = tmp_path / "run"
