@@ -143,7 +143,7 @@ def test_weights_that_are_not_finite_are_not_saved(mds, tmp_path):
 
 
 def test_shard_that_goes_missing_or_corrupt(mds, whole, tmp_path):
-    copy = tmp_path / "mds"
+    copy = tmp_path / mds.name  # the model card names the data
     shutil.copytree(mds, copy)
     run = Run(tmp_path, copy)
     names = [path.name for path in sorted(copy.joinpath("train").glob("*.mds"))]
