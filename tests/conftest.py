@@ -16,12 +16,35 @@ os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+# Slow tests whose runs do not read streams.
+WITHOUT_STREAMS = ("glue", "test_heads_end_to_end.py", "test_preflight.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        _group(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def _group(items):
+    """With `pytest -n 2 --dist loadgroup`, a file's tests run in one process, in their order.
+
+    So do all runs that read streams: if two start at once, Streaming can mix up their shared memory.
+    They come first, since they take longest.
+    """
+
+    def reads_streams(item):
+        is_slow = item.get_closest_marker("slow") is not None
+        return is_slow and not set(item.path.parts) & set(WITHOUT_STREAMS)
+
+    for item in items:
+        group = "runs" if reads_streams(item) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not reads_streams(item))
 
 
 @pytest.fixture(autouse=True)
