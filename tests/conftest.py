@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 def _group(items):
     """With `pytest -n 2 --dist loadgroup`, a file's tests run in one process, in their order.
 
-    So do all runs that read streams: if two start at once, Streaming can mix up their shared memory.
+    So do all runs that read streams: if two start at once, Streaming can mix up their memory.
     They come first, since they take longest.
     """
 
