@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 WITHOUT_STREAMS = ("glue", "test_heads_end_to_end.py", "test_preflight.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         _group(items)
