@@ -43,7 +43,7 @@ def _group(items):
         return is_slow and not set(item.path.parts) & set(WITHOUT_STREAMS)
 
     for item in items:
-        group = "runs" if reads_streams(item) else str(item.path)
+        group = "runs" if reads_streams(item) else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: not reads_streams(item))
 
