@@ -1,5 +1,6 @@
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 torch.set_num_threads(1)
 
 
-# Slow tests whose runs do not read streams.
-WITHOUT_STREAMS = ("glue", "test_heads_end_to_end.py", "test_preflight.py")
+# What a file of tests mentions if it reads streams, here or in a run; these two leave it to a script.
+OF_STREAMS = re.compile(r"\bmds\b|StreamingDataset|test_own_texts|test_everything_works")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -34,18 +35,15 @@ def pytest_collection_modifyitems(config, items):
 def _group(items):
     """With `pytest -n 2 --dist loadgroup`, a file's tests run in one process, in their order.
 
-    So do all runs that read streams: if two start at once, Streaming can mix up their memory.
-    They come first, since they take longest.
+    So do the files that read streams: if two processes open some at once, Streaming may give both
+    the same shared memory. They come first, since they take longest.
     """
-
-    def reads_streams(item):
-        is_slow = item.get_closest_marker("slow") is not None
-        return is_slow and not set(item.path.parts) & set(WITHOUT_STREAMS)
-
+    paths = {item.path for item in items}
+    of_streams = {path for path in paths if OF_STREAMS.search(path.read_text())}
     for item in items:
-        group = "runs" if reads_streams(item) else item.path.stem
+        group = "streams" if item.path in of_streams else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not reads_streams(item))
+    items.sort(key=lambda item: item.path not in of_streams)
 
 
 @pytest.fixture(autouse=True)
