@@ -17,7 +17,7 @@ os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 torch.set_num_threads(1)
 
 
-# What a file of tests mentions if it reads streams, here or in a run; these two leave it to a script.
+# What a file of tests names if it reads streams, itself or in a run. Two leave that to a script.
 OF_STREAMS = re.compile(r"\bmds\b|StreamingDataset|test_own_texts|test_everything_works")
 
 
