@@ -17,8 +17,10 @@ os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 torch.set_num_threads(1)
 
 
-# What a file of tests names if it reads streams, itself or in a run. Two leave that to a script.
-OF_STREAMS = re.compile(r"\bmds\b|StreamingDataset|test_own_texts|test_everything_works")
+# What a file of tests names if it reads streams, itself or in a run. Some leave that to a script.
+OF_STREAMS = re.compile(
+    r"\bmds\b|StreamingDataset|The retrieval YAML|test_own_texts|test_everything_works"
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
