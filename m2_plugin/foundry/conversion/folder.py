@@ -12,7 +12,6 @@ A record gets its final name after its shards. So any process may be killed at a
 may write the same block. A worker of another run cannot write into this one, because of the digest.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2_plugin.files import read_json, write_atomically, write_json
+from m2_plugin.files import InUseError, lock, read_json, write_atomically, write_json
 from m2_plugin.foundry.conversion.errors import ConversionError
 from m2_plugin.foundry.conversion.job import digest
 from m2_plugin.foundry.mds_index import INDEX, is_whole, shard_file
@@ -147,16 +146,21 @@ class PartialFolder:
         Raises:
             ConversionError: If another command is converting this split.
         """
+        what = f"{self.path} is in use by another conversion"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "lock").open("wb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    message = f"{self.path} is in use by another conversion, which is running"
-                    raise ConversionError(message) from None
-                if _is_at(lock.fileno(), self.path / "lock"):  # else one just finished
-                    return (yield)
+            try:
+                held = lock(self.path / "lock", what, "give another --out_root")
+            except FileNotFoundError:  # the other one has just finished, and removed the folder
+                continue
+            except InUseError as error:
+                raise ConversionError(str(error)) from error
+            break
+        try:
+            yield
+        finally:
+            if held is not None:
+                held.close()
 
     def open(self, settings: dict[str, Any]) -> Blocks:
         """Begin a conversion or continue it.
@@ -202,13 +206,6 @@ class PartialFolder:
         (self.path / "settings.json").unlink(missing_ok=True)
         for path in self.path.glob("*-*"):
             shutil.rmtree(path)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
