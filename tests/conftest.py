@@ -1,6 +1,9 @@
+import atexit
+import gc
 import os
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -53,3 +56,24 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_memory_closed():
+    """Close what Streaming keeps open until the process ends.
+
+    A dataset opens all segments that it finds, besides its own. In one process, hundreds of tests
+    would run into the limit of open files.
+    """
+    yield
+    if "streaming" not in sys.modules:
+        return
+    from streaming.base.shared import SharedMemory
+
+    gc.collect()
+    for memory in [x for x in gc.get_objects() if type(x) is SharedMemory]:
+        try:
+            memory.cleanup()
+        except BufferError:  # a dataset still uses it
+            continue
+        atexit.unregister(memory.cleanup)
