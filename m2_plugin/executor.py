@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -18,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from types import ModuleType
 from typing import Any, TypeVar
 
 __all__ = ["Workers", "WorkersError", "open_workers"]
@@ -115,15 +117,22 @@ def open_workers(
 
 
 class _Pool(ProcessPoolExecutor):
-    """A pool of processes that Ctrl-C does not reach while they start, with the first tasks."""
+    """A pool of processes, which start with the first tasks.
+
+    While they start, Ctrl-C does not reach them. They do not run the script that called us, as
+    multiprocessing lets them: it may lack `if __name__ == "__main__"`, or come from stdin.
+    """
 
     def submit(self, *args: Any, **kwargs: Any) -> "Future[Any]":
         resource_tracker.ensure_running()  # the server would start it, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
         try:
             forkserver.ensure_running()  # it inherits the mask
             return super().submit(*args, **kwargs)
         finally:
+            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)  # Ctrl-C takes effect now
 
 

@@ -101,6 +101,14 @@ with open_workers(2) as workers:
 """
 
 
+def test_workers_do_not_run_the_calling_script():
+    """It lacks `if __name__ == "__main__"`, and has no file."""
+    script = "from m2_plugin.executor import open_workers\nimport math\n"
+    script += "with open_workers(1) as workers:\n    print(*workers.run(math.sqrt, [4]))\n"
+    ended = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
+    assert ended.stdout == "2.0\n", ended.stderr
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)

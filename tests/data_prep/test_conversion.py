@@ -442,11 +442,14 @@ def test_killed_at_every_step(tmp_path, c4_texts):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_one_conversion_of_a_split_at_a_time(tmp_path, jsonl, caplog):
+def test_one_conversion_of_a_split_at_a_time(tmp_path, jsonl):
+    arguments = ["--out_root", tmp_path, "--splits", "train", "--local_files", jsonl]
     with PartialFolder(tmp_path / "train").locked():
-        assert run_text(tmp_path, jsonl) == 1
-    assert "in use by another conversion" in caplog.text
-    assert run_text(tmp_path, jsonl) == 0
+        second = start(*arguments)
+        line = second.stderr.readline()
+    _, errors = second.communicate()
+    assert "in use by another conversion" in line and "waiting" in line
+    assert second.returncode == 0, errors
     assert not (tmp_path / ".train.partial").exists()
 
 

@@ -14,6 +14,7 @@ may write the same block. A worker of another run cannot write into this one, be
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2_plugin.files import InUseError, lock, read_json, write_atomically, write_json
+from m2_plugin.files import lock, read_json, write_atomically, write_json
 from m2_plugin.foundry.conversion.errors import ConversionError
 from m2_plugin.foundry.conversion.job import digest
 from m2_plugin.foundry.mds_index import INDEX, is_whole, shard_file
@@ -141,21 +142,15 @@ class PartialFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it.
-
-        Raises:
-            ConversionError: If another command is converting this split.
-        """
+        """Create the folder and lock it; wait while another command converts this split."""
         what = f"{self.path} is in use by another conversion"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                held = lock(self.path / "lock", what, "give another --out_root")
+                held = lock(self.path / "lock", what, "give another --out_root", wait=math.inf)
+                break
             except FileNotFoundError:  # the other one has just finished, and removed the folder
                 continue
-            except InUseError as error:
-                raise ConversionError(str(error)) from error
-            break
         try:
             yield
         finally:
