@@ -1,35 +1,27 @@
 """Embed the texts of a file: the command `m2-plugin embed` writes a vector for each."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.checkpoints.folder import build_model, load_folder
+from m2_plugin.chunks import Rows, Work, check_absent, run_chunks, writing
 from m2_plugin.data.formats import ENDINGS
-from m2_plugin.data.rows import read_rows, text_of
-from m2_plugin.files import publish
+from m2_plugin.files import replacing
 from m2_plugin.inference import (
-    Notes,
+    Settings,
     add_run_arguments,
-    bar,
     check_options,
-    checked_rows,
-    chunks,
-    digest,
-    forward,
+    default_batch,
     log_progress,
-    move,
     own_tokenizer,
     survey,
-    writing,
 )
 from m2_plugin.models import M2BertForTextEmbedding
+from m2_plugin.tasks import TextEmbedding
 
 __all__ = ["embed_file", "main"]
 
@@ -39,29 +31,35 @@ def embed_file(
     model: str | Path,
     out: str | Path,
     text_column: str = "text",
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    num_workers: int | None = None,
+    cluster: str | None = None,
 ) -> tuple[int, int]:
     """Write the embeddings of all texts of a file. If a run was killed, a new one continues it.
 
-    1024 texts at a time are sorted by length and batched by tokens. If padding would change vectors
-    (a Monarch mixer with neither `mask_padding` nor `pad_inputs`), all texts of a batch have the
-    same length.
+    Up to 1024 texts at a time are sorted by length and batched by tokens. If padding would change
+    vectors (a Monarch mixer with neither `mask_padding` nor `pad_inputs`), all texts of a batch
+    have the same length. The vectors do not depend on the number of workers.
 
     Args:
         file: A file of any format in `m2_plugin.data.formats`; in a text file each line is a text.
             It is read twice, in order, so that memory does not grow with its size.
         model: A transformers folder with an `M2BertForTextEmbedding` and a tokenizer. Texts longer
-            than its maximum are cut.
+            than its maximum are cut, with a warning.
         out: The `.npy` file to write, float32 (N, D), row i for text i. It appears when it is
-            complete; until then a hidden file beside it holds the finished rows.
+            complete; until then a hidden folder beside it holds the finished rows.
         text_column: The column with the texts; ignored for a text file.
-        batch_tokens: The most tokens in a batch, padding included.
+        batch_tokens: The most tokens in a batch, padding included; None means 16,384, on a CPU
+            4,096.
         device: `auto` (CUDA if there is a GPU), or a device as torch names it.
         dtype: `float32`, or `bfloat16` for autocast.
         overwrite: Whether to replace `out` if it exists.
+        num_workers: The processes on this machine; None means one per GPU, or per core. With one,
+            the calling process does the work.
+        cluster: The address of a Dask scheduler, or its scheduler file, to use its workers.
 
     Returns:
         N, the number of texts, and D, the width of the vectors.
@@ -70,64 +68,32 @@ def embed_file(
         ValueError: If the file cannot be read or has no texts, the model has no pooler or no
             tokenizer, torch has no such device, or `out` exists or cannot be written. The message
             names the file or option.
+        WorkersError: If the cluster cannot be reached, or a worker died.
     """
     out = Path(out)
-    check_options(out, [".npy"], overwrite, batch_tokens)
-    count, content = survey(_read_texts(file, text_column), file)
-    encoder, tokenizer = _load(model)
-    move(encoder, device)
-    size = count, encoder.config.hidden_size
-    job = {
-        "file": content,
-        "model": digest(Path(model)),
-        "text_column": text_column,
-        "batch_tokens": batch_tokens,
-        "dtype": dtype,
-    }
-    with writing(out, job, overwrite) as notes:
-        _write(file, notes, size, encoder, tokenizer)
-        publish(notes.partial, out)
-        notes.finish()
+    check_options(out, [".npy"], batch_tokens, num_workers)
+    check_absent(out, overwrite)
+    batch = batch_tokens or default_batch(device)
+    settings = Settings(text_column, None, batch, device, dtype)
+    work = Work.of(load, model, settings)
+    task = work.model()
+    rows = Rows(str(file), *survey((text for _, text in task.rows(str(file))), file))
+    size = rows.count, task.config.hidden_size
+    with writing(out, rows.job(work), overwrite) as parts:
+        spans = run_chunks(rows, work, parts, "embed", num_workers, cluster)
+        with replacing(out) as temporary, temporary.open("wb") as vectors:
+            header = {"descr": "<f4", "fortran_order": False, "shape": size}
+            np.lib.format.write_array_header_1_0(vectors, header)
+            vectors.writelines(parts.contents(spans))
     return size
 
 
-def _write(
-    file: str | Path,
-    notes: Notes,
-    size: tuple[int, int],
-    encoder: M2BertForTextEmbedding,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Write the rows of the array that are not done."""
-    count, job = size[0], notes.job
-    vectors, done = _open(notes, size)
-    texts = _read_texts(file, job["text_column"])
-    with bar(count, done, "text", "embed") as progress:
-        for start, chunk in chunks(texts, done, count, file):
-            tokens = tokenizer(
-                chunk, truncation=True, max_length=encoder.config.max_sequence_length
-            )
-            features = {"input_ids": tokens["input_ids"]}
-            found = forward(encoder, tokenizer, features, job["batch_tokens"], job["dtype"])
-            for batch, output in found:
-                rows = [start + i for i in batch]
-                vectors[rows] = output.sentence_embedding.float().cpu().numpy()
-                progress.update(len(batch))
-            vectors.flush()
-            notes.write(vectors[start : start + len(chunk)], rows=start + len(chunk))
+def load(folder: str, settings: Settings) -> TextEmbedding:
+    """Load the embedding model of a transformers folder, on the CPU.
 
-
-def _read_texts(file: str | Path, column: str) -> Iterator[str]:
-    """Yield the texts of a file."""
-
-    def read(values: Mapping[str, Any]) -> str:
-        return text_of(values, column, "--text-column")
-
-    rows = read_rows(str(file), text_column=column, columns=[column])
-    return (text for _, text in checked_rows(rows, read))
-
-
-def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokenizerBase]:
+    Raises:
+        ValueError: If there is none, or no tokenizer.
+    """
     config, weights = load_folder(folder)
     if config.embedding_pooler and "pooler.dense.weight" not in weights:
         advice = "fine-tune it for retrieval first (yamls/finetune/retrieval)"
@@ -140,40 +106,7 @@ def _load(folder: str | Path) -> tuple[M2BertForTextEmbedding, PreTrainedTokeniz
             f"{str(folder)!r} lacks pooler.dense.weight, which an embedding model needs: {advice}"
         )
     model = build_model(M2BertForTextEmbedding, config, weights)
-    return model, own_tokenizer(Path(folder), config.vocab_size)
-
-
-def _open(notes: Notes, shape: tuple[int, int]) -> tuple[np.memmap, int]:
-    """Return the array to fill, and the number of its rows that are done."""
-
-    def noted(rows: int) -> Iterator[Any]:
-        if _is_array(notes.partial, shape):
-            yield np.lib.format.open_memmap(notes.partial, mode="r")[:rows]
-
-    if done := notes.read(noted)["rows"]:
-        return np.lib.format.open_memmap(notes.partial, mode="r+"), done
-    vectors = np.lib.format.open_memmap(notes.partial, mode="w+", dtype=np.float32, shape=shape)
-    try:
-        with notes.partial.open("r+b") as file:  # a full disk would end the process at a write
-            os.posix_fallocate(file.fileno(), 0, vectors.offset + vectors.nbytes)
-    except OSError as error:
-        notes.partial.unlink()
-        needed = f"{error.strerror}: {vectors.nbytes / 2**20:,.1f} MiB are needed"
-        raise OSError(error.errno, needed, str(notes.partial)) from error
-    return vectors, 0
-
-
-def _is_array(file: Path, shape: tuple[int, int]) -> bool:
-    """Tell whether a file holds a complete fp32 array of this shape.
-
-    Opened for writing, a truncated file would be filled up with zeros.
-    """
-    try:
-        array = np.lib.format.open_memmap(file, mode="r")
-    except ValueError:
-        return False
-    whole = array.offset + array.nbytes == file.stat().st_size
-    return whole and array.shape == shape and array.dtype == np.float32
+    return TextEmbedding(model, own_tokenizer(Path(folder), config.vocab_size), settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

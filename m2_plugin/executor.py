@@ -22,7 +22,7 @@ from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
 from typing import Any, TypeVar
 
-__all__ = ["Workers", "WorkersError", "open_workers"]
+__all__ = ["Workers", "WorkersError", "cores", "is_wanted", "open_workers", "visible_gpus"]
 
 # Tasks that are given out for each worker: one to run, and one to begin at once after it.
 AHEAD = 2
@@ -33,7 +33,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class WorkersError(RuntimeError):
+class WorkersError(OSError):
     """The workers cannot be reached, or one died; the message says what to do."""
 
 
@@ -56,14 +56,15 @@ class Workers:
     def run(
         self,
         function: Callable[[Task], Result],
-        tasks: Iterable[Task],
+        tasks: Iterable[Task | None],
         tick: Callable[[], None] = lambda: None,
     ) -> Iterator[Result]:
         """Yield the results in the order in which the tasks end.
 
         Args:
             function: A function at the top of a module, so that another process can import it.
-            tasks: Its arguments; they are taken as workers become free.
+            tasks: Its arguments; they are taken as workers become free. None means that no other
+                is ready until one of those that run has ended.
             tick: Called whenever a task ends, and at least every half second.
 
         Raises:
@@ -76,6 +77,8 @@ class Workers:
             while True:
                 free = max(0, AHEAD * max(1, self.count()) - len(running))
                 for task in itertools.islice(waiting, free):
+                    if task is None:
+                        break
                     running.add(self.executor.submit(function, task))
                 if not running:
                     return
@@ -91,7 +94,10 @@ class Workers:
 
 @contextmanager
 def open_workers(
-    count: int | None = None, cluster: str | None = None, preload: Sequence[str] = ()
+    count: int | None = None,
+    cluster: str | None = None,
+    preload: Sequence[str] = (),
+    gpus: Sequence[str] | None = None,
 ) -> Iterator[Workers]:
     """Open workers; they end with the context, at once if it ends by an error.
 
@@ -101,16 +107,50 @@ def open_workers(
             its workers instead of processes of this machine.
         preload: Modules that take long to import. They are imported once, and the processes on
             this machine share them. Only the first call of a process has an effect.
+        gpus: The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them: each process sees one,
+            in turn. On a cluster whose workers declare the resource `GPU`, a task asks for one,
+            unless this is None.
 
     Raises:
         WorkersError: If the cluster cannot be reached.
     """
     if cluster is not None:
-        with _dask(cluster) as workers:
+        with _dask(cluster, gpus is not None) as workers:
             yield workers
         return
-    with _processes(count or len(os.sched_getaffinity(0)), preload) as workers:
+    with _processes(count or cores(), preload, gpus or ()) as workers:
         yield workers
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def visible_gpus(_: object = None) -> list[str]:
+    """Return the names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return []
+    import torch  # slow
+
+    count = torch.cuda.device_count()
+    named = [name for name in (visible or "").split(",") if name]
+    return named[:count] if len(named) >= count else [str(i) for i in range(count)]
+
+
+def is_wanted() -> bool:
+    """Tell whether someone waits for the task of this thread. Dask cannot end a task that runs."""
+    if "distributed" not in sys.modules:
+        return True
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # a process of this machine, which can be ended
+        return True
+    task = worker.state.tasks.get(worker.get_current_task())
+    return task is not None and task.state != "cancelled"
 
 
 # --- this machine ---
@@ -136,8 +176,13 @@ class _Pool(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)  # Ctrl-C takes effect now
 
 
-def _begin_process() -> None:
+def _begin_process(started: Any, gpus: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers run in parallel already
+    if gpus:
+        with started:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[started.value % len(gpus)]
+            started.value += 1
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -150,14 +195,14 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _processes(count: int, preload: Sequence[str]) -> Iterator[Workers]:
+def _processes(count: int, preload: Sequence[str], gpus: Sequence[str]) -> Iterator[Workers]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     others = set(multiprocessing.active_children())
-    executor = _Pool(count, context, initializer=_begin_process)
+    executor = _Pool(count, context, _begin_process, (context.Value("i"), gpus))
     message = (
-        "a worker process ended unexpectedly, mostly for lack of memory: try fewer --num_workers. "
-        "Run the same command again to continue"
+        "a worker process ended unexpectedly, mostly for lack of memory: try fewer "
+        "(--num-workers, --jobs). Run the same command again to continue"
     )
     try:
         yield Workers(executor, lambda: count, (BrokenProcessPool,), message)
@@ -173,7 +218,7 @@ def _processes(count: int, preload: Sequence[str]) -> Iterator[Workers]:
 
 
 @contextmanager
-def _dask(cluster: str) -> Iterator[Workers]:
+def _dask(cluster: str, gpus: bool) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
@@ -193,7 +238,12 @@ def _dask(cluster: str) -> Iterator[Workers]:
         "ended. See their logs; run the same command again to continue"
     )
     with client:
-        executor = client.get_executor(pure=False)
+        resources: dict[str, int] = {}
+        if gpus:
+            client.wait_for_workers(1)
+            workers = client.scheduler_info()["workers"].values()
+            resources = {"GPU": 1} if any("GPU" in w["resources"] for w in workers) else {}
+        executor = client.get_executor(pure=False, resources=resources)
         lost = (KilledWorker, concurrent.futures.CancelledError)
         try:
             yield Workers(executor, lambda: sum(client.nthreads().values()), lost, message)

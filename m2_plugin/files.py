@@ -235,11 +235,11 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+def locked(path: Path, wait: float = 0.0) -> Iterator[IO[str] | None]:
     """Keep other processes from writing a file or folder; missing folders above it are made.
 
-    The lock is a hidden file beside it, `.NAME.lock`, which is removed at the end. What killed
-    processes left there is removed too.
+    The lock is a hidden file beside it, `.NAME.lock`, which is yielded, as by `lock`, and removed
+    at the end. What killed processes left there is removed too.
 
     Args:
         path: The file or folder, which need not exist.
@@ -259,7 +259,7 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
         raise ValueError(f"{str(path)!r} cannot be written: {error}") from error
     try:
         _tidy(path.parent)
-        yield
+        yield held
     finally:
         file.unlink(missing_ok=True)  # still locked: `lock` of others notices that it is gone
         if held is not None:

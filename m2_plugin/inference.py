@@ -1,23 +1,20 @@
-"""Run a model over the rows of a file by length, so that a killed run can go on.
+"""Read rows, load a model, and run it over texts in batches by length.
 
 `embed`, `predict` and `evaluate` share it.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -33,20 +30,19 @@ from m2_plugin.checkpoints.folder import build_model, load_folder
 from m2_plugin.checkpoints.read import is_checkpoint_file
 from m2_plugin.data.rows import Row
 from m2_plugin.data.tokenizer import load_tokenizer, vocabulary_size
-from m2_plugin.files import is_disk_full, locked, read_json, write_json
+from m2_plugin.files import read_json
 from m2_plugin.models import M2BertConfig
 
 __all__ = [
-    "CHUNK",
     "DTYPES",
-    "Notes",
+    "Settings",
+    "add_batch_arguments",
     "add_model_arguments",
     "add_run_arguments",
-    "bar",
     "batches",
     "check_options",
     "checked_rows",
-    "chunks",
+    "default_batch",
     "digest",
     "forward",
     "load_model",
@@ -57,13 +53,9 @@ __all__ = [
     "own_tokenizer",
     "padding_counts",
     "survey",
-    "writing",
 ]
 
-log = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHUNK = 1024  # progress is saved after this many rows; batches do not cross chunks
 HEADS = {
     "ForMaskedLM": AutoModelForMaskedLM,
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -114,23 +106,6 @@ def survey(rows: Iterable[Any], file: str | Path) -> tuple[int, str]:
     if not count:
         raise ValueError(f"{str(file)!r} has no rows")
     return count, state.hexdigest()
-
-
-def chunks(
-    rows: Iterable[T], done: int, count: int, file: str | Path
-) -> Iterator[tuple[int, list[T]]]:
-    """Yield the rows after the first `done`, up to 1024 at a time, and the number of the first.
-
-    Raises:
-        ValueError: If there are fewer than `count` rows.
-    """
-    rows = islice(rows, done, None)
-    for start in range(done, count, CHUNK):
-        size = min(CHUNK, count - start)
-        chunk = list(islice(rows, size))
-        if len(chunk) < size:
-            raise ValueError(f"{str(file)!r} was changed while it was read: start again")
-        yield start, chunk
 
 
 # The model
@@ -304,25 +279,50 @@ def forward(
             yield batch, model(**inputs.to(model.device))
 
 
-# Progress
+# Settings
 
 
-def check_options(out: Path, endings: Sequence[str], overwrite: bool, batch_tokens: int) -> None:
-    """Check the file to write and the size of a batch.
+@dataclass(frozen=True)
+class Settings:
+    """How a model runs over the rows of a file.
+
+    Args:
+        text_column: The column with the texts, and the name for the lines of a text file.
+        pair_column: The column with the second texts of pairs.
+        batch_tokens: The most tokens in a batch, padding included.
+        device: `auto` (CUDA if there is a GPU), or a device as torch names it.
+        dtype: A name in `DTYPES`; other than `float32` it is autocast's.
+    """
+
+    text_column: str = "text"
+    pair_column: str | None = None
+    batch_tokens: int = 16384
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+def default_batch(device: str) -> int:
+    """Return the tokens of a batch: 16,384; on a CPU 4,096, since longer batches have more padding.
+
+    On a cluster the calling process decides for all.
+    """
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return 4096 if on_cpu else 16384
+
+
+def check_options(
+    out: Path, endings: Sequence[str], batch_tokens: int | None, num_workers: int | None = None
+) -> None:
+    """Check the ending of the file to write, the size of a batch and the number of workers.
 
     Raises:
         ValueError: If one of them is wrong; the message names the option.
     """
     if out.suffix not in endings:
         raise ValueError(f"--out must end in {' or '.join(endings)}, not {str(out)!r}")
-    _check_absent(out, overwrite)
-    if batch_tokens < 1:
-        raise ValueError(f"--batch-tokens must be at least 1, not {batch_tokens}")
-
-
-def _check_absent(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ValueError(f"{str(out)!r} exists already: give another name, or --overwrite")
+    for option, value in (("batch-tokens", batch_tokens), ("num-workers", num_workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, not {value}")
 
 
 def digest(path: Path) -> str:
@@ -333,110 +333,6 @@ def digest(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     names = {str(p.relative_to(path)): digest(p) for p in files}
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-class Notes:
-    """What a run has done, in a hidden file beside the file that it writes.
-
-    A digest ties them to the content of the partial file, so that damage of either is seen.
-
-    Args:
-        out: The file that it writes at the end.
-        job: What the results depend on. A run continues another one only if they agree.
-    """
-
-    def __init__(self, out: Path, job: Mapping[str, Any]):
-        self.job = dict(job)
-        self.partial, self._file = (out.with_name(f".{out.name}.{p}") for p in ("partial", "json"))
-        self._state = hashlib.sha256()  # of what is done in the partial file
-
-    def read(self, content: Callable[[int], Iterable[Any]]) -> dict[str, Any]:
-        """Return what was noted last, or `{"rows": 0}`, if the run must start anew.
-
-        Args:
-            content: Yields the bytes of so many rows of the partial file, which exists.
-        """
-        noted = self._noted()
-        if noted and self.partial.is_file():
-            changed = ", ".join(k for k in self.job if self.job[k] != noted["job"].get(k))
-            if changed:
-                log.warning("%s was made with another %s: starting again", self.partial, changed)
-            elif not self._is_whole(noted, content):
-                log.warning("%s is damaged: starting again", self.partial)
-            else:
-                log.info("%s: continuing after %d rows", self.partial, noted["rows"])
-                return noted
-        self._file.unlink(missing_ok=True)
-        self._state = hashlib.sha256()
-        return {"rows": 0}
-
-    def _noted(self) -> dict[str, Any]:
-        """Read the file; return nothing, after a warning, if it is damaged."""
-        try:
-            noted: dict[str, Any] = read_json(self._file, missing_ok=True) or {}
-            job, rows = noted.get("job"), noted.get("rows")
-            known = isinstance(job, dict) and type(rows) is int and 0 < rows <= sys.maxsize
-            if noted and not known:
-                raise ValueError(f"{str(self._file)!r} does not say which rows are done")
-        except ValueError as error:
-            log.warning("%s: starting again", error)
-            return {}
-        return noted
-
-    def _is_whole(self, noted: Mapping[str, Any], content: Callable[[int], Iterable[Any]]) -> bool:
-        for part in content(noted["rows"]):
-            self._state.update(part)
-        done = {key: value for key, value in noted.items() if key not in ("job", "digest")}
-        return bool(noted.get("digest") == self._digest(done))
-
-    def _digest(self, done: Mapping[str, Any]) -> str:
-        state = self._state.copy()
-        state.update(json.dumps(done, sort_keys=True).encode())
-        return state.hexdigest()
-
-    def write(self, content: Any, **done: Any) -> None:
-        """Note what is done, `rows` at least.
-
-        Args:
-            content: The bytes of the rows since the last note; the disk must have them.
-            **done: JSON values.
-        """
-        self._state.update(content)
-        write_json(self._file, {"job": self.job, **done, "digest": self._digest(done)})
-
-    def finish(self) -> None:
-        """Remove the notes and, if it is still there, the partial file."""
-        self.partial.unlink(missing_ok=True)
-        self._file.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(out: Path, job: Mapping[str, Any], overwrite: bool) -> Iterator[Notes]:
-    """Keep other processes from writing a file, and yield the notes for it.
-
-    Args:
-        out: The file that a run writes at the end. Its folder is created.
-        job: As in `Notes`.
-        overwrite: Whether the file may exist.
-
-    Raises:
-        ValueError: If it cannot be written, exists, or another process writes it.
-        OSError: If the disk is full.
-    """
-    with locked(out):
-        _check_absent(out, overwrite)  # another process may have finished it meanwhile
-        try:
-            yield Notes(out, job)
-        except OSError as error:
-            if is_disk_full(error):  # not a hidden file's name
-                reason = error.strerror or "no space left on the disk"
-                raise OSError(errno.ENOSPC, reason, str(out)) from error
-            raise
-
-
-def bar(count: int, done: int, unit: str, title: str) -> Any:
-    """Return a progress bar."""
-    return tqdm(total=count, initial=done, unit=unit, desc=title)
 
 
 # Commands
@@ -452,18 +348,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model that runs over many texts, in many processes."""
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        help="the most tokens in a batch, padding included (default: 16384, on a CPU 4096)",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="processes; default: one per GPU, or per core. The output does not depend on it",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS|FILE",
+        help="the workers of a Dask cluster instead: the address of its scheduler, or its "
+        "scheduler file. They must see the model and the folder of --out under the same paths",
+    )
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run over a file that writes another file."""
     parser.add_argument(
         "--text-column", default="text", help="the column with the texts (default: text)"
     )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=16384,
-        help="the most tokens in a batch, padding included (default: 16384)",
-    )
-    add_model_arguments(parser)
+    add_batch_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 

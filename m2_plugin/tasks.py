@@ -1,6 +1,7 @@
 """What a kind of model reads in a row of a file, and what it answers."""
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,15 @@ from m2_plugin.data.token_labels import (
     sentence_rows,
     word_predictions,
 )
-from m2_plugin.inference import max_length, padding_counts
+from m2_plugin.data.tokenizer import shorten
+from m2_plugin.inference import (
+    Settings,
+    checked_rows,
+    forward,
+    max_length,
+    move,
+    padding_counts,
+)
 
 __all__ = [
     "TASKS",
@@ -30,6 +39,7 @@ __all__ = [
     "QuestionAnswering",
     "Task",
     "TextClassification",
+    "TextEmbedding",
     "TokenClassification",
 ]
 
@@ -53,10 +63,10 @@ class Encoded(NamedTuple):
 
 
 class Task(ABC):
-    """What a kind of model reads in a row, and what it answers.
+    """A model, what it reads in a row, and what it answers.
 
-    A row may become several features, as a long text that is read in windows. `predict_file` runs
-    the model over the features of 1024 rows by length.
+    A row may become several features, as a long text that is read in windows. The model runs over
+    the features of a chunk of rows by length.
 
     Attributes:
         fields: The Arrow schema of the columns that the answers add to a row.
@@ -68,8 +78,7 @@ class Task(ABC):
     Args:
         model: The transformers model.
         tokenizer: Its tokenizer.
-        text_column: The column with the texts, and the name for the lines of a text file.
-        pair_column: The column with the second texts of pairs.
+        settings: How it runs.
 
     Raises:
         ValueError: If the model is of a kind that is not offered.
@@ -79,27 +88,37 @@ class Task(ABC):
     output: Sequence[str] = ("logits",)
     has_classes = False
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        text_column: str = "text",
-        pair_column: str | None = None,
-    ):
-        self.config, self.tokenizer = model.config, tokenizer
-        self.text_column, self.pair_column = text_column, pair_column
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: Settings):
+        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        self.settings = settings
         self.max_length = max_length(model.config, tokenizer)
         # Such a model was trained on texts of this length, padding included.
         self.pad_to = self.max_length if padding_counts(model.config) else None
         self.takes = inspect.signature(model.forward).parameters
 
-    def rows(self, file: str) -> Iterator[Row]:
+    def rows(self, file: str) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yield the values of each row of a file, and what the task needs of them.
+
+        Raises:
+            ValueError: If the file or a row cannot be read; the message names the line.
+        """
+        return checked_rows(self.rows_of(file), self.read)
+
+    def rows_of(self, file: str) -> Iterator[Row]:
         """Yield the rows of a file, with all their values."""
-        return read_rows(file, text_column=self.text_column)
+        return read_rows(file, text_column=self.settings.text_column)
 
     @abstractmethod
     def read(self, values: Values) -> Any:
         """Return what the task needs of a row; raise a ValueError if it is not there."""
+
+    def shorten(self, row: Any) -> Any:
+        """Leave out what the model would not read of a very long row."""
+        return row
+
+    def size(self, row: Any) -> int:
+        """Return the number of characters in a row."""
+        return sum(map(len, row))
 
     @abstractmethod
     def encode(self, inputs: Sequence[Any]) -> Encoded:
@@ -108,33 +127,47 @@ class Task(ABC):
     @abstractmethod
     def answer(
         self, inputs: Sequence[Any], encoded: Encoded, outputs: Sequence[tuple[np.ndarray, ...]]
-    ) -> list[dict[str, Any]]:
+    ) -> Sequence[Any]:
         """Return the answer for each row, from the output for each feature, padding included."""
 
+    def move(self) -> None:
+        """Move the model to its device; raise a ValueError if there is no such device."""
+        move(self.model, self.settings.device)
 
-class TextClassification(Task):
-    """The class of a text or of a pair of texts, or a number for it."""
+    def run(self, inputs: Sequence[Any]) -> tuple[bytes, int]:
+        """Return the answers for some rows, as lines of JSON, and how many of the rows were cut."""
+        answers, cut = self.answers(inputs)
+        return "".join(f"{json.dumps(a, ensure_ascii=False)}\n" for a in answers).encode(), cut
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        config = self.config
-        if config.problem_type == "multi_label_classification":
-            raise ValueError("the model gives a text several classes at once, which is not offered")
-        self.regression = config.num_labels == 1
-        self.has_classes = not self.regression
-        self.names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        columns = answer_columns(self.names, self.regression)
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"two classes of the model have one name: {self.names}")
-        types = {"prediction": pyarrow.string()}
-        self.fields = pyarrow.schema((c, types.get(c, pyarrow.float32())) for c in columns)
-        self.texts = {"--text-column": self.text_column}
-        if self.pair_column is not None:
-            self.texts["--pair-column"] = self.pair_column
+    def answers(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], int]:
+        """Return the answer for each row, and how many of the rows were cut."""
+        self.move()
+        encoded = self.encode(inputs)
+        outputs: list[Any] = [None] * len(encoded.features["input_ids"])
+        how = self.settings.batch_tokens, self.settings.dtype, self.pad_to
+        for batch, output in forward(self.model, self.tokenizer, encoded.features, *how):
+            kept = [output[name].float().cpu().numpy() for name in self.output]
+            for position, i in enumerate(batch):
+                outputs[i] = tuple(values[position] for values in kept)
+        return self.answer(inputs, encoded, outputs), encoded.cut
+
+
+class _OfTexts(Task):
+    """A task for a text, or for a pair of texts, that is cut to the model's maximum."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.texts = {"--text-column": self.settings.text_column}
+        if self.settings.pair_column is not None:
+            self.texts["--pair-column"] = self.settings.pair_column
 
     def read(self, values: Values) -> tuple[str, ...]:
         """Return the text or the pair."""
         return tuple(text_of(values, column, option) for option, column in self.texts.items())
+
+    def shorten(self, row: tuple[str, ...]) -> tuple[str, ...]:
+        """Cut a giant text; the tokens stay the same."""
+        return shorten(self.tokenizer, row, self.max_length)
 
     def encode(self, inputs: Sequence[tuple[str, ...]]) -> Encoded:
         """Tokenise as the dataloader `text_classification` does."""
@@ -146,6 +179,51 @@ class TextClassification(Task):
         )
         features = {name: encoded[name] for name in encoded if name in self.takes}
         return Encoded(features, _count_cut(self.tokenizer, inputs, encoded, self.max_length))
+
+
+class TextEmbedding(_OfTexts):
+    """The vector of a text: float32 (D,)."""
+
+    output = ("sentence_embedding",)
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.max_length = self.config.max_sequence_length
+        self.pad_to = None
+
+    def rows_of(self, file: str) -> Iterator[Row]:
+        """Yield the rows of a file, with their texts."""
+        column = self.settings.text_column
+        return read_rows(file, text_column=column, columns=[column])
+
+    def answer(
+        self, inputs: Sequence[Any], encoded: Encoded, outputs: Sequence[tuple[np.ndarray, ...]]
+    ) -> Sequence[np.ndarray]:
+        """Return the vectors."""
+        return [vector for (vector,) in outputs]
+
+    def run(self, inputs: Sequence[tuple[str, ...]]) -> tuple[bytes, int]:
+        """Return the bytes of the vectors, (N, D), and how many of the texts were cut."""
+        vectors, cut = self.answers(inputs)
+        return np.stack(vectors).astype("<f4").tobytes(), cut
+
+
+class TextClassification(_OfTexts):
+    """The class of a text or of a pair of texts, or a number for it."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        config = self.config
+        if config.problem_type == "multi_label_classification":
+            raise ValueError("the model gives a text several classes at once, which is not offered")
+        self.regression = config.num_labels == 1
+        self.has_classes = not self.regression
+        self.names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        columns = answer_columns(self.names, self.regression)
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two classes of the model have one name: {self.names}")
+        types = {"prediction": pyarrow.string()}
+        self.fields = pyarrow.schema((c, types.get(c, pyarrow.float32())) for c in columns)
 
     def answer(
         self, inputs: Sequence[Any], encoded: Encoded, outputs: Sequence[tuple[np.ndarray, ...]]
@@ -161,9 +239,9 @@ class TokenClassification(Task):
     space and punctuation. An entity's `start` and `end` count words, or characters of a text.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        _refuse_pairs(self.pair_column, "token classification")
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        _refuse_pairs(self.settings.pair_column, "token classification")
         self.names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
         self.has_entities = are_entity_tags(self.names)
         text, index = pyarrow.string(), pyarrow.int64()
@@ -173,20 +251,25 @@ class TokenClassification(Task):
         self.fields = pyarrow.schema(columns)
         self.split = BertPreTokenizer().pre_tokenize_str
 
-    def rows(self, file: str) -> Iterator[Row]:
+    def rows_of(self, file: str) -> Iterator[Row]:
         """Yield the rows of a file, or the sentences of a CoNLL file."""
-        return sentence_rows(file) if is_conll(file) else super().rows(file)
+        return sentence_rows(file) if is_conll(file) else super().rows_of(file)
 
     def read(self, values: Values) -> tuple[list[str], list[tuple[int, int]], str]:
         """Return the words, their places in the text, and the text; a list has no places."""
-        column = self.text_column if self.text_column in values else "tokens"
+        given = self.settings.text_column
+        column = given if given in values else "tokens"
         if not isinstance(values.get(column), list):
-            text = text_of(values, self.text_column, "--text-column")
+            text = text_of(values, given, "--text-column")
             words = self.split(text)
             return [word for word, _ in words], [place for _, place in words], text
         for word in values[column]:
             text_bytes(word, column)
         return values[column], [], ""
+
+    def size(self, row: tuple[list[str], list[tuple[int, int]], str]) -> int:
+        """Return the number of characters in the words of a row."""
+        return sum(map(len, row[0]))
 
     def encode(self, inputs: Sequence[tuple[list[str], list[tuple[int, int]], str]]) -> Encoded:
         """Encode the sentences in windows, which decide each word once."""
@@ -242,11 +325,11 @@ class QuestionAnswering(Task):
         }
     )
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        _refuse_pairs(self.pair_column, "question answering")
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        _refuse_pairs(self.settings.pair_column, "question answering")
 
-    def rows(self, file: str) -> Iterator[Row]:
+    def rows_of(self, file: str) -> Iterator[Row]:
         """Yield a row for each question, also of SQuAD's own JSON."""
         return question_rows(file)
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cluster import cluster  # noqa: F401 (a fixture)
+
 # Without a GPU, kernels run in Triton's interpreter. Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,13 +1,11 @@
 """`m2-plugin embed`: every text's vector, whatever it is batched with, killed or not."""
 
+import inspect
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from itertools import count
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from m2_plugin.cli import main
 from m2_plugin.files import locked
 from m2_plugin.inference import batches
 from m2_plugin.models import M2BertForMaskedLM, M2BertForTextEmbedding
+from m2_plugin.tasks import TextEmbedding
 from tests.models.test_modeling_m2_bert import small
 from tests.models.test_text_embedding import TEXTS, embedder
 from tests.utils import TOKENIZER
@@ -49,11 +48,17 @@ def alone(folder, texts):
 
 
 def run(folder, file, out, *flags):
-    return main(["embed", str(file), "--model", str(folder), "--out", str(out), *map(str, flags)])
+    arguments = ["--model", folder, "--out", out, "--num-workers", 1, *flags]
+    return main(["embed", str(file), *map(str, arguments)])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("m2_plugin.chunks.CHUNK_ROWS", 3)
 
 
 def interrupt(monkeypatch, folder, file, out):
-    """Runs until the second batch, with a note after the first."""
+    """Runs until the second chunk; returns the file with the results for the first."""
     forward, calls = M2BertForTextEmbedding.forward, []
 
     def stop(*args, **kwargs):
@@ -63,9 +68,11 @@ def interrupt(monkeypatch, folder, file, out):
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr("m2_plugin.inference.CHUNK", 3)
+        stop.__signature__ = inspect.signature(forward)
         patched.setattr(M2BertForTextEmbedding, "forward", stop)
         assert run(folder, file, out) == 130
+    (part,) = out.parent.glob(f".{out.name}.partial/*/0*")
+    return part
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "json", "csv", "parquet", "saved"])
@@ -178,73 +185,19 @@ def test_batches():
     assert list(batches(lengths, 10, equal=True)) == [[4], [0, 2], [5], [1], [3]]
 
 
-def test_killed_and_run_again(folder, tmp_path, caplog):
-    """Killed after its first note, a run goes on there, and its file is the unbroken one's."""
-    file = tmp_path / "texts.txt"
-    file.write_text("".join(f"Chapter {i}. {LINES[1]}\n" for i in range(6000)))
-    assert run(folder, file, tmp_path / "unbroken.npy") == 0
-    out, notes = tmp_path / "vectors.npy", tmp_path / ".vectors.npy.json"
-    command = [
-        sys.executable,
-        "-m",
-        "m2_plugin.cli",
-        "embed",
-        file,
-        "--model",
-        folder,
-        "--out",
-        out,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not notes.exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    done = json.loads(notes.read_text())["rows"]
-    assert 0 < done < 6000
-    caplog.set_level("INFO")
-    assert run(folder, file, out) == 0
-    assert f"continuing after {done} rows" in caplog.text
-    assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("size", [0, 1000, 10**6])
-def test_a_damaged_partial_starts_anew(size, folder, tmp_path, caplog, monkeypatch):
-    """One that is short would be filled up with zeros."""
-    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
-    file.write_text("\n".join(LINES * 8))
-    interrupt(monkeypatch, folder, file, out)
-    partial = tmp_path / ".vectors.npy.partial"
-    with partial.open("r+b") as opened:
-        opened.truncate(size)
-    assert run(folder, file, out) == 0
-    assert f"{partial} is damaged: starting again" in caplog.text
-    np.testing.assert_allclose(np.load(out), alone(folder, LINES * 8), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda notes: notes | {"rows": notes["rows"] + 3},  # rows that are zeros
-        lambda notes: notes | {"rows": -1},
-        lambda notes: notes | {"digest": None},
-        lambda notes: {"job": 3, "rows": 3},
-        lambda notes: [3],
-        lambda notes: "",
-    ],
+    "damage", [lambda data: b"", lambda data: data[:-4], lambda data: data[:-4] + b"\0\0\0\0"]
 )
-def test_damaged_notes_publish_no_zeros(damage, folder, tmp_path, caplog, monkeypatch):
+@pytest.mark.usefixtures("small_chunks")
+def test_damaged_results_are_not_published(damage, folder, tmp_path, caplog, monkeypatch):
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(LINES))
-    interrupt(monkeypatch, folder, file, out)
-    notes = tmp_path / ".vectors.npy.json"
-    notes.write_text(json.dumps(damage(json.loads(notes.read_text()))))
+    assert run(folder, file, tmp_path / "unbroken.npy") == 0
+    part = interrupt(monkeypatch, folder, file, out)
+    part.write_bytes(damage(part.read_bytes()))
     assert run(folder, file, out) == 0
-    assert "starting again" in caplog.text
-    np.testing.assert_allclose(np.load(out), alone(folder, LINES), rtol=0, atol=1e-5)
+    assert f"{part} is damaged: its 3 rows are done again" in caplog.text
+    assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -259,26 +212,62 @@ def test_two_models_do_not_write_one_file(folder, tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
-def test_interrupted(folder, tmp_path, capsys, monkeypatch):
-    """Says how to go on, and does."""
+@pytest.mark.usefixtures("small_chunks")
+def test_interrupted(folder, tmp_path, capsys, caplog, monkeypatch):
+    """Says how to go on, and does; what was done is not done again."""
+    caplog.set_level("INFO")
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     file.write_text("\n".join(LINES))
     interrupt(monkeypatch, folder, file, out)
     assert "run the same command again to continue" in capsys.readouterr().err
-    assert (tmp_path / ".vectors.npy.partial").exists() and not out.exists()
+    assert not out.exists()
+    embedded = []
+    embed = TextEmbedding.run
+    monkeypatch.setattr(
+        TextEmbedding, "run", lambda self, rows: embedded.extend(rows) or embed(self, rows)
+    )
     assert run(folder, file, out) == 0
+    assert "continuing after 3 rows" in caplog.text
+    assert embedded == [(line,) for line in LINES[3:]]
     np.testing.assert_allclose(np.load(out), alone(folder, LINES), rtol=0, atol=1e-5)
 
 
-def test_another_file_starts_anew(folder, tmp_path, caplog):
+@pytest.mark.usefixtures("small_chunks")
+def test_killed_after_it_wrote_the_file(folder, tmp_path, capsys, monkeypatch):
+    """The file is complete; the next run removes what was left beside it."""
     file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    interrupt(monkeypatch, folder, file, out)
+    out.write_bytes(b"complete")
+    (tmp_path / ".vectors.npy.lock").write_text("process 1 on a machine\n")
+    assert run(folder, file, out) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_bytes() == b"complete" and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_another_job_starts_anew(folder, tmp_path, caplog, monkeypatch):
+    """Another file, other settings, or the hidden file of an older version."""
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(LINES))
+    interrupt(monkeypatch, folder, file, out)
     file.write_text("\n".join(TEXTS))
-    notes = tmp_path / ".vectors.npy.json"
-    notes.write_text(json.dumps({"job": {"file": "another"}, "rows": 3}))
+    assert run(folder, file, out, "--dtype", "bfloat16") == 0
+    assert "was made with another file, dtype: starting again" in caplog.text
     (tmp_path / ".vectors.npy.partial").write_bytes(b"half")
-    assert run(folder, file, out) == 0
-    assert "was made with another file" in caplog.text
+    assert run(folder, file, out, "--overwrite") == 0
+    assert "another version of this program: starting again" in caplog.text
     np.testing.assert_allclose(np.load(out), alone(folder, TEXTS), rtol=0, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_changes_meanwhile(folder, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "texts.txt"
+    file.write_text("One.")
+    times = count()
+    monkeypatch.setattr("m2_plugin.chunks.digest", lambda _: str(next(times)))
+    assert run(folder, file, tmp_path / "v.npy") == 1
+    assert "model0' was changed meanwhile" in capsys.readouterr().err
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

@@ -60,6 +60,22 @@ def test_takes_tasks_as_workers_become_free():
     assert len(taken) == 20 and ticks
 
 
+def test_none_is_no_task():
+    """What is ready depends on what has ended."""
+    done = []
+
+    def tasks():
+        yield 2
+        while not done:
+            yield None
+        yield done[0]
+
+    with open_workers(2) as workers:
+        for result in workers.run(square, tasks()):
+            done.append(result)
+    assert done == [4, 16]
+
+
 def test_the_first_error_ends_it():
     taken = []
 

@@ -8,10 +8,6 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +27,7 @@ from m2_plugin.cli import main
 from m2_plugin.data.rows import read_rows
 from m2_plugin.files import locked
 from m2_plugin.models import M2BertForMaskedLM, M2BertForSequenceClassification
+from m2_plugin.tasks import TextClassification
 from tests.models.test_modeling_m2_bert import small
 from tests.utils import TOKENIZER, write_rows
 
@@ -89,7 +86,8 @@ def alone(folder, rows, **how):
 
 
 def run(folder, file, out, *flags):
-    return main(["predict", str(file), "--model", str(folder), "--out", str(out), *map(str, flags)])
+    arguments = ["--model", folder, "--out", out, "--num-workers", 1, *flags]
+    return main(["predict", str(file), *map(str, arguments)])
 
 
 def rows_of(path):
@@ -248,41 +246,6 @@ def test_the_column_of_a_class_called_like_another(folder, tmp_path, capsys):
     )
 
 
-@pytest.fixture(scope="module")
-def long_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("long") / "texts.csv"
-    with open(file, "w", newline="") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(["id", "text"])
-        writer.writerows(enumerate(texts(6000)))
-    return file
-
-
-@pytest.mark.parametrize(("ending", "rows"), [("csv", 1), ("jsonl", 3000)])
-def test_killed_and_run_again(ending, rows, folder, long_file, tmp_path, caplog):
-    """Killed early or later, a run goes on there, and its file is the unbroken one's."""
-    assert run(folder, long_file, tmp_path / f"unbroken.{ending}") == 0
-    out, notes = tmp_path / f"preds.{ending}", tmp_path / f".preds.{ending}.json"
-    command = [sys.executable, "-m", "m2_plugin.cli", "predict", long_file]
-    command += ["--model", folder, "--out", out]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not notes.exists() or json.loads(notes.read_text())["rows"] < rows:
-        assert process.poll() is None
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    done = json.loads(notes.read_text())["rows"]
-    assert rows <= done < 6000
-    with (tmp_path / f".preds.{ending}.partial").open("ab") as partial:
-        partial.write(b'{"predic')  # as a kill in the middle of a write leaves it
-    caplog.set_level("INFO")
-    assert run(folder, long_file, out) == 0
-    assert f"continuing after {done} rows" in caplog.text
-    assert out.read_bytes() == (tmp_path / f"unbroken.{ending}").read_bytes()
-    assert not list(tmp_path.glob(".*"))
-
-
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_stopped_while_it_writes_the_file(ending, folder, tmp_path, monkeypatch):
     """The model does not run again."""
@@ -299,91 +262,53 @@ def test_stopped_while_it_writes_the_file(ending, folder, tmp_path, monkeypatch)
         patched.setattr(predict, "_joined", some)
         assert run(folder, file, out) == 130
     assert not out.exists() and (tmp_path / f".preds.{ending}.partial").exists()
-    monkeypatch.setattr(predict, "forward", None)
+    monkeypatch.setattr(TextClassification, "run", None)
     assert run(folder, file, out) == 0
     assert out.read_bytes() == (tmp_path / f"unbroken.{ending}").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 
-def interrupt(monkeypatch, folder, file, out, before=2):
-    """Runs until a batch, with a note after each three rows."""
+def test_interrupted_and_other_data_or_damaged_answers(
+    folder, tmp_path, capsys, monkeypatch, caplog
+):
+    """What a run continues is what it would have made itself; else it starts again."""
+    monkeypatch.setattr("m2_plugin.chunks.CHUNK_ROWS", 3)
+    file, out = tmp_path / "a.jsonl", tmp_path / "p.csv"
+    write_rows(file, [{"id": i, "text": line} for i, line in enumerate(LINES)])
+    assert run(folder, file, tmp_path / "whole.csv") == 0
     forward, calls = M2BertForSequenceClassification.forward, []
 
     def stop(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == before:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return forward(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr("m2_plugin.inference.CHUNK", 3)
-        stop.__signature__ = inspect.signature(forward)
-        patched.setattr(M2BertForSequenceClassification, "forward", stop)
-        assert run(folder, file, out) == 130
+    stop.__signature__ = inspect.signature(forward)
 
+    def interrupt():
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(M2BertForSequenceClassification, "forward", stop)
+            assert run(folder, file, out) == 130
+        assert "run the same command again to continue" in capsys.readouterr().err
+        assert not out.exists()
+        (part,) = tmp_path.glob(".p.csv.partial/*/0*")
+        return part
 
-def test_interrupted_and_other_data_or_a_damaged_partial(
-    folder, tmp_path, capsys, monkeypatch, caplog
-):
-    """What a run continues is what it would have made itself; else it starts again."""
-    file, out = tmp_path / "a.jsonl", tmp_path / "p.csv"
-    write_rows(file, [{"id": i, "text": line} for i, line in enumerate(LINES)])
-    assert run(folder, file, tmp_path / "whole.csv") == 0
-    interrupt(monkeypatch, folder, file, out)
-    assert "run the same command again to continue" in capsys.readouterr().err
-    partial = tmp_path / ".p.csv.partial"
-    assert not out.exists() and partial.exists()
-    partial.write_bytes(partial.read_bytes()[:-5])
+    part = interrupt()
+    part.write_bytes(part.read_bytes().replace(b"prediction", b"predictiom", 1))
     assert run(folder, file, out) == 0
-    assert f"{partial} is damaged: starting again" in caplog.text
+    assert f"{part} is damaged: its 3 rows are done again" in caplog.text
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     out.unlink()
-    interrupt(monkeypatch, folder, file, out)
+    interrupt()
     rows = [{"id": -i, "text": line} for i, line in enumerate(LINES)]  # only another column
     write_rows(file, rows)
     assert run(folder, file, out) == 0
     assert "was made with another file: starting again" in caplog.text
     assert [int(row["id"]) for row in rows_of(out)] == [row["id"] for row in rows]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda notes: notes | {"rows": notes["rows"] + 1},
-        lambda notes: notes | {"rows": -1},
-        lambda notes: notes | {"rows": 2**70},
-        lambda notes: notes | {"rows": True},
-        lambda notes: notes | {"cut": 99},
-        lambda notes: notes | {"digest": None},
-        lambda notes: {"job": 3, "rows": 3},
-        lambda notes: [3],
-    ],
-)
-def test_damaged_notes_are_not_believed(damage, folder, tmp_path, caplog, monkeypatch):
-    file, out = tmp_path / "a.jsonl", tmp_path / "p.csv"
-    write_rows(file, [{"text": line} for line in LINES])
-    assert run(folder, file, tmp_path / "whole.csv") == 0
-    interrupt(monkeypatch, folder, file, out)
-    notes = tmp_path / ".p.csv.json"
-    notes.write_text(json.dumps(damage(json.loads(notes.read_text()))))
-    assert run(folder, file, out) == 0
-    assert "starting again" in caplog.text
-    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_changed_answer_is_not_published(folder, tmp_path, caplog, monkeypatch):
-    """The partial file has as many rows as noted, but not those that the model gave."""
-    file, out = tmp_path / "a.jsonl", tmp_path / "p.csv"
-    write_rows(file, [{"text": line} for line in LINES])
-    assert run(folder, file, tmp_path / "whole.csv") == 0
-    interrupt(monkeypatch, folder, file, out)
-    partial = tmp_path / ".p.csv.partial"
-    answers = partial.read_bytes()
-    partial.write_bytes(answers.replace(b"prediction", b"predictiom", 1))
-    assert run(folder, file, out) == 0
-    assert f"{partial} is damaged: starting again" in caplog.text
-    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_two_models_do_not_write_one_file(folder, tmp_path, capsys):

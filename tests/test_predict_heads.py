@@ -37,7 +37,7 @@ def save(path, model):
 
 def run(tmp_path, file, out):
     arguments = [str(file), "--model", str(tmp_path / "model"), "--out", str(tmp_path / out)]
-    return main(["predict", *arguments, "--batch-tokens", "200"])
+    return main(["predict", *arguments, "--batch-tokens", "200", "--num-workers", "1"])
 
 
 def lines(path):
@@ -53,7 +53,7 @@ def logits(model, ids, **more):
 @pytest.mark.parametrize("kind", ["m2_bert", "bert"])
 def test_words(tmp_path, kind, monkeypatch):
     """Each word has a tag, in sentences of any length; CoNLL and rows give the same."""
-    monkeypatch.setattr("m2_plugin.inference.CHUNK", 7)
+    monkeypatch.setattr("m2_plugin.chunks.CHUNK_ROWS", 7)
     if kind == "m2_bert":
         fields = {"max_position_embeddings": L, "long_conv_l_max": L, "mask_padding": True}
         model = save(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HubError",
     "load_tokenizer",
+    "shorten",
     "vocabularies_fit",
     "vocabulary_digest",
     "vocabulary_size",
@@ -24,6 +26,11 @@ HUB_TIMEOUT_S = 5.0
 BERT_TOKENS = {
     f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
 }
+
+# For `shorten`: characters for each token, of a first guess, and of a text that may stay whole.
+FIRST_CHARS, WHOLE_CHARS = 8, 32
+LAST_WORDS = 32  # at the end of a part, which the rest of the text may change
+PIECE_CHARS = 1 << 20  # that are tokenised at once, to count tokens
 
 
 class HubError(DataError):
@@ -103,6 +110,81 @@ def _from_json(file: Path, kwargs: dict[str, Any]) -> "PreTrainedTokenizerBase":
         if key not in kwargs and token in vocabulary:
             setattr(tokenizer, key, token)
     return tokenizer
+
+
+def shorten(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], tokens: int | None
+) -> tuple[str, ...]:
+    """Cut giant texts, so that it takes little memory and time to tokenise and truncate them.
+
+    The tokens are those of the whole texts. A tokenizer would tokenise these whole, and keep what
+    it cuts off: of a pair, each part of one text with each part of the other.
+
+    Args:
+        tokenizer: The tokenizer; texts for one in Python, or one that truncates on the left, stay
+            whole.
+        texts: A text; or a pair, which is truncated by `longest_first`.
+        tokens: The number of tokens that they are truncated to; None if they are not.
+
+    Returns:
+        The texts, or their beginnings.
+    """
+    if tokens is None or not tokenizer.is_fast or tokenizer.truncation_side != "right":
+        return tuple(texts)
+    if max(map(len, texts)) <= WHOLE_CHARS * tokens:
+        return tuple(texts)
+    parts = [_beginning(tokenizer, text, tokens) for text in texts]
+    if len(parts) == 2:
+        _keep_order(tokenizer, texts, parts)
+    return tuple(parts)
+
+
+def _beginning(tokenizer: "PreTrainedTokenizerBase", text: str, tokens: int) -> str:
+    """Return a beginning of a text that has its first tokens."""
+    size = FIRST_CHARS * tokens
+    while size < len(text):
+        words = [w for w in _encode(tokenizer, text[:size]).word_ids(0) if w is not None]
+        if sum(word <= words[-1] - LAST_WORDS for word in words) >= tokens:
+            break
+        size *= 2
+    return text[:size]
+
+
+def _keep_order(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], parts: list[str]
+) -> None:
+    """Lengthen a part, so that the text with more tokens has the part with more tokens, too.
+
+    If both are truncated to half of an odd number, the longer one gets one more.
+    """
+    cut = [len(part) < len(text) for part, text in zip(parts, texts, strict=True)]
+    if not any(cut):
+        return
+    if all(cut):
+        first_is_longer = _count(tokenizer, texts[0]) > _count(tokenizer, texts[1])
+    else:
+        first_is_longer = cut[0]
+    i = 0 if first_is_longer else 1
+    while len(parts[i]) < len(texts[i]) and first_is_longer != (
+        _count(tokenizer, parts[0]) > _count(tokenizer, parts[1])
+    ):
+        parts[i] = texts[i][: 2 * len(parts[i])]
+
+
+def _count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    """Count the tokens of a text, in pieces."""
+    count = start = 0
+    while start < len(text):
+        end = start + PIECE_CHARS
+        if end < len(text) and (space := text.rfind(" ", start + 1, end)) > 0:
+            end = space
+        count += len(_encode(tokenizer, text[start:end])["input_ids"][0])
+        start = end
+    return count
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Any:
+    return tokenizer([text], add_special_tokens=False, verbose=False)
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from m2_plugin.data.formats import check_file, is_saved_dataset
 from m2_plugin.data.labels import names_of_config
 from m2_plugin.data.rows import read_rows, text_of
+from m2_plugin.data.tokenizer import shorten
 from m2_plugin.foundry.mds_index import INDEX
 from m2_plugin.foundry.mlm_text import DEFAULT_SEED, MLMCollator, build_mlm_text_dataloader
 from m2_plugin.foundry.models import CLASSIFICATION_METRICS
@@ -151,7 +152,7 @@ def _masked_batches(
 
     def batches() -> Iterator[dict[str, Any]]:
         rows = read_rows(data, text_column=text_column, columns=[text_column])
-        texts = (text for _, text in checked_rows(rows, read))
+        texts = (shorten(tokenizer, [text], limit)[0] for _, text in checked_rows(rows, read))
         while chunk := list(islice(texts, batch_size)):
             encoded = tokenizer(chunk, truncation=True, padding=padding, max_length=limit)
             pairs = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from m2_plugin.data.formats import DataError, is_saved_dataset
 from m2_plugin.data.labels import in_data, label_names, spelling
 from m2_plugin.data.rows import Row, class_names, read_rows, text_bytes
+from m2_plugin.data.tokenizer import shorten
 from m2_plugin.foundry.loaders import (
     PAD_MULTIPLE,
     PADDINGS,
@@ -426,11 +427,14 @@ class TextClassificationCollator:
             int64 for classes and float32 for a regression; and `num_labels` or `min_num_labels`,
             which the model compares with its own number of classes.
         """
-        pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+        columns = ["text", "text_pair"] if "text_pair" in rows[0] else ["text"]
+        texts = [
+            shorten(self.tokenizer, [row[name] for name in columns], self.max_seq_len)
+            for row in rows
+        ]
         longest = self.padding == "longest"
         encoded = self.tokenizer(
-            [row["text"] for row in rows],
-            pairs,
+            *map(list, zip(*texts, strict=True)),
             truncation="longest_first",
             max_length=self.max_seq_len,
             padding=self.padding,

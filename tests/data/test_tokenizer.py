@@ -1,14 +1,17 @@
+import random
 import socket
 
 import pytest
 from huggingface_hub import constants
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import m2_plugin.data.tokenizer as tokenizer_module
 from m2_plugin.data.formats import DataError
 from m2_plugin.data.tokenizer import (
     HubError,
     load_tokenizer,
+    shorten,
     vocabulary_digest,
     vocabulary_size,
 )
@@ -59,3 +62,81 @@ def test_a_vocabulary_with_gaps():
     tokenizer.get_vocab = lambda: {"a": 0, "b": 9}
     assert vocabulary_size(tokenizer) == 10
     assert vocabulary_digest(tokenizer) != digest
+
+
+# --- giant texts ---------------------------------------------------------------------------------
+
+ALPHABETS = [
+    ["the", "film", "was", "good", ".", "!", "[MASK]", "[SEP]", "don't", "3.14"],
+    ["naïve", "Ünïcode", "e\u0301\u0301\u0301", "a\u0300", "\u0301"],
+    ["👩‍👩‍👧", "🏳️‍🌈", "😀", "\u200d", "\ufe0f"],
+    ["海", "空", "日本語", "の", "。"],
+    ["x" * 150, "Donaudampfschifffahrt", "a", "\u00a0", "\x00", "\n", "\t"],
+]
+
+
+def giant_text(rng, limit):
+    """Words of one kind, with single spaces, runs of spaces, or none between them."""
+    words = rng.choice(ALPHABETS)
+    gaps = rng.choice([[" "], [""], [" ", " " * 90], ["", "", " "], ["\n", "  \n \n "]])
+    text, size = " " * rng.choice([0, 0, 30 * limit]), limit * rng.choice([9, 35, 60])
+    while len(text) < size:
+        text += rng.choice(words) + rng.choice(gaps)
+    return text
+
+
+def trained(model, trainer, pre_tokenizer):
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    texts = [" ".join(words) for words in ALPHABETS] * 20
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module", params=["quickstart", "wordpiece", "bytes", "unigram", "no words"])
+def fast(request):
+    special = ["[UNK]", "[MASK]", "[SEP]"]
+    if request.param == "quickstart":
+        return load_tokenizer(TOKENIZER)
+    if request.param == "wordpiece":
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
+        return trained(
+            models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.WhitespaceSplit()
+        )
+    if request.param == "bytes":
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+        return trained(models.BPE(), trainer, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    if request.param == "unigram":
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="[UNK]")
+        return trained(models.Unigram(), trainer, pre_tokenizers.Metaspace())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special)
+    return trained(models.BPE(unk_token="[UNK]"), trainer, None)
+
+
+@pytest.mark.parametrize(("sides", "limit"), [(1, 3), (1, 16), (2, 15), (2, 16)])
+def test_a_giant_text_is_cut_and_its_tokens_stay(fast, sides, limit, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "LAST_WORDS", 8)  # so that shorter texts are cut
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 200)
+    rng, cut = random.Random(0), 0
+    limit += fast.num_special_tokens_to_add(pair=sides == 2)
+    for _ in range(60 if sides == 1 else 20):
+        texts = tuple(giant_text(rng, limit) for _ in range(sides))
+        how = {"truncation": "longest_first", "max_length": limit, "return_token_type_ids": True}
+        shorter = shorten(fast, texts, limit)
+        cut += shorter != texts
+        assert all(text.startswith(short) for text, short in zip(texts, shorter, strict=True))
+        expected, found = fast(*texts, **how), fast(*shorter, **how)
+        assert dict(found) == dict(expected), texts
+        longer = [bool(encoded.encodings[0].overflowing) for encoded in (expected, found)]
+        assert longer[0] == longer[1]
+    assert cut > 5 or fast.backend_tokenizer.pre_tokenizer is None
+
+
+def test_texts_that_stay_whole():
+    tokenizer, text = load_tokenizer(TOKENIZER), "a long text " * 10_000
+    assert shorten(tokenizer, [text], 16) != (text,)
+    assert shorten(tokenizer, [text], None) == (text,)
+    assert shorten(tokenizer, [text], len(text)) == (text,)
+    assert shorten(load_tokenizer(TOKENIZER, use_fast=False), [text], 16) == (text,)
+    assert shorten(load_tokenizer(TOKENIZER, truncation_side="left"), [text], 16) == (text,)
