@@ -10,6 +10,9 @@ from m2_plugin.glue.recipes import load_sweep, write_yamls
 
 log = logging.getLogger(__name__)
 
+CLUSTER_HELP = """the workers of a Dask cluster instead: the address of its scheduler, or its
+scheduler file. They must see this folder, the input and --out under the same paths."""
+
 EPILOG = """examples:
   m2-plugin glue --config yamls/finetune/glue/sweep-m2-bert-base.yaml --start m2-bert-base.pt
   m2-plugin glue --config ... --tasks cola sst2 --seeds 19 variables.glue_path=/data/glue
@@ -35,8 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         metavar="N",
-        help="jobs at a time; default: one per GPU, or per 4 cores",
+        help="jobs at a time; default: one per GPU, or per 4 cores; with --cluster one per thread "
+        "of its workers",
     )
+    parser.add_argument("--cluster", metavar="ADDRESS|FILE", help=CLUSTER_HELP)
     parser.add_argument(
         "--report-only",
         action="store_true",
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ValueError: If the input is wrong.
+        WorkersError: If the cluster cannot be reached, or a worker died.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = parse(argv)
@@ -102,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = arguments.out or Path("runs") / f"glue-{sweep.name}"
     statuses = run_sweep(
-        sweep, out, tasks=arguments.tasks, seeds=arguments.seeds, jobs=arguments.jobs
+        sweep,
+        out,
+        tasks=arguments.tasks,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        cluster=arguments.cluster,
     )
     code = _report(arguments, out)
     return code if all(status == FINISHED for status in statuses.values()) else 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from m2_plugin.files import read_json, write_atomically
 from m2_plugin.glue import tasks as glue_tasks
-from m2_plugin.glue.sweep import BLOCKED, FAILED, FINISHED, job_name
+from m2_plugin.glue.job import BLOCKED, FAILED, FINISHED, job_name
 from m2_plugin.pictures import LIGHT, drawing, to_png
 
 __all__ = ["Report", "TaskReport", "load_report", "write_report"]

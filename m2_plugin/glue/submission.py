@@ -11,9 +11,10 @@ import numpy as np
 
 from m2_plugin.files import read_json, write_atomically
 from m2_plugin.glue import tasks as glue_tasks
+from m2_plugin.glue.job import FINISHED, job_name
 from m2_plugin.glue.recipes import MNLI
 from m2_plugin.glue.report import SCORED, Report, TaskReport, load_report
-from m2_plugin.glue.sweep import FINISHED, job_name, prediction_label
+from m2_plugin.glue.sweep import prediction_label
 
 __all__ = ["write_submission"]
 

@@ -4,51 +4,34 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from m2_plugin.executor import open_workers
+from m2_plugin.glue.job import _last_error, run_job
 from m2_plugin.glue.recipes import load_sweep
 from m2_plugin.glue.report import load_report, to_text
-from m2_plugin.glue.sweep import _last_error, make_slots, plan, run_sweep, select
+from m2_plugin.glue.sweep import local_jobs, plan, select
 from tests.glue import fake
-from tests.utils import ROOT
 
-CONFIG = ROOT / "yamls" / "finetune" / "glue" / "sweep-m2-bert-base.yaml"
-FEW = ["tasks.cola.seeds=[1,2]", "tasks.rte.seeds=[1]", "tasks.mrpc.seeds=[1]"]
-FEW += ["tasks.sst2.seeds=[1]", "tasks.stsb.seeds=[1]", "model.pretrained=false"]
-ALL = {
-    "mnli-seed19", "qqp-seed19", "qnli-seed19", "sst2-seed1", "cola-seed1", "cola-seed2",
-    "rte-seed1", "mrpc-seed1", "stsb-seed1",
-}  # fmt: skip
-
-
-@pytest.fixture
-def out(tmp_path):
-    behave(tmp_path, {})
-    return tmp_path
-
-
-def behave(out: Path, behaviour: dict) -> None:
-    (out / "behaviour.json").write_text(json.dumps(behaviour))
-
-
-def run(out: Path, *overrides: str, jobs: int = 3, **kwargs) -> dict[str, str]:
-    sweep = load_sweep(CONFIG, [*FEW, *overrides])
-    keys = {"jobs": jobs, "gpus": [], "command": fake.command} | kwargs
-    return run_sweep(sweep, out, **keys)
-
-
-def journal(out: Path) -> list[str]:
-    path = out / "journal.txt"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def started(out: Path) -> list[str]:
-    return [line.split()[1] for line in journal(out) if line.startswith("start ")]
+from .conftest import (
+    ALL,
+    CONFIG,
+    FEW,
+    LONG,
+    behave,
+    finish,
+    journal,
+    launch,
+    run,
+    running,
+    soon,
+    started,
+    wait_for,
+    wait_until_halfway,
+)
 
 
 def result(out: Path, name: str) -> dict:
@@ -174,12 +157,8 @@ def test_tasks_that_start_from_a_failed_mnli_are_blocked(out):
 
 
 def test_a_job_that_is_killed_is_a_failed_one(out):
-    def command(job):
-        kill = f"import os, signal; os.kill(os.getpid(), signal.{name})"
-        return [sys.executable, "-c", kill] if job.task == "cola" else fake.command(job)
-
-    name = "SIGKILL"
-    statuses = run(out, command=command)
+    behave(out, {"cola-seed1": {"kill": signal.SIGKILL}})
+    statuses = run(out)
     assert statuses["cola-seed1"] == "failed" and statuses["qqp-seed19"] == "finished"
     assert result(out, "cola-seed1")["problem"] == "killed by SIGKILL"
 
@@ -254,24 +233,35 @@ def test_bad_choices_are_named(out):
     with pytest.raises(ValueError, match="No job of this sweep"):
         select(jobs, ["mnli"], [2])
     with pytest.raises(ValueError, match="--jobs must be at least 1, got 0"):
-        make_slots([], 0)
+        run(out, jobs=0)
 
 
 # --- devices -------------------------------------------------------------------------------------
 
 
-def test_jobs_get_a_gpu_each_or_share_them(out, monkeypatch):
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in make_slots(["2", "5"], None)] == ["2", "5"]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in make_slots(["0"], 3)] == ["0", "0", "0"]
+def test_as_many_jobs_as_gpus_or_as_the_cores_allow(monkeypatch):
+    assert local_jobs(["2", "5"], None) == (2, {}) and local_jobs(["0"], 3) == (3, {})
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert make_slots([], 2) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}] * 2
+    assert local_jobs([], 2) == (2, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"})
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert [s["OMP_NUM_THREADS"] for s in make_slots([], None)] == ["4", "4"]
-    assert [s["OMP_NUM_THREADS"] for s in make_slots([], 1)] == ["8"]
+    for jobs, count, threads in [(None, 2, "4"), (1, 1, "8"), (3, 3, "2")]:
+        found = local_jobs([], jobs)
+        assert found == (count, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads})
 
-    run(out, gpus=["7"], jobs=1, tasks=["cola"])
-    assert all(line.endswith("gpus=7") for line in journal(out))
+
+def test_a_job_sees_the_gpu_of_its_worker(out, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    job = plan(load_sweep(CONFIG, FEW), out)[0]
+    assert run_job(job, fake.PROGRAM, environment={"OMP_NUM_THREADS": "5"})["status"] == "finished"
+    assert all(line.endswith("threads=5 gpus=7") for line in journal(out))
+
+
+def test_each_local_worker_sees_one_gpu(out):
+    behave(out, {"cola-seed1": {"sleep": 2}, "cola-seed2": {"sleep": 2}})
+    run(out, gpus=["7", "9"], jobs=2, tasks=["cola"])
+    seen = {line.split()[1]: line.split("gpus=")[1] for line in journal(out)}
+    assert sorted(seen.values()) == ["7", "9"]
 
 
 def test_a_cpu_gets_fp32_and_a_gpu_what_the_recipe_says(out):
@@ -299,58 +289,52 @@ def test_a_job_predicts_its_test_splits_and_keeps_no_checkpoint(out):
 # --- being stopped -------------------------------------------------------------------------------
 
 
-def launch(out: Path) -> subprocess.Popen:
-    command = [sys.executable, fake.__file__, "sweep", str(CONFIG), str(out), *FEW]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.02)
-
-
-def running(out: Path) -> int:
-    """Job processes of this sweep that are alive."""
-    count = 0
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        count += b"job" in words and any(w.startswith(str(out).encode()) for w in words)
-    return count
-
-
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_a_stopped_sweep_ends_its_jobs_and_goes_on_without_repeating(out, name):
-    behave(out, {job: {"sleep": 60} for job in ("sst2-seed1", "cola-seed1")})
+def test_a_stopped_sweep_ends_its_jobs_and_goes_on_without_repeating(out, name, unbroken):
+    behave(out, LONG)
     process = launch(out)
-    wait_for(lambda: {"sst2-seed1", "cola-seed1"} <= set(started(out)), process)
-    wait_for(lambda: (out / "qnli-seed19" / "result.json").exists(), process)
-    if name == "SIGKILL":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:  # to the sweep alone, which is to end its jobs
-        os.kill(process.pid, getattr(signal, name))
+    wait_until_halfway(out, process)
+    # The jobs, their children, and what ends them with their worker.
+    assert soon(lambda: running(out) == 6)
+    os.kill(process.pid, getattr(signal, name))  # the sweep alone, which is to end its jobs
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0, output
-    assert running(out) == 0
+    assert soon(lambda: running(out) == 0)
     done = {path.parent.name for path in out.glob("*/result.json")}
     assert done == {"mnli-seed19", "qqp-seed19", "qnli-seed19"}
 
     behave(out, {})
-    again = launch(out)
-    output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0, output
-    counts = {job: started(out).count(job) for job in ALL}
-    expected = dict.fromkeys(ALL, 1) | {"sst2-seed1": 2, "cola-seed1": 2}
-    assert counts == expected
+    finish(out, launch(out), unbroken, again=dict.fromkeys(LONG, 1))
+
+
+def test_a_killed_worker_ends_its_job(out, unbroken):
+    behave(out, LONG)
+    process = launch(out)
+    wait_until_halfway(out, process)
+    os.kill(int((out / "cola-seed1" / "worker").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "a worker process ended unexpectedly" in output
+    assert "Traceback" not in output
+    assert soon(lambda: running(out) == 0)
+
+    behave(out, {})
+    finish(out, launch(out), unbroken, again=dict.fromkeys(LONG, 1))
+
+
+def test_a_job_runs_once_at_a_time(out):
+    """Two workers have the same job: a cluster has lost sight of one of them."""
+    behave(out, {"mnli-seed19": {"sleep": 0.5}})
+    job = plan(load_sweep(CONFIG, FEW), out)[0]
+    with open_workers(2) as workers:
+        first, second = workers.run(partial(run_job, program=fake.PROGRAM), [job, job])
+    assert first == second and first["status"] == "finished"
+    assert started(out) == ["mnli-seed19"] and not list(out.rglob(".*"))
+
+
+def test_a_folder_that_a_worker_does_not_see(out):
+    job = plan(load_sweep(CONFIG, FEW), out / "elsewhere")[0]
+    with pytest.raises(ValueError, match=r"elsewhere' does not exist on .*same paths"):
+        run_job(job, fake.PROGRAM)
 
 
 def test_two_sweeps_do_not_share_a_folder(out):
@@ -358,7 +342,8 @@ def test_two_sweeps_do_not_share_a_folder(out):
     process = launch(out)
     try:
         wait_for(lambda: "mnli-seed19" in started(out), process)
-        with pytest.raises(ValueError, match=rf"in use by another sweep.*process {process.pid}"):
+        message = rf"plan.json' is being written by another process: process {process.pid}"
+        with pytest.raises(ValueError, match=message):
             run(out)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
