@@ -5,6 +5,7 @@ and no such file exists. No character in a path is a pattern.
 """
 
 import bz2
+import errno
 import functools
 import gzip
 import io
@@ -13,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 __all__ = [
@@ -23,12 +25,14 @@ __all__ = [
     "DataError",
     "check_file",
     "file_format",
+    "filesystem",
     "is_compressed",
     "is_corrupt",
     "is_remote",
     "is_saved_dataset",
     "open_bytes",
     "read_bytes",
+    "remote_errors",
 ]
 
 # The format of each ending. Files may be compressed as a whole, except Parquet and Arrow, which
@@ -116,14 +120,71 @@ def check_file(path: str) -> None:
     raise DataError(f"there is no file {path!r}")
 
 
-def _open_remote(path: str) -> Any:
-    from fsspec.core import url_to_fs
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path in it.
 
-    filesystem, name = url_to_fs(path)  # fsspec.open would read * and [ as patterns
+    Raises:
+        DataError: If the scheme is unknown, or the package that reads it is not installed.
+    """
+    from fsspec.core import url_to_fs  # fsspec.open would read * and [ as patterns
+
+    with remote_errors(url):
+        try:
+            return cast(tuple[Any, str], url_to_fs(url))
+        except (ImportError, ValueError) as error:
+            hint = ": pip install 'm2-plugin[s3]'" if url.startswith("s3://") else ""
+            raise DataError(f"{url}: {error}{hint}") from error
+
+
+@contextmanager
+def remote_errors(url: str) -> Iterator[None]:
+    """Turn what a network raises, in one of many classes, into an OSError that names the URL.
+
+    Raises:
+        DataError: If there is no such file.
+        OSError: For any other error. It has a number: without one it would mean damaged data.
+    """
     try:
-        return filesystem.open(name, "rb")
+        yield
+    except DataError:
+        raise
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path!r}") from error
+        raise DataError(f"there is no file {url!r} ({error})") from error
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", url) from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """The bytes of a URL, with errors that name it."""
+
+    def __init__(self, url: str):
+        self._url = url
+        source, name = filesystem(url)
+        with remote_errors(url):
+            self._file = source.open(name, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        with remote_errors(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 class _ZstdFile(io.RawIOBase):
@@ -174,7 +235,8 @@ def open_bytes(path: str) -> BinaryIO:
         DataError: If there is no such file.
     """
     check_file(path)
-    source: Any = _open_remote(path) if is_remote(path) else path
+    remote = is_remote(path)
+    source: Any = io.BufferedReader(_RemoteFile(path), READ_BYTES) if remote else path
     compression = _compression(path)
     if compression == ".gz":
         return cast(BinaryIO, gzip.open(source))

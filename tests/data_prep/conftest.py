@@ -5,14 +5,13 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from m2_plugin.cli import run
 from m2_plugin.foundry.conversion import cli
 
 QUICKSTART = Path(__file__).parents[2] / "data_prep" / "quickstart"
@@ -22,9 +21,10 @@ TOKENIZER = QUICKSTART / "tokenizer"
 # A command that cuts small inputs into many blocks, as it does large ones.
 COMMAND = """
 import sys
+from m2_plugin.cli import run
 from m2_plugin.foundry.conversion import cli
 cli.choose_block_bytes = lambda *_: 50_000
-sys.exit(cli.main_text(sys.argv[1:]))
+sys.exit(run("convert-text"))
 """
 
 
@@ -35,6 +35,30 @@ def imported_once() -> None:
     names += ["transformers.models.bert.tokenization_bert_fast"]
     multiprocessing.set_forkserver_preload(names)
     forkserver.ensure_running()
+
+
+class Said:
+    """What commands log and write to stderr."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]):
+        caplog.set_level("INFO")
+        self.caplog, self.capsys = caplog, capsys
+        self._errors = ""
+
+    @property
+    def text(self) -> str:
+        self._errors += self.capsys.readouterr().err
+        return self.caplog.text + self._errors
+
+    def clear(self) -> None:
+        self.caplog.clear()
+        self.capsys.readouterr()
+        self._errors = ""
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> Said:
+    return Said(caplog, capsys)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +85,19 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def convert_text(*arguments: Any) -> int:
+    """Run convert_text.py in this process; return the exit status."""
+    return run("convert-text", [str(argument) for argument in arguments])
+
+
+def convert_c4(*arguments: Any) -> int:
+    return run("convert-c4", [str(argument) for argument in arguments])
+
+
+def convert_pairs(*arguments: Any) -> int:
+    return run("convert-pairs", [str(argument) for argument in arguments])
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -69,13 +106,6 @@ def start(*arguments: Any, code: str = COMMAND) -> subprocess.Popen[str]:
     """Start a conversion in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def finished_shards(out: Path) -> dict[str, tuple[int, int]]:

@@ -20,16 +20,18 @@ from m2_plugin.foundry.conversion.samples import cut_tokens
 from m2_plugin.foundry.conversion.shards import encode_array, write_shards
 from m2_plugin.foundry.conversion.sources import HubSource, choose_block_bytes
 from m2_plugin.foundry.conversion.worker import Part, convert_part
+from tests.cluster import wait_for
 
 from .conftest import (
     C4_SAMPLE,
     COMMAND,
     TOKENIZER,
     content,
+    convert_c4,
+    convert_text,
     finished_shards,
     shards,
     start,
-    wait_for,
     write_jsonl,
 )
 
@@ -39,12 +41,12 @@ CONCAT = ["--concat_tokens", "64", "--tokenizer", str(TOKENIZER)]
 def run_text(out: Path, *files: Any, splits: str = "train", flags: Any = ()) -> int:
     """Run convert_text.py in this process; return the exit status."""
     arguments = ["--out_root", out, "--splits", *splits.split(), "--num_workers", "2"]
-    return cli.main_text([str(a) for a in (*arguments, "--local_files", *files, *flags)])
+    return convert_text(*arguments, "--local_files", *files, *flags)
 
 
 def run_c4(out: Path, *files: Any, splits: str = "train", flags: Any = ()) -> int:
     arguments = ["--out_root", out, "--splits", *splits.split(), "--num_workers", "2"]
-    return cli.main_c4([str(a) for a in (*arguments, "--local_files", *files, *flags)])
+    return convert_c4(*arguments, "--local_files", *files, *flags)
 
 
 def read(folder: Path, column: str = "text") -> list[Any]:
@@ -130,11 +132,10 @@ def test_held_out_documents_are_in_one_split_only(tmp_path, c4_texts):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "xz"])
-def test_each_block_is_cut_by_itself(tmp_path, jsonl, c4_texts, compressed, caplog):
+def test_each_block_is_cut_by_itself(tmp_path, jsonl, c4_texts, compressed, said):
     """Each block drops what is left after its last sample; nothing else is lost or repeated."""
     from transformers import AutoTokenizer
 
-    caplog.set_level("INFO")
     source = jsonl
     if compressed:
         source = jsonl.with_suffix(".jsonl.xz")
@@ -155,7 +156,7 @@ def test_each_block_is_cut_by_itself(tmp_path, jsonl, c4_texts, compressed, capl
     assert manifest["tokens"] == len(tokens)
     assert manifest["dropped"] == len(tokens) - 64 * len(samples) < 64 * blocks
     share = 100 * manifest["dropped"] / len(tokens)
-    assert f"{share:.4f}% of the tokens filled no sample" in caplog.text
+    assert f"{share:.4f}% of the tokens filled no sample" in said.text
 
 
 def test_a_block_has_64_samples_or_more():
@@ -259,14 +260,14 @@ def test_files_that_are_read_from_the_beginning(tmp_path, c4_texts, suffix):
     assert len(list((tmp_path / "1" / "train").glob("*.mds"))) > 5
 
 
-def test_bad_rows_are_counted(tmp_path, caplog):
+def test_bad_rows_are_counted(tmp_path, said):
     path = tmp_path / "a.csv"
     path.write_bytes(b"id,text\n1,a,\n2,b\rc\n3,caf\xe9\n4,d\n")
     assert run_text(tmp_path / "out", path) == 1
-    assert f"{path}:2: 3 columns where there should be 2" in caplog.text
-    caplog.clear()
+    assert f"{path}:2: 3 columns where there should be 2" in said.text
+    said.clear()
     assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0
-    assert "skipped 2 bad documents" in caplog.text and f"{path}:4: not UTF-8" in caplog.text
+    assert "skipped 2 bad documents" in said.text and f"{path}:4: not UTF-8" in said.text
     assert read(tmp_path / "out" / "train") == ["b\rc", "d"]
 
 
@@ -299,12 +300,12 @@ def test_which_files_a_path_means(tmp_path):
         assert read(tmp_path / str(i) / "train") == expected
 
 
-def test_a_folder_is_not_read_in_place_of_the_hub(tmp_path, monkeypatch, caplog):
+def test_a_folder_is_not_read_in_place_of_the_hub(tmp_path, monkeypatch, said):
     (tmp_path / "imdb").mkdir()
     monkeypatch.chdir(tmp_path)
     arguments = ["--dataset", "imdb", "--splits", "train", "--out_root", str(tmp_path / "out")]
-    assert cli.main_text(arguments) == 1
-    assert "--dataset imdb: there is a folder of this name here" in caplog.text
+    assert convert_text(*arguments) == 1
+    assert "--dataset imdb: there is a folder of this name here" in said.text
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -354,7 +355,7 @@ def test_streamed_data_set_in_shards(tmp_path, c4_texts, monkeypatch):
     for workers in ("1", "2"):
         arguments = ["--out_root", str(tmp_path / workers), "--splits", "train"]
         arguments += ["--dataset", "some/name", "--num_workers", workers]
-        assert cli.main_text(arguments) == 0
+        assert convert_text(*arguments) == 0
     assert read(tmp_path / "1" / "train") == c4_texts[:120]
     assert content(tmp_path / "1") == content(tmp_path / "2")
 
@@ -453,32 +454,31 @@ def test_one_conversion_of_a_split_at_a_time(tmp_path, jsonl):
     assert not (tmp_path / ".train.partial").exists()
 
 
-def test_run_again_when_finished(tmp_path, jsonl, caplog):
-    caplog.set_level("INFO")
+def test_run_again_when_finished(tmp_path, jsonl, said):
     assert run_text(tmp_path, jsonl) == 0
     before = (tmp_path / "train" / "index.json").stat()
     assert run_text(tmp_path, jsonl) == 0
-    assert "nothing to do" in caplog.text
+    assert "nothing to do" in said.text
     assert (tmp_path / "train" / "index.json").stat() == before
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9"]) == 1
-    assert "max_chars_per_doc: None before, 9 now" in caplog.text and "--overwrite" in caplog.text
+    assert "max_chars_per_doc: None before, 9 now" in said.text and "--overwrite" in said.text
     assert run_text(tmp_path, jsonl, flags=["--max_chars_per_doc", "9", "--overwrite"]) == 0
     assert len(read(tmp_path / "train")[0]) == 9
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_other_settings_do_not_mix(tmp_path, jsonl, caplog, monkeypatch):
+def test_other_settings_do_not_mix(tmp_path, jsonl, said, monkeypatch):
     partial = tmp_path / ".train.partial"
     monkeypatch.setattr(engine, "convert_part", until_the_disk_is_full)
     assert run_text(tmp_path, jsonl, flags=CONCAT) == 1
     monkeypatch.undo()
     monkeypatch.setattr(cli, "choose_block_bytes", lambda *_: 50_000)
-    caplog.clear()
+    said.clear()
     assert run_text(tmp_path, jsonl) == 1
-    assert str(partial) in caplog.text and "other settings" in caplog.text
+    assert str(partial) in said.text and "other settings" in said.text
     os.utime(jsonl)
     assert run_text(tmp_path, jsonl, flags=CONCAT) == 1
-    assert "other inputs" in caplog.text
+    assert "other inputs" in said.text
     assert not (tmp_path / "train").exists()
     assert run_text(tmp_path, jsonl, flags=["--overwrite"]) == 0
 
@@ -486,11 +486,11 @@ def test_other_settings_do_not_mix(tmp_path, jsonl, caplog, monkeypatch):
 # --- what goes wrong ---
 
 
-def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
+def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, said):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "thesis.tex").write_text("precious")
     assert run_text(tmp_path, jsonl) == 1
-    assert str(tmp_path / "train") in caplog.text and "not empty" in caplog.text
+    assert str(tmp_path / "train") in said.text and "not empty" in said.text
     assert content(tmp_path / "train") == {"thesis.tex": b"precious"}
 
 
@@ -507,32 +507,32 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, jsonl, caplog):
         (b'{"text": "\\ud800"}', "surrogate"),
     ],
 )
-def test_bad_lines(tmp_path, jsonl, c4_texts, caplog, compressed, line, reason):
+def test_bad_lines(tmp_path, jsonl, c4_texts, said, compressed, line, reason):
     lines = jsonl.read_bytes().splitlines()
     lines[122] = line
     path = tmp_path / ("bad.json.gz" if compressed else "bad.json")
     data = b"\n".join(lines)
     path.write_bytes(gzip.compress(data) if compressed else data)
     assert run_text(tmp_path / "out", path) == 1
-    assert f"{path}:123: " in caplog.text and reason in caplog.text
+    assert f"{path}:123: " in said.text and reason in said.text
     assert not (tmp_path / "out" / "train").exists()
-    caplog.clear()
+    said.clear()
     assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0  # goes on
-    assert "skipped 1 bad documents" in caplog.text and f"{path}:123: " in caplog.text
+    assert "skipped 1 bad documents" in said.text and f"{path}:123: " in said.text
     assert read(tmp_path / "out" / "train") == c4_texts[:122] + c4_texts[123:200]
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("suffix", ["gz", "xz"])
-def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
+def test_truncated_file(tmp_path, jsonl, c4_texts, said, suffix):
     path = tmp_path / f"cut.json.{suffix}"
     data = {"gz": gzip, "xz": lzma}[suffix].compress(jsonl.read_bytes())
     path.write_bytes(data[: len(data) * 2 // 3])
     assert run_text(tmp_path / "out", path) == 1
-    assert f"{path}:" in caplog.text and "cannot be read any further" in caplog.text
-    caplog.clear()
+    assert f"{path}:" in said.text and "cannot be read any further" in said.text
+    said.clear()
     assert run_text(tmp_path / "out", path, flags=["--on_error", "skip"]) == 0
-    assert "skipped 1 bad documents" in caplog.text
+    assert "skipped 1 bad documents" in said.text
     texts = read(tmp_path / "out" / "train")
     assert texts == c4_texts[: len(texts)] and 50 < len(texts) < 200
 
@@ -553,13 +553,13 @@ def test_truncated_file(tmp_path, jsonl, c4_texts, caplog, suffix):
         (["--val_fraction", "1.5"], "between 0 and 1"),
     ],
 )
-def test_wrong_arguments(tmp_path, caplog, monkeypatch, flags, message):
+def test_wrong_arguments(tmp_path, said, monkeypatch, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = {"SAMPLE": str(C4_SAMPLE), "PYTHON": __file__}
     flags = ["=".join(names.get(part, part) for part in flag.split("=")) for flag in flags]
     assert run_c4(tmp_path / "out", C4_SAMPLE, flags=flags) == 1
-    assert message in caplog.text
-    assert "Traceback" not in caplog.text
+    assert message in said.text
+    assert "Traceback" not in said.text
     assert not (tmp_path / "out" / "train").exists()
 
 
@@ -571,20 +571,20 @@ def until_the_disk_is_full(part: Part) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_writer_finds_the_disk_full(tmp_path, jsonl, caplog, monkeypatch):
+def test_writer_finds_the_disk_full(tmp_path, jsonl, said, monkeypatch):
     assert run_text(tmp_path / "unbroken", jsonl) == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(engine, "convert_part", until_the_disk_is_full)
         assert run_text(out, jsonl) == 1
-    assert f"no space left on the disk of {out / '.train.partial'}" in caplog.text
+    assert f"no space left on the disk of {out / '.train.partial'}" in said.text
     assert not (out / "train").exists()
     assert run_text(out, jsonl) == 0
     assert content(out) == content(tmp_path / "unbroken")
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_disk_full(tmp_path, jsonl, caplog):
+def test_disk_full(tmp_path, jsonl, said):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
@@ -593,7 +593,7 @@ def test_disk_full(tmp_path, jsonl, caplog):
     try:
         (disk / "ballast").write_bytes(bytes(200_000))
         assert run_text(disk / "out", jsonl) == 1
-        assert "no space left on the disk of" in caplog.text and "MB free" in caplog.text
+        assert "no space left on the disk of" in said.text and "MB free" in said.text
         assert not (disk / "out" / "train").exists()
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
@@ -611,14 +611,14 @@ def until_killed(part: Part) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
-def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch, flags):
+def test_a_worker_that_dies_is_named(tmp_path, jsonl, said, monkeypatch, flags):
     assert run_text(tmp_path / "unbroken", jsonl, flags=flags) == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(engine, "convert_part", until_killed)
         assert run_text(out, jsonl, flags=flags) == 1
-    assert "a worker process ended unexpectedly" in caplog.text and "--num_workers" in caplog.text
-    assert "Traceback" not in caplog.text
+    assert "a worker process ended unexpectedly" in said.text and "--num-workers" in said.text
+    assert "Traceback" not in said.text
     finished = finished_shards(out)
     assert len(finished) >= 3
     assert run_text(out, jsonl, flags=flags) == 0
@@ -631,11 +631,10 @@ def test_a_worker_that_dies_is_named(tmp_path, jsonl, caplog, monkeypatch, flags
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("flags", [[], ["--compression", "zstd", *CONCAT]], ids=["text", "tokens"])
-def test_verify_names_what_is_damaged(tmp_path, jsonl, caplog, flags):
-    caplog.set_level("INFO")
+def test_verify_names_what_is_damaged(tmp_path, jsonl, said, flags):
     assert run_text(tmp_path, jsonl, flags=[*flags, "--verify"]) == 0
-    assert "are as written" in caplog.text
-    caplog.clear()
+    assert "are as written" in said.text
+    said.clear()
     flipped, cut, gone = sorted((tmp_path / "train").glob("shard.*"))[1:4]
     data = bytearray(flipped.read_bytes())
     data[len(data) // 2] ^= 1
@@ -643,28 +642,28 @@ def test_verify_names_what_is_damaged(tmp_path, jsonl, caplog, flags):
     os.truncate(cut, cut.stat().st_size - 1)
     gone.unlink()
     assert run_text(tmp_path, jsonl, flags=["--verify_only"]) == 1
-    assert f"{flipped}: its xxh64" in caplog.text
-    assert f"{cut}: {cut.stat().st_size} bytes, the index says" in caplog.text
-    assert f"{gone}: missing" in caplog.text
-    assert caplog.text.count("shard.") == 3
+    assert f"{flipped}: its xxh64" in said.text
+    assert f"{cut}: {cut.stat().st_size} bytes, the index says" in said.text
+    assert f"{gone}: missing" in said.text
+    assert said.text.count("shard.") == 3
 
 
-def test_verify_a_folder_of_llm_foundry(tmp_path, caplog):
+def test_verify_a_folder_of_llm_foundry(tmp_path, said):
     from streaming import MDSWriter
 
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as writer:
         for i in range(10):
             writer.write({"text": f"text {i}"})
     arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
-    assert cli.main_text(arguments) == 0
-    assert "no manifest" in caplog.text
+    assert convert_text(*arguments) == 0
+    assert "no manifest" in said.text
     older = {"settings": {"format_version": 1}, "samples": 10, "shards": {}, "content_digest": ""}
     (tmp_path / "train" / "conversion.manifest").write_text(json.dumps(older))
-    assert cli.main_text(arguments) == 0
+    assert convert_text(*arguments) == 0
     os.truncate(tmp_path / "train" / "shard.00000.mds", 50)
-    assert cli.main_text(arguments) == 1
-    assert cli.main_text([*arguments, "--out_root", str(tmp_path / "nowhere")]) == 1
-    assert "missing" in caplog.text
+    assert convert_text(*arguments) == 1
+    assert convert_text(*arguments, "--out_root", tmp_path / "nowhere") == 1
+    assert "missing" in said.text
 
 
 class Pickled:
@@ -677,14 +676,14 @@ class Pickled:
         return os.mkdir, (self.folder,)
 
 
-def test_verify_does_not_unpickle(tmp_path, caplog):
+def test_verify_does_not_unpickle(tmp_path, said):
     from streaming import MDSWriter
 
     with MDSWriter(columns={"text": "pkl"}, out=str(tmp_path / "train")) as writer:
         writer.write({"text": Pickled(tmp_path / "run")})
     arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
-    assert cli.main_text(arguments) == 1
-    assert "index.json: column 'text' is pickled (encoding 'pkl')" in caplog.text
+    assert convert_text(*arguments) == 1
+    assert "index.json: column 'text' is pickled (encoding 'pkl')" in said.text
     assert not (tmp_path / "run").exists()
 
 
@@ -701,12 +700,12 @@ def test_verify_does_not_unpickle(tmp_path, caplog):
         [{"raw_data": {"basename": "x"}, "samples": 1, "column_names": ["text"]}],
     ],
 )
-def test_verify_names_an_index_that_is_none(shards, tmp_path, caplog):
+def test_verify_names_an_index_that_is_none(shards, tmp_path, said):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": shards}))
     arguments = ["--out_root", str(tmp_path), "--splits", "train", "--verify_only"]
-    assert cli.main_text(arguments) == 1
-    assert "index.json: empty, corrupt or not an MDS index" in caplog.text
+    assert convert_text(*arguments) == 1
+    assert "index.json: empty, corrupt or not an MDS index" in said.text
 
 
 # --- the script itself ---

@@ -7,10 +7,9 @@ import runpy
 import pytest
 from streaming import LocalDataset
 
-from m2_plugin.foundry.conversion.pairs import main_pairs
 from tests.utils import write_rows
 
-from .conftest import QUICKSTART
+from .conftest import QUICKSTART, convert_pairs
 
 ROWS = [
     {"query": f"Is it {i}?", "passage": f"It is {i}, naïve.", "negatives": [f"No {i}", "Nö"]}
@@ -19,7 +18,7 @@ ROWS = [
 
 
 def convert(out, *files, flags=()):
-    return main_pairs(["--out_root", str(out), *flags, "--local_files", *map(str, files)])
+    return convert_pairs("--out_root", out, *flags, "--local_files", *files)
 
 
 def test_writes_what_the_hosts_dataloader_reads(tmp_path):
@@ -56,15 +55,15 @@ def test_writes_what_the_hosts_dataloader_reads(tmp_path):
         ([], "no pairs for"),
     ],
 )
-def test_names_a_bad_line_and_leaves_nothing(tmp_path, caplog, rows, message):
+def test_names_a_bad_line_and_leaves_nothing(tmp_path, said, rows, message):
     write_rows(tmp_path / "bad.jsonl", rows)
     out = tmp_path / "mds"
     assert convert(out, f"train={tmp_path / 'bad.jsonl'}") == 1
-    assert message in caplog.text
+    assert message in said.text
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_other_kinds_of_file(tmp_path, caplog):
+def test_other_kinds_of_file(tmp_path, said):
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
     assert convert(tmp_path / "mds", f"train={tmp_path / 'a.json'}") == 0
     found = list(LocalDataset(str(tmp_path / "mds" / "train")))
@@ -75,33 +74,43 @@ def test_other_kinds_of_file(tmp_path, caplog):
     assert found[0]["query_text"] == "q, 1" and found[0]["negative_passages"] == "[]"
     write_rows(tmp_path / "c.jsonl", [ROWS[0], ROWS[1] | {"query": "half \ud83d"}])
     assert convert(tmp_path / "mds", f"test={tmp_path / 'c.jsonl'}") == 1
-    assert "c.jsonl:2: 'query' holds half of a surrogate pair" in caplog.text
+    assert "c.jsonl:2: 'query' holds half of a surrogate pair" in said.text
     (tmp_path / "d.txt").write_text("q\n")
     assert convert(tmp_path / "mds", f"test={tmp_path / 'd.txt'}") == 1
-    assert "d.txt: a text file has no columns for pairs" in caplog.text
+    assert "d.txt: a text file has no columns for pairs" in said.text
 
 
-def test_refuses_before_writing(tmp_path, caplog):
+def test_refuses_before_writing(tmp_path, said):
     good = write_rows(tmp_path / "good.jsonl", ROWS)
     write_rows(tmp_path / "other.jsonl", [{"query": "q", "passage": "p"}])
     out = tmp_path / "mds"
     assert convert(out, good) == 1
-    assert "names no split: give train=" in caplog.text
+    assert "names no split: give train=" in said.text
     assert convert(out, f"train={good}", f"train={tmp_path / 'other.jsonl'}") == 1
-    assert "[0, 2] negatives" in caplog.text
+    assert "[0, 2] negatives" in said.text
     assert not out.exists() or not list(out.iterdir())
     assert convert(out, f"val={good}") == 0
     before = (out / "val" / "index.json").read_bytes()
-    assert convert(out, f"train={good}", f"val={good}") == 1
-    assert "val exists already" in caplog.text
+    both = [f"train={good}", f"val={good}"]
+    assert convert(out, *both, flags=["--query_column", "text"]) == 1
+    assert f"{out / 'val'} has a split with other settings (other pairs)" in said.text
     assert not (out / "train").exists() and (out / "val" / "index.json").read_bytes() == before
+    assert convert(out, *both) == 0  # val is finished
+    assert (out / "train" / "index.json").read_bytes() == before
+    (out / "thesis").mkdir()
+    (out / "thesis" / "thesis.tex").write_text("precious")
+    assert convert(out, f"thesis={good}") == 1
+    assert "thesis exists, is not empty, and was not written by this program" in said.text
+    flags = ["--query_column", "passage", "--overwrite"]
+    assert convert(out, *both, flags=flags) == 0
+    assert (out / "val" / "index.json").read_bytes() != before
 
 
-def test_a_truncated_file_is_named(tmp_path, caplog):
+def test_a_truncated_file_is_named(tmp_path, said):
     whole = gzip.compress("".join(f"{json.dumps(row)}\n" for row in ROWS * 50).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     assert convert(tmp_path / "mds", f"train={tmp_path / 'cut.jsonl.gz'}") == 1
-    assert "cut.jsonl.gz" in caplog.text
+    assert "cut.jsonl.gz" in said.text
 
 
 def test_pairs_of_pages_are_neighbours_and_splits_share_no_page():

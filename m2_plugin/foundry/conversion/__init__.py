@@ -5,6 +5,7 @@
     samples   → turns a block into samples: read, tokenise, cut to length
     shards    → writes shards
     folder    → the partial folder: settings, records of finished blocks, the final rename
+    remote    → sends a finished split to a URL, and reads it from there
     worker    → a task: convert some blocks, each to its shards and its record
     engine    → the main process: gives tasks to workers, and puts the shards together
     verify    → compares a finished folder with its hashes and its manifest

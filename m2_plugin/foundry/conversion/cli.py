@@ -6,9 +6,10 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from m2_plugin.data.formats import ENDINGS
-from m2_plugin.executor import WorkersError, open_workers
+from m2_plugin.data.formats import ENDINGS, is_remote
+from m2_plugin.executor import open_workers
 from m2_plugin.foundry.conversion.corpora import (
     C4_CHARS_PER_SAMPLE,
     C4_SPLITS,
@@ -36,15 +37,24 @@ log = logging.getLogger(__name__)
 _C4_FILE = re.compile(r"c4-(train|validation)\.\d+-of-\d+\.json")
 _LABEL = re.compile(r"([A-Za-z0-9_\-]+)=(.+)")
 
-LOCAL_FILES_HELP = f"""files, folders or patterns on disk, instead of the hub: {ENDINGS}. A path
-that exists is that file, otherwise it is a pattern. SPLIT=PATH gives a file to one split
-(train=a.jsonl val=b.jsonl). Without SPLIT= the files are for all of --splits; for training and
-validation splits together, --val_fraction is then needed."""
+OUT_HELP = """each split becomes a folder below it: a folder on disk, or a URL that fsspec knows
+(s3://BUCKET/FOLDER), which needs --local."""
+LOCAL_HELP = """the splits are converted in this folder on disk, and sent when they are finished; it
+has room for all of them."""
+LOCAL_FILES_HELP = f"""files, folders or patterns, on disk or as URLs (s3://BUCKET/c4/*.json.gz),
+instead of the hub: {ENDINGS}. A path that exists is that file, otherwise it is a pattern.
+SPLIT=PATH gives a file to one split (train=a.jsonl val=b.jsonl). Without SPLIT= the files are for
+all of --splits; for training and validation splits together, --val_fraction is then needed."""
 VAL_FRACTION_HELP = """hold out this share of the documents for validation; a hash of the text
 decides, so that no document is in both splits, and copies of a document are in the same split."""
 CONCAT_HELP = """tokenise, join, and cut to samples of N tokens, written as {"tokens":
 ndarray:int32}. Without it a sample is a document, {"text": str}, tokenised while training."""
 
+TXT_HELP = "a document in a text file: the whole file, a line, or lines between empty lines"
+MAX_CHARS_HELP = """keep the first N characters of each document (M2: 4000, or 8000 with
+concatenation)"""
+WORKERS_HELP = "processes; default: one per core. The output does not depend on it"
+ON_ERROR_HELP = "if a document cannot be read: stop and name it, or count it and continue"
 CLUSTER_HELP = """the workers of a Dask cluster instead: the address of its scheduler, or its
 scheduler file. They must see the input and --out_root under the same paths."""
 
@@ -52,96 +62,79 @@ scheduler file. They must see the input and --out_root under the same paths."""
 # --- arguments -----------------------------------------------------------------------------------
 
 
-def _add_io(parser: argparse.ArgumentParser, splits: dict[str, Split]) -> None:
-    parser.add_argument("--out_root", "--out-root", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--splits", nargs="+", default=["train", "val"], metavar="SPLIT",
-        help=f"splits to make, each in its folder below --out_root: {', '.join(splits)}",
-    )  # fmt: skip
-    parser.add_argument("--data_subset", "--data-subset", help="configuration on the hub")
-    parser.add_argument(
-        "--local_files", "--local-files", nargs="+", metavar="[SPLIT=]PATH", help=LOCAL_FILES_HELP
-    )
-    parser.add_argument(
-        "--val_fraction", "--val-fraction", type=float, metavar="F", help=VAL_FRACTION_HELP
-    )
-    parser.add_argument("--text_column", "--text-column", default="text", metavar="KEY")
-    parser.add_argument(
-        "--txt_documents", "--txt-documents", choices=TXT_DOCUMENTS, default="file",
-        help="a document in a text file: the whole file, a line, or lines between empty lines",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_chars_per_doc", "--max-chars-per-doc", type=int, metavar="N",
-        help="keep the first N characters of each document (M2: 4000, or 8000 with concatenation)",
-    )  # fmt: skip
+class Parser(argparse.ArgumentParser):
+    """A parser whose options may have underscores, as llm-foundry's do, or hyphens."""
+
+    def option(self, name: str, help: str, **settings: Any) -> None:
+        """Add the option --NAME."""
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.add_argument(*names, help=help, **settings)
+
+    def add_output(self) -> None:
+        """Add the options that all converters have for their output."""
+        self.option("out_root", OUT_HELP, required=True, metavar="FOLDER")
+        self.option("local", LOCAL_HELP, type=Path, metavar="FOLDER")
+        self.option("compression", "of the shards, such as zstd", metavar="ALGO[:LEVEL]")
+        self.option("overwrite", "remove existing splits, finished or not", action="store_true")
 
 
-def _add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--concat_tokens", "--concat-tokens", type=int, metavar="N", help=CONCAT_HELP
-    )
-    parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER")
-    parser.add_argument(
-        "--tokenizer_kwargs", "--tokenizer-kwargs", type=json.loads, default={}, metavar="JSON"
-    )
-    parser.add_argument("--bos_text", "--bos-text", default="", help="put before each document")
-    parser.add_argument("--eos_text", "--eos-text", default="", help="put after each document")
-    parser.add_argument(
-        "--no_wrap", "--no-wrap", action="store_true",
-        help="drop the rest of a document in which a sample ended",
-    )  # fmt: skip
-    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, such as zstd")
+def places(arguments: argparse.Namespace, name: str) -> tuple[Path, str | None]:
+    """Return the local folder of a split, and its URL if it is to be sent to one.
+
+    Raises:
+        ConversionError: If --out_root and --local do not fit each other.
+    """
+    root = arguments.out_root
+    if not is_remote(root):
+        if arguments.local is not None:
+            raise ConversionError("--local is only used if --out_root is a URL")
+        return Path(root, name), None
+    if arguments.local is None:
+        raise ConversionError(f"--out_root {root} needs --local FOLDER: {LOCAL_HELP}")
+    return arguments.local / name, f"{root.rstrip('/')}/{name}"
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num_workers", "--num-workers", type=int, metavar="N",
-        help="processes; default: one per core. The output does not depend on it",
-    )  # fmt: skip
-    parser.add_argument("--cluster", metavar="ADDRESS|FILE", help=CLUSTER_HELP)
-    parser.add_argument(
-        "--on_error", "--on-error", choices=("fail", "skip"), default="fail",
-        help="if a document cannot be read: stop and name it, or count it and continue",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overwrite", action="store_true", help="remove existing splits, finished or not"
+def _parser(about: str, splits: dict[str, Split], dataset_help: str, **defaults: str) -> Parser:
+    parser = Parser(
+        description=f"Convert {about} to MDS. Run the same command again to continue an "
+        "interrupted run."
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="read and compare everything once it is written"
-    )
-    parser.add_argument(
-        "--verify_only", "--verify-only", action="store_true",
-        help="convert nothing; check existing splits",
-    )  # fmt: skip
+    add = parser.option
+    add("dataset", dataset_help)
+    add("data_subset", "configuration on the hub")
+    add("local_files", LOCAL_FILES_HELP, nargs="+", metavar="[SPLIT=]PATH")
+    parser.add_output()
+    which = f"splits to make, each in its folder below --out_root: {', '.join(splits)}"
+    add("splits", which, nargs="+", default=["train", "val"], metavar="SPLIT")
+    add("val_fraction", VAL_FRACTION_HELP, type=float, metavar="F")
+    add("text_column", "column with the documents", default="text", metavar="KEY")
+    add("txt_documents", TXT_HELP, choices=TXT_DOCUMENTS, default="file")
+    add("max_chars_per_doc", MAX_CHARS_HELP, type=int, metavar="N")
+    add("concat_tokens", CONCAT_HELP, type=int, metavar="N")
+    add("tokenizer", "for --concat_tokens", metavar="NAME_OR_FOLDER")
+    add("tokenizer_kwargs", "of AutoTokenizer", type=json.loads, default={}, metavar="JSON")
+    add("bos_text", "put before each document", default="")
+    add("eos_text", "put after each document", default="")
+    add("no_wrap", "drop the rest of a document in which a sample ended", action="store_true")
+    add("num_workers", WORKERS_HELP, type=int, metavar="N")
+    add("cluster", CLUSTER_HELP, metavar="ADDRESS|FILE")
+    add("on_error", ON_ERROR_HELP, choices=("fail", "skip"), default="fail")
+    add("verify", "read and compare everything once it is written", action="store_true")
+    add("verify_only", "convert nothing; check existing splits", action="store_true")
+    parser.set_defaults(**defaults)
+    return parser
 
 
-def c4_parser() -> argparse.ArgumentParser:
+def c4_parser() -> Parser:
     """Build the parser of convert_c4.py."""
-    parser = argparse.ArgumentParser(
-        description="Convert C4 to MDS, from the hub or from files on disk. Run the same command "
-        "again to continue an interrupted run.",
-    )
-    parser.add_argument("--dataset", default="allenai/c4", help="name on the hub")
-    _add_io(parser, C4_SPLITS)
-    parser.set_defaults(data_subset="en")
-    _add_samples(parser)
-    _add_run(parser)
-    return parser
+    about, names = "C4, from the hub or from files,", {"dataset": "allenai/c4", "data_subset": "en"}
+    return _parser(about, C4_SPLITS, "name on the hub", **names)
 
 
-def text_parser() -> argparse.ArgumentParser:
+def text_parser() -> Parser:
     """Build the parser of convert_text.py."""
-    parser = argparse.ArgumentParser(
-        description="Convert Wikipedia, BookCorpus or your own files to MDS. Run the same command "
-        "again to continue an interrupted run.",
-    )
-    parser.add_argument(
-        "--dataset", help=f"{', '.join(TEXT_CORPORA)}, or any name on the hub; or --local_files"
-    )
-    _add_io(parser, TEXT_SPLITS)
-    _add_samples(parser)
-    _add_run(parser)
-    return parser
+    dataset = f"{', '.join(TEXT_CORPORA)}, or any name on the hub; or --local_files"
+    return _parser("Wikipedia, BookCorpus or your own files", TEXT_SPLITS, dataset)
 
 
 # --- jobs ----------------------------------------------------------------------------------------
@@ -299,8 +292,10 @@ def _job(
             _text_bytes(arguments, split, files), arguments.concat_tokens
         ),
     )
+    out, url = places(arguments, name)
     return Job(
-        out=arguments.out_root / name,
+        out=out,
+        url=url,
         files=files,
         hub=hub,
         recipe=recipe,
@@ -330,35 +325,31 @@ def _run(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
         for job in jobs:
             convert(job, workers, arguments.overwrite)
             if arguments.verify:
-                verify(job.out, workers)
+                verify(job.url or str(job.out), workers)
         if arguments.verify_only:
             for name in _requested_splits(arguments):
-                verify(arguments.out_root / name, workers)
+                verify(f"{arguments.out_root.rstrip('/')}/{name}", workers)
 
 
-def _main(parser: argparse.ArgumentParser, splits: dict[str, Split], argv: list[str] | None) -> int:
-    arguments = parser.parse_args(argv)
+def log_to_stderr() -> None:
+    """Show what happens while a converter runs."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    try:
-        _run(arguments, splits)
-    except (ConversionError, WorkersError) as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:  # no permission, a failing disk; the error names the file
-        log.error("%s", error)
-        log.debug("the traceback:", exc_info=True)
-        return 1
-    except KeyboardInterrupt:
-        log.error("interrupted; run the same command again to continue")
-        return 130
-    return 0
 
 
 def main_c4(argv: list[str] | None = None) -> int:
-    """Run convert_c4.py."""
-    return _main(c4_parser(), C4_SPLITS, argv)
+    """Run convert_c4.py.
+
+    Raises:
+        ValueError: If the arguments, the input or the output are wrong.
+        OSError: If a disk or the storage of a URL fails.
+    """
+    log_to_stderr()
+    _run(c4_parser().parse_args(argv), C4_SPLITS)
+    return 0
 
 
 def main_text(argv: list[str] | None = None) -> int:
-    """Run convert_text.py."""
-    return _main(text_parser(), TEXT_SPLITS, argv)
+    """Run convert_text.py; errors as those of `main_c4`."""
+    log_to_stderr()
+    _run(text_parser().parse_args(argv), TEXT_SPLITS)
+    return 0

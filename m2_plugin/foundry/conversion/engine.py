@@ -12,10 +12,12 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from m2_plugin.data.formats import is_remote
 from m2_plugin.executor import Workers
 from m2_plugin.files import is_disk_full
 from m2_plugin.foundry.conversion.errors import ConversionError
@@ -23,10 +25,10 @@ from m2_plugin.foundry.conversion.folder import (
     Blocks,
     Key,
     PartialFolder,
-    differences,
-    read_manifest,
+    finished_samples,
 )
 from m2_plugin.foundry.conversion.job import Job
+from m2_plugin.foundry.conversion.remote import begin_split, send_split
 from m2_plugin.foundry.conversion.sources import (
     CuttableFiles,
     FilesInOrder,
@@ -104,8 +106,8 @@ def _parts(
 
 def _tasks_of(stream: Stream, block_bytes: int, workers: int, streams: int) -> int:
     """Return how many tasks share the blocks of a stream that is read in order."""
-    if not isinstance(stream, FilesInOrder):  # do not download a shard twice
-        return 1
+    if not isinstance(stream, FilesInOrder) or is_remote(stream.files[0].path):
+        return 1  # do not download it twice
     about = math.ceil(text_bytes_estimate(stream.files) / block_bytes)
     return max(1, min(workers, about, math.ceil(TASKS_PER_WORKER * workers / streams)))
 
@@ -158,29 +160,6 @@ def _first_samples(
 # --- the split -----------------------------------------------------------------------------------
 
 
-def _finished_samples(job: Job) -> int | None:
-    """Return the samples of a finished split, None if there is none.
-
-    Raises:
-        ConversionError: If the folder has other settings or content.
-    """
-    if not job.out.exists() or (job.out.is_dir() and not any(job.out.iterdir())):
-        return None
-    manifest = read_manifest(job.out)
-    if manifest is None:
-        raise ConversionError(
-            f"{job.out} exists, is not empty, and was not written by this program. Choose another "
-            "--out_root, or pass --overwrite to remove it"
-        )
-    if manifest["settings"] != job.settings():
-        changed = differences(manifest["settings"], job.settings())
-        raise ConversionError(
-            f"{job.out} is finished, with other settings ({changed}). Choose another --out_root, "
-            "or pass --overwrite to convert again"
-        )
-    return int(manifest["samples"])
-
-
 def _out_of_space(job: Job, folder: PartialFolder) -> ConversionError:
     free = shutil.disk_usage(folder.path).free
     written = sum(p.stat().st_size for p in folder.path.glob("shards-*/*"))
@@ -198,6 +177,8 @@ def _out_of_space(job: Job, folder: PartialFolder) -> ConversionError:
 def convert(job: Job, workers: Workers, overwrite: bool = False) -> int:
     """Convert one split to MDS, or continue a conversion that was interrupted.
 
+    A split with a URL is converted into its local folder, and sent when it is finished.
+
     Args:
         job: The conversion.
         workers: What converts the blocks. The output does not depend on their number.
@@ -207,21 +188,35 @@ def convert(job: Job, workers: Workers, overwrite: bool = False) -> int:
         The number of samples in the split.
 
     Raises:
-        ConversionError: If the conversion cannot continue; the message says what to do.
+        ValueError: If the conversion cannot continue; the message says what to do.
+        OSError: If a disk or the storage of a URL fails.
         WorkersError: If a worker died.
     """
+    settings = job.settings()
+    if job.url:
+        samples = begin_split(job.url, settings, overwrite)
+        if samples is not None:
+            return _report_finished(job.url, samples)
+    samples = _convert_here(job, settings, workers, overwrite)
+    if job.url:
+        send_split(job.out, job.url, workers)
+    return samples
+
+
+def _convert_here(job: Job, settings: Record, workers: Workers, overwrite: bool) -> int:
+    """Convert a split into its local folder."""
     folder = PartialFolder(job.out)
-    samples = None if overwrite else _finished_samples(job)
+    samples = None if overwrite else finished_samples(job.out, settings)
     if samples is None:
         about_tokenizer = next(workers.run(check_recipe, [job.recipe]))
     elif not folder.path.exists():
-        return _report_finished(job, samples)
+        return _report_finished(job.out, samples)
     with folder.locked():
         if overwrite:
             folder.remove()
-        elif (samples := _finished_samples(job)) is not None:
+        elif (samples := finished_samples(job.out, settings)) is not None:
             folder.clean()
-            return _report_finished(job, samples)
+            return _report_finished(job.out, samples)
         try:
             return _convert_in(folder, job, about_tokenizer, workers)
         except OSError as error:
@@ -230,14 +225,14 @@ def convert(job: Job, workers: Workers, overwrite: bool = False) -> int:
             raise
 
 
-def _report_finished(job: Job, samples: int) -> int:
-    log.info("%s is finished: %d samples, nothing to do", job.out, samples)
+def _report_finished(place: Path | str, samples: int) -> int:
+    log.info("%s is finished: %d samples, nothing to do", place, samples)
     return samples
 
 
 def _convert_in(folder: PartialFolder, job: Job, about_tokenizer: Record, workers: Workers) -> int:
     began = time.monotonic()
-    inputs = [[file.path, file.mtime_ns] for file in job.files]
+    inputs = [[file.path, file.version] for file in job.files]
     blocks = folder.open(job.settings() | about_tokenizer | {"inputs": inputs})
     if found := len(blocks.finished()):
         log.info("%s: continuing after %d finished blocks", job.out, found)

@@ -1,7 +1,9 @@
 """Errors that a user can solve; the scripts print them without a traceback."""
 
+from m2_plugin.data.formats import DataError
 
-class ConversionError(ValueError):
+
+class ConversionError(DataError):
     """A conversion or verification that cannot continue; the message says what to do."""
 
 

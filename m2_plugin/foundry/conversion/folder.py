@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,39 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / MANIFEST, missing_ok=True)
 
 
+def finished_samples(folder: Path, settings: dict[str, Any]) -> int | None:
+    """Return the samples of a finished split; None if the folder is missing or empty.
+
+    Raises:
+        ConversionError: If the folder has other settings or content.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    return check_manifest(folder, read_manifest(folder), settings)
+
+
+def check_manifest(
+    place: Path | str, manifest: dict[str, Any] | None, settings: Mapping[str, Any]
+) -> int | None:
+    """Return the samples in the manifest of a split; None if it is not finished.
+
+    Raises:
+        ConversionError: If it is missing, or has other settings.
+    """
+    if manifest is None:
+        raise ConversionError(
+            f"{place} exists, is not empty, and was not written by this program. Choose another "
+            "--out_root, or pass --overwrite to remove it"
+        )
+    if manifest["settings"] != settings:
+        changed = differences(manifest["settings"], settings)
+        raise ConversionError(
+            f"{place} has a split with other settings ({changed}). Choose another --out_root, "
+            "or pass --overwrite to convert again"
+        )
+    return manifest.get("samples")
+
+
 def shard_digests(entries: list[dict[str, Any]]) -> dict[str, str]:
     """Return name → hash of the uncompressed shard for entries of an index."""
     return {
@@ -49,6 +82,14 @@ def shard_digests(entries: list[dict[str, Any]]) -> dict[str, str]:
 def content_digest(digests: dict[str, str]) -> str:
     """Combine the digests of all shards, in order."""
     return hashlib.sha256("".join(f"{d}\n" for d in digests.values()).encode()).hexdigest()
+
+
+def write_index(folder: Path, entries: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    """Write the manifest and the index of a folder that has all its shards."""
+    digests = shard_digests(entries)
+    manifest = manifest | {"content_digest": content_digest(digests), "shards": digests}
+    write_json(folder / MANIFEST, manifest, indent=None)
+    write_json(folder / INDEX, {"version": 2, "shards": entries}, indent=None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +170,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def partial_folder(final: Path) -> Path:
+    """Return the folder of a split while it is converted."""
+    return final.with_name(f".{final.name}.partial")
+
+
 class PartialFolder:
     """The partial folder of one split, for the main process.
 
@@ -138,7 +184,7 @@ class PartialFolder:
 
     def __init__(self, final: Path):
         self.final = final
-        self.path = final.with_name(f".{final.name}.partial")
+        self.path = partial_folder(final)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -180,13 +226,11 @@ class PartialFolder:
         self, blocks: Blocks, entries: list[dict[str, Any]], manifest: dict[str, Any]
     ) -> None:
         """Write the index and the manifest, and give the split its name."""
-        digests = shard_digests(entries)
-        manifest |= {"content_digest": content_digest(digests), "shards": digests}
+        names = shard_digests(entries).keys()
         for path in blocks.shards.iterdir():
-            if path.name not in digests:  # a part of a killed run, or a block too many
+            if path.name not in names:  # a part of a killed run, or a block too many
                 _remove(path)
-        write_json(blocks.shards / MANIFEST, manifest, indent=None)
-        write_json(blocks.shards / INDEX, {"version": 2, "shards": entries}, indent=None)
+        write_index(blocks.shards, entries, manifest)
         os.replace(blocks.shards, self.final)
         self.clean()
 
@@ -203,7 +247,7 @@ class PartialFolder:
             shutil.rmtree(path)
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Describe the settings that differ."""
     changed = []
     for key in sorted(found.keys() | wanted.keys()):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,13 @@ class Job:
     """The conversion of one split.
 
     Args:
-        out: The split's folder.
+        out: The split's folder on a disk.
         files: The input files in order, if `hub` is None.
         hub: The data set of the hub to stream instead of files.
         recipe: How documents become samples.
         skip_bad: Whether to count bad documents and continue, instead of raising an error.
         expected_documents: The number of documents, if known, for the progress bar.
+        url: Where the split goes when it is finished, such as s3://BUCKET/FOLDER/train.
     """
 
     out: Path
@@ -78,6 +79,7 @@ class Job:
     recipe: Recipe = field(default_factory=Recipe)
     skip_bad: bool = False
     expected_documents: int | None = None
+    url: str | None = None
 
     def streams(self) -> list[Stream]:
         """Return the ordered streams of the input."""
@@ -90,9 +92,14 @@ class Job:
         return {
             "format_version": FORMAT_VERSION,
             "hub": None if self.hub is None else dict(self.hub.load_args),
-            "files": [[Path(f.path).name, f.layout, f.size] for f in self.files],
+            "files": named(self.files),
             **asdict(self.recipe),
         }
+
+
+def named(files: Iterable[InputFile]) -> list[Any]:
+    """Return what tells input files apart, without their folders and times."""
+    return [[Path(file.path).name, file.layout, file.size] for file in files]
 
 
 def digest(settings: Mapping[str, Any]) -> str:

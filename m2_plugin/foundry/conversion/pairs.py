@@ -7,26 +7,35 @@ not tokenise them.
 import argparse
 import json
 import logging
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from m2_plugin.data.formats import ENDINGS, DataError, file_format
+from m2_plugin.data.formats import ENDINGS, file_format
 from m2_plugin.data.rows import read_rows, text_bytes, text_of
-from m2_plugin.files import whole, write_json
+from m2_plugin.executor import open_workers
+from m2_plugin.files import whole
+from m2_plugin.foundry.conversion.cli import Parser, log_to_stderr, places
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
+from m2_plugin.foundry.conversion.folder import finished_samples, write_index
+from m2_plugin.foundry.conversion.job import FORMAT_VERSION, named
+from m2_plugin.foundry.conversion.remote import begin_split, send_split
 from m2_plugin.foundry.conversion.shards import check_compression, write_shards
-from m2_plugin.foundry.conversion.sources import input_files
-from m2_plugin.foundry.mds_index import INDEX
+from m2_plugin.foundry.conversion.sources import InputFile, input_files
 
 log = logging.getLogger(__name__)
 
 # The columns of llm-foundry's own converter (for Delta tables); the negatives are a JSON list.
 COLUMNS = {"query_text": "str", "positive_passage": "str", "negative_passages": "str"}
+
+FILES_HELP = f"""files, folders or patterns, on disk or as URLs: {ENDINGS}; SPLIT is train, val or
+any name, and may be given more than once"""
+NEGATIVES_HELP = """column with a list of texts that do not answer it, the same number in every row;
+optional"""
 
 
 @dataclass(frozen=True)
@@ -79,58 +88,90 @@ def read_pairs(path: str, keys: Keys) -> Iterator[dict[str, str]]:
         yield dict(zip(COLUMNS, texts, strict=True))
 
 
-def write_split(out: Path, paths: Iterable[str], keys: Keys, compression: str | None) -> int:
+@dataclass(frozen=True)
+class PairsJob:
+    """The conversion of one split.
+
+    Args:
+        out: The split's folder on a disk.
+        url: Where the split goes when it is finished.
+        files: The input files in order.
+        keys: The names of their columns.
+        compression: The `compression` of `MDSWriter`.
+    """
+
+    out: Path
+    url: str | None
+    files: tuple[InputFile, ...]
+    keys: Keys
+    compression: str | None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that determine the output."""
+        settings = {"format_version": FORMAT_VERSION, "files": named(self.files)}
+        return settings | {"pairs": asdict(self.keys), "compression": self.compression}
+
+
+def write_split(job: PairsJob) -> int:
     """Write one split, under its name only if it is complete; return the number of pairs."""
-    check_compression(compression)
+    check_compression(job.compression)
     counts = set()
+    paths = [file.path for file in job.files]
 
     def samples() -> Iterator[list[bytes]]:
         for path in paths:
-            for sample in tqdm(read_pairs(path, keys), desc=path, unit=" pairs"):
+            for sample in tqdm(read_pairs(path, job.keys), desc=path, unit=" pairs"):
                 counts.add(len(json.loads(sample["negative_passages"])))
                 yield [sample[column].encode() for column in sorted(COLUMNS)]
 
-    with whole(out) as folder:
+    with whole(job.out) as folder:
         folder.mkdir()
-        entries = write_shards(samples(), COLUMNS, compression, folder)
+        entries = write_shards(samples(), COLUMNS, job.compression, folder)
         pairs = sum(entry["samples"] for entry in entries)
         if not pairs:
-            raise ConversionError(f"no pairs for {str(out)!r} in {', '.join(paths)}")
+            raise ConversionError(f"no pairs for {str(job.out)!r} in {', '.join(paths)}")
         if len(counts) > 1:
             raise ConversionError(
                 f"{', '.join(paths)} have {sorted(counts)} negatives per row: all rows of a split "
                 "need the same number"
             )
-        write_json(folder / INDEX, {"version": 2, "shards": entries}, indent=None)
+        write_index(folder, entries, {"settings": job.settings(), "samples": pairs})
     return int(pairs)
 
 
-def _parser() -> argparse.ArgumentParser:
+def convert_split(job: PairsJob, overwrite: bool) -> int:
+    """Write one split, and send it to its URL if it has one; return the number of pairs."""
+    pairs = begin_split(job.url, job.settings(), overwrite) if job.url else None
+    if pairs is not None:
+        return pairs
+    if overwrite:
+        shutil.rmtree(job.out, ignore_errors=True)
+    pairs = finished_samples(job.out, job.settings())
+    if pairs is None:
+        pairs = write_split(job)
+    if job.url:
+        with open_workers() as workers:
+            send_split(job.out, job.url, workers)
+    return pairs
+
+
+def _parser() -> Parser:
     names = Keys()
-    parser = argparse.ArgumentParser(
-        description="Convert pairs of query and passage to MDS, for fine-tuning for retrieval."
+    parser = Parser(
+        description="Convert pairs of query and passage to MDS, for fine-tuning for retrieval. Run "
+        "the same command again to continue an interrupted run."
     )
-    parser.add_argument("--out_root", "--out-root", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--local_files", "--local-files", nargs="+", required=True, metavar="SPLIT=PATH",
-        help=f"files, folders or patterns: {ENDINGS}; SPLIT is train, val or any name, and may be "
-        "given more than once",
-    )  # fmt: skip
-    parser.add_argument("--query_column", "--query-column", default=names.query, metavar="KEY")
-    parser.add_argument(
-        "--passage_column", "--passage-column", default=names.passage, metavar="KEY",
-        help="the text that answers the query",
-    )  # fmt: skip
-    parser.add_argument(
-        "--negatives_column", "--negatives-column", default=names.negatives, metavar="KEY",
-        help="a list of texts that do not answer it, the same number in every row; optional",
-    )  # fmt: skip
-    parser.add_argument("--compression", metavar="ALGO[:LEVEL]", help="of the shards, such as zstd")
+    parser.option("local_files", FILES_HELP, nargs="+", required=True, metavar="SPLIT=PATH")
+    parser.add_output()
+    parser.option("query_column", "column with the query", default=names.query, metavar="KEY")
+    passage = "column with the text that answers the query"
+    parser.option("passage_column", passage, default=names.passage, metavar="KEY")
+    parser.option("negatives_column", NEGATIVES_HELP, default=names.negatives, metavar="KEY")
     return parser
 
 
-def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
+def _jobs(arguments: argparse.Namespace) -> list[PairsJob]:
+    splits: dict[str, list[InputFile]] = {}
     for item in arguments.local_files:
         name, found, path = item.partition("=")
         if not found or not name:
@@ -139,26 +180,28 @@ def _splits(arguments: argparse.Namespace) -> dict[str, list[str]]:
         for file in files:
             if file_format(file.path) == "text":
                 raise ConversionError(f"{file.path}: a text file has no columns for pairs")
-        splits.setdefault(name, []).extend(file.path for file in files)
-    for name in splits:
-        if (arguments.out_root / name).exists():
-            raise ConversionError(f"{arguments.out_root / name} exists already: remove it first")
-    return splits
+        splits.setdefault(name, []).extend(files)
+    keys = Keys(arguments.query_column, arguments.passage_column, arguments.negatives_column)
+    jobs = [
+        PairsJob(*places(arguments, name), tuple(files), keys, arguments.compression)
+        for name, files in splits.items()
+    ]
+    for job in jobs:  # before anything is written
+        if not arguments.overwrite:
+            finished_samples(job.out, job.settings())
+    return jobs
 
 
 def main_pairs(argv: list[str] | None = None) -> int:
-    """Run convert_pairs.py."""
+    """Run convert_pairs.py.
+
+    Raises:
+        ValueError: If the arguments, the input or the output are wrong.
+        OSError: If a disk or the storage of a URL fails.
+    """
+    log_to_stderr()
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    keys = Keys(arguments.query_column, arguments.passage_column, arguments.negatives_column)
-    try:
-        for name, paths in _splits(arguments).items():
-            out = arguments.out_root / name
-            log.info("%s: %d pairs", out, write_split(out, paths, keys, arguments.compression))
-    except (ConversionError, DataError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        log.error("interrupted; the unfinished split is removed")
-        return 130
+    for job in _jobs(arguments):
+        pairs = convert_split(job, arguments.overwrite)
+        log.info("%s: %d pairs", job.url or job.out, pairs)
     return 0

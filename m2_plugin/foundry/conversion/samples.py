@@ -36,7 +36,7 @@ MAX_BAD_NAMED = 20
 def _count_lines(path: str, start: int, end: int) -> int:
     """Count the line ends in a byte range of a file."""
     lines = 0
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         file.seek(start)
         while start < end and (data := file.read(min(1 << 20, end - start))):
             lines += data.count(b"\n")
@@ -57,7 +57,7 @@ def _lines(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, bytes]]:
 
 def _range_documents(documents: Documents, column: str) -> Iterator[Document]:
     counted = lines = 0  # lines are counted up to this position, only if they are needed
-    with open(documents.path, "rb") as file:
+    with open_bytes(documents.path) as file:
         for position, line in _lines(file, documents.start, documents.end):
             if not line.strip():
                 continue

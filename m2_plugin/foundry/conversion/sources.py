@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from m2_plugin.data.formats import (
-    DataError,
     file_format,
+    filesystem,
     is_compressed,
+    is_remote,
     is_saved_dataset,
+    remote_errors,
 )
 from m2_plugin.data.rows import Row, is_json_stream, open_parquet, read_rows, text_of
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
@@ -39,26 +41,29 @@ LEAST_SAMPLES = 64
 # A document must be smaller than a shard can be: MDS has 32-bit offsets.
 MAX_DOCUMENT_BYTES = 1 << 31
 
+# What the storages of URLs call the hash of a file, or the time of its last change.
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+
 # A document, or why it cannot be used.
 Document = str | BadDocumentError
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file on disk, or a folder that `datasets` saved.
+    """A file, or a folder that `datasets` saved.
 
     Args:
-        path: The path of the file or folder.
+        path: The path of the file or folder, or the file's URL.
         layout: The way it stores documents: "json", "line", "paragraph", "file", "rows" (Parquet),
             "csv", "tsv", "arrow" or "dataset".
-        size: The bytes on disk.
-        mtime_ns: The time of the last change, in nanoseconds.
+        size: The stored bytes.
+        version: The time of the last change in nanoseconds, or what a URL's storage has for it.
     """
 
     path: str
     layout: str
     size: int
-    mtime_ns: int
+    version: int | str
 
     @property
     def compressed(self) -> bool:
@@ -159,10 +164,7 @@ class CuttableFiles:
 
 
 def _row_group_sizes(path: str, text_column: str) -> list[int]:
-    try:
-        parquet = open_parquet(path)
-    except DataError as error:
-        raise ConversionError(str(error)) from error
+    parquet = open_parquet(path)
     names = parquet.schema_arrow.names
     if text_column not in names:
         raise ConversionError(f"{path}: no column {text_column!r} (--text_column); it has {names}")
@@ -210,10 +212,7 @@ class FilesInOrder:
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
-        try:
-            yield from _cut(self._documents(), block_bytes)
-        except DataError as error:
-            raise ConversionError(str(error)) from error
+        yield from _cut(self._documents(), block_bytes)
 
     def _documents(self) -> Iterator[tuple[Document, int]]:
         for file in self.files:
@@ -275,7 +274,7 @@ class HubSource:
             )
         try:
             return int(self.load().num_shards)
-        except Exception as error:
+        except Exception as error:  # mostly the network, in one of many classes
             raise ConversionError(
                 f"cannot read {name!r} from the hub ({type(error).__name__}: {error}). "
                 "Without a connection, give files: --local_files"
@@ -292,15 +291,8 @@ class HubShard:
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
         name = f"{dict(self.source.load_args)['path']} (shard {self.shard})"
-        try:
+        with remote_errors(name):
             yield from _cut(self._documents(name), block_bytes)
-        except ConversionError:
-            raise
-        except Exception as error:  # mostly the network, in one of many classes
-            raise ConversionError(
-                f"{name}: reading stopped ({type(error).__name__}: {error}). Run the same command "
-                "again to continue"
-            ) from error
 
     def _documents(self, name: str) -> Iterator[tuple[Document, int]]:
         column = self.source.text_column
@@ -345,10 +337,7 @@ def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stre
 
 
 def _layout_of(path: str, txt_documents: str) -> str:
-    try:
-        layout = file_format(path)
-    except DataError as error:
-        raise ConversionError(str(error)) from error
+    layout = file_format(path)
     return {"text": txt_documents, "parquet": "rows"}.get(layout, layout)
 
 
@@ -384,27 +373,57 @@ def _expand(pattern: str) -> list[str]:
     return found
 
 
+def _files_at(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the files at a URL, with what its storage tells: itself, those below it, or matches."""
+    source, name = filesystem(pattern)
+    with remote_errors(pattern):
+        if source.isfile(name):
+            found = {name: source.info(name)}
+        else:
+            found = source.find(name, detail=True) if source.exists(name) else {}
+            found = found or source.glob(name, detail=True)
+    names = [
+        path for path, about in sorted(found.items())
+        if about["type"] == "file" and not path.rpartition("/")[2].startswith(".")
+    ]  # fmt: skip
+    if not names:
+        raise ConversionError(f"--local_files: {pattern!r} does not exist or matches no file")
+    yield from ((source.unstrip_protocol(path), found[path]) for path in names)
+
+
+def _local_file(path: str, txt_documents: str) -> InputFile:
+    layout = _layout_of(path, txt_documents)
+    there = sorted(Path(path).glob("*.arrow")) if layout == "dataset" else [Path(path)]
+    if layout == "dataset" and not there:
+        splits = sorted(p.name for p in Path(path).iterdir() if p.is_dir())
+        raise ConversionError(
+            f"{path} is a data set of several splits: give the folder of one of {splits}"
+        )
+    status = [p.stat() for p in there]
+    size, mtime_ns = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status)
+    return InputFile(path, layout, size, mtime_ns)
+
+
 def input_files(patterns: list[str], txt_documents: str = "file") -> list[InputFile]:
-    """Find the input files of files, folders and patterns, in the order given.
+    """Find the input files of files, folders and patterns, local ones or URLs, in the order given.
 
     A path that exists is never read as a pattern, whatever characters it has.
 
     Raises:
-        ConversionError: If a path or pattern matches nothing, or a file has an unknown format.
+        ValueError: If a path or pattern matches nothing, or a file has an unknown format.
+        OSError: If the storage of a URL does not answer.
     """
-    files = []
-    for path in dict.fromkeys(p for pattern in patterns for p in _expand(pattern)):
-        layout = _layout_of(path, txt_documents)
-        there = sorted(Path(path).glob("*.arrow")) if layout == "dataset" else [Path(path)]
-        if layout == "dataset" and not there:
-            splits = sorted(p.name for p in Path(path).iterdir() if p.is_dir())
-            raise ConversionError(
-                f"{path} is a data set of several splits: give the folder of one of {splits}"
-            )
-        status = [p.stat() for p in there]
-        size, mtime_ns = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status)
-        files.append(InputFile(path, layout, size, mtime_ns))
-    return files
+    files: dict[str, InputFile] = {}
+    for pattern in patterns:
+        if is_remote(pattern):
+            for url, about in _files_at(pattern):
+                layout = _layout_of(url, txt_documents)
+                version = next((str(about[key]) for key in VERSION_KEYS if about.get(key)), "")
+                files[url] = InputFile(url, layout, int(about["size"]), version)
+        else:
+            for path in _expand(pattern):
+                files[path] = _local_file(path, txt_documents)
+    return list(files.values())
 
 
 def text_bytes_estimate(files: Iterable[InputFile]) -> int:
