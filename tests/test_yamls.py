@@ -307,7 +307,6 @@ def test_retrieval_trains_the_embedding_that_is_saved(path):
     if "base" in path.stem:
         length = LONGER[path.stem.removesuffix("-retrieval")]
         assert overrides["long_conv_l_max"] == overrides["max_position_embeddings"] == length
-        assert model_config["loss"] == "orthogonal_projection"
     overrides |= {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     model = build_composer_model(model_config.pop("name"), model_config, tokenizer)
     assert model.model.config.normalize_embeddings and model.model.config.mask_padding
@@ -315,6 +314,48 @@ def test_retrieval_trains_the_embedding_that_is_saved(path):
     for which in ("train_loader", "eval_loader"):
         assert raw[which]["name"] == "contrastive_pairs"
         assert raw[which]["dataset"]["max_seq_len"] <= model.model.config.max_sequence_length
+
+
+# Of the M2 repository, December 2024: the command in bert/EMBEDDINGS.md, bert/embeddings_train.py
+# and bert/yamls/finetune-glue/embedding_training.yaml; and the defaults of sentence-transformers.
+PUBLISHED_RETRIEVAL = {
+    # --train_batch_size 32 --mini_batch_size 4 --num_epochs 1 --checkpoint_save_steps 1000
+    "global_train_batch_size": 32,
+    "device_train_microbatch_size": 32,
+    "model.mini_batch_size": 4,
+    "max_duration": "1ep",
+    "save_interval": "1000ba",
+    # --learning_rate 5e-6 --loss_choice multiple_negatives_ranking_loss --negatives_per_query 32
+    "optimizer.lr": 5e-6,
+    "model.loss": "infonce",
+    "train_loader.max_hard_negatives": 1,  # of each of the 32 examples of a query
+    # embeddings_train.py: use_amp False, random_state, evaluation_steps_ratio, warmup_steps, ...
+    "precision": "fp32",
+    "seed": 42,
+    "eval_interval": "0.1dur",
+    "scheduler.t_warmup": "0.1dur",
+    "algorithms.gradient_clipping.clipping_threshold": 1.0,
+    # embedding_training.yaml: hidden_dropout_prob, pool_all
+    "model.config_overrides.hidden_dropout_prob": 0.0,
+    "model.config_overrides.classifier_pooling": "cls",
+    # sentence-transformers: a scale of 20 for the loss; AdamW and WarmupLinear in fit()
+    "model.contrastive_config.temperature": 1 / 20,
+    "optimizer.name": "torch_adamw",
+    "optimizer.weight_decay": 0.01,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "scheduler.name": "linear_decay_with_warmup",
+    "scheduler.alpha_f": 0.0,
+}
+
+
+@pytest.mark.parametrize("path", [p for p in RETRIEVAL if "base" in p.stem], ids=lambda p: p.stem)
+def test_retrieval_has_the_published_numbers(path):
+    config = OmegaConf.create(load(path))
+    assert {key: OmegaConf.select(config, key) for key in PUBLISHED_RETRIEVAL} == (
+        PUBLISHED_RETRIEVAL
+    )
+    assert "--num_negatives 32 --triplets" in path.read_text()
 
 
 def test_retrieval_has_a_recipe_for_each_length():

@@ -60,6 +60,7 @@ LOADERS = ("mlm_text", "glue", "text_classification", "token_classification", "q
 MDS_LOADERS = ("mlm_text", "text")  # their streams may be tokens
 MPT_LAYERS = ("monarch", "block_diagonal")  # beginnings of the names of our layers for MPT
 TOKENIZER = "m2_plugin"  # the name of RunTokenizer in llm-foundry's registry
+INFONCE = "infonce"  # the default loss of m2_bert_contrastive
 # The vocabulary of bert-base-uncased, with which all models of the M2 reference were trained.
 BERT_TOKENIZER = str(ROOT / "data_prep" / "quickstart" / "tokenizer")
 BERT_VOCAB_SIZES = (30522, 30528)
@@ -179,6 +180,7 @@ def _check(config: dict[str, Any]) -> None:
     _check_vocabulary(config, start, tokenizer)
     if start is not None:
         _check_lengths(config, start)
+    _check_negatives(config, model)
     for key, loader in _loaders(config):
         if loader.get("name") in MDS_LOADERS:
             _check_data(config, key, _section(loader, "dataset"), tokenizer)
@@ -205,6 +207,22 @@ def _start(config: Mapping[str, Any], model: Mapping[str, Any]) -> _Start:
         raise ValueError(f"{key} {path!r} is no folder or file, and: {reason}") from error
     name = load_path if path is None else path if pretrained is not False else None
     return _Start(name, key if path is not None else "load_path", source, full, own)
+
+
+def _check_negatives(config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Refuse microbatches that take negatives from a loss over the whole batch of a device."""
+    size, whole = model.get("mini_batch_size"), config.get("global_train_batch_size")
+    if size is None or model.get("loss", INFONCE) != INFONCE or not isinstance(whole, int):
+        return
+    whole //= dist.get_world_size()
+    found = config.get("device_train_microbatch_size", "auto")
+    if found == "auto" or found < whole:
+        raise ValueError(
+            f"model.mini_batch_size is {size}, for a loss over all {whole} queries of a device, "
+            f"but with device_train_microbatch_size {found} a query has only the passages of its "
+            f"microbatch as negatives: set device_train_microbatch_size={whole}; memory does not "
+            f"grow with it"
+        )
 
 
 # --- the tokenizer -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One rank that shards a small M2-BERT with torch's own FSDP; Composer's needs CUDA.
+"""One rank that trains a small M2-BERT under torch's own FSDP or DDP; Composer's FSDP needs CUDA.
 
 What Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parameters and
 `param_init_fn`, checkpointing by `activation_checkpointing_fn`. `ranks.py` runs it.
@@ -38,9 +38,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer
 
 from m2_plugin.foundry.optimizers import DecoupledAdamW
 from m2_plugin.layers.long_conv import HyenaFilter
+from tests.utils import TOKENIZER
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 1000}
 SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32, "hyena_filter_order": 8}
@@ -199,4 +202,57 @@ def run(
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         torch.save({"before": before, "after": after}, folder / "weights.pt")
+    dist.barrier()
+
+
+def contrast(
+    out: str, kind: str = "plain", mini_batch_size: int | None = None, checkpointing: bool = False
+) -> None:
+    """Train the contrastive model on each rank's queries; write losses and weights to a folder.
+
+    Args:
+        out: The folder.
+        kind: "plain", "ddp", "fsdp1" or "fsdp2".
+        mini_batch_size: Texts that are encoded at a time.
+        checkpointing: With FSDP, compute the layers' activations again too.
+    """
+    dist.initialize_dist("cpu")
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    os.environ["FSDP_VERSION"] = "2" if kind == "fsdp2" else "1"
+    torch.manual_seed(1)
+    config = {
+        "pretrained": False,
+        "config_overrides": {**SIZES, "vocab_size": 30528, "mask_padding": True},
+        "contrastive_config": {"temperature": 0.05, "gather_in_batch_negatives": ranks > 1},
+        "mini_batch_size": mini_batch_size,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model: Any = build_composer_model("m2_bert_contrastive", config, tokenizer)
+    outer = DistributedDataParallel(model) if kind == "ddp" else model
+    if kind == "fsdp1":
+        model.model = shard1(model.model, False, False, checkpointing)
+    elif kind == "fsdp2":
+        if checkpointing:
+            check = model.model.activation_checkpointing_fn
+            apply_activation_checkpointing(model, checkpoint_wrapper, check_fn=check)
+        shard2(model, MixedPrecisionPolicy())
+    # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not).
+    lr = 0.1 / (ranks if kind == "fsdp2" else 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    ids = torch.randint(1, 1000, (8, 3, 32), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(STEPS):
+        rows = ids.chunk(ranks)[rank]
+        batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+        loss = model.loss(outer(batch), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    weights = get_model_state_dict(model.model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        folder = Path(out)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"losses": losses}))
+        torch.save(weights, folder / "weights.pt")
     dist.barrier()

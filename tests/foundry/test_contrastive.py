@@ -1,11 +1,16 @@
-"""The contrastive model: its losses against hand computation, its data, what it starts from."""
+"""The contrastive model: its losses against hand computation, its data, what it starts from.
+
+`test_fsdp.py` has it on several processes.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from composer import Trainer
 from llmfoundry.utils.builders import build_composer_model, build_dataloader
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from m2_plugin.foundry.contrastive import orthogonal_projection_loss
 from m2_plugin.foundry.conversion.pairs import main_pairs
@@ -90,20 +95,158 @@ def test_infonce_is_that_of_the_models_own_embeddings(tokenizer, batches, split,
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_orthogonal_projection_by_hand(tokenizer, batches):
-    found = torch.tensor([[0.9, 0.2, -0.4, 0.1], [0.3, 0.0, -0.5, -0.1]])
-    loss = orthogonal_projection_loss(found, torch.tensor([0, 2]), 0.5)
-    assert loss.item() == pytest.approx((0.1 + 1.5) / 2 + 0.5 * (0.2 + 0.4 + 0.1 + 0.3 + 0.1) / 6)
-    alone = orthogonal_projection_loss(found[:1, :1], torch.tensor([0]), 1.0)
-    assert alone.item() == pytest.approx(0.1)
+def test_orthogonal_projection_is_the_error_of_cosines(tokenizer, batches):
+    """The mean over pairs as they were published: each negative, and its passage once more."""
+    found = torch.tensor([[0.9, 0.2, -0.4], [0.3, 0.0, -0.5]])
+    pairs = [(row[0], 1) for row in found for _ in row[1:]]
+    pairs += [(cosine, 0) for row in found for cosine in row[1:]]
+    expected = sum((cosine - label) ** 2 for cosine, label in pairs) / len(pairs)
+    assert orthogonal_projection_loss(found).item() == pytest.approx(expected.item())
+    assert orthogonal_projection_loss(found[:1, :1]).item() == pytest.approx(0.01)
 
-    # The temperature is InfoNCE's: here the cosines themselves count.
+    # The temperature is InfoNCE's, and a query has its own negatives only.
     model = build(tokenizer, loss="orthogonal_projection", contrastive_config={"temperature": 0.1})
-    expected = orthogonal_projection_loss(
-        cosines(model, batches["hard"]), torch.tensor([0, 3, 6, 9]), 1.0
-    )
+    each = cosines(model, batches["hard"]).view(4, 4, 3)
+    expected = orthogonal_projection_loss(each[range(4), range(4)])
     loss = model.loss(model(batches["hard"]), batches["hard"])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- the gradient cache --------------------------------------------------------------------------
+
+
+def step(model, batch):
+    """The loss of a training step, and its gradients."""
+    batch = dict(batch)
+    loss = model.loss(model(batch), batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["infonce", "orthogonal_projection"])
+@pytest.mark.parametrize("size", [1, 5, 12, 100])
+def test_mini_batches_give_loss_and_gradient_of_the_batch(tokenizer, batches, loss, size):
+    keys = {"loss": loss, "contrastive_config": {"temperature": 0.05}}
+    expected, gradients = step(build(tokenizer, **keys), batches["hard"])
+    found, others = step(build(tokenizer, mini_batch_size=size, **keys), batches["hard"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    assert all(gradient.abs().max() > 0 for gradient in others.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_both_passes_have_the_same_dropout(tokenizer, batches, monkeypatch, precision):
+    """The gradient is that of the loss, as if all mini-batches had been kept."""
+    keys = {"mini_batch_size": 5, "config_overrides": {"hidden_dropout_prob": 0.2}}
+    results = []
+    for kept in (False, True):
+        model = build(tokenizer, **keys)
+        if kept:
+            monkeypatch.setattr(
+                "m2_plugin.foundry.contrastive.checkpoint", lambda f, *a, use_reentrant: f(*a)
+            )
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            results.append(step(model, batches["hard"]))
+        after = torch.rand(1)
+        results[-1][1]["the next number"] = after
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[1][1].items():
+        torch.testing.assert_close(results[0][1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def most_memory(model, batch):
+    """The most bytes that live at a time in a step, without weights, gradients and the batch."""
+    outside = sum(tensor.nbytes for tensor in batch.values())
+    outside += sum(parameter.nbytes for parameter in model.parameters())
+    tracker = MemTracker()
+    tracker.track_external(model, *batch.values())
+    with tracker:
+        step(model, batch)
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - outside
+
+
+def test_memory_is_that_of_a_mini_batch(tokenizer):
+    """16 times as many queries add their embeddings and scores, but no activations."""
+
+    def growth(**keys):
+        found = []
+        for queries in (32, 512):
+            ids = torch.randint(1000, 2000, (queries, 2, 32))
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            found.append(most_memory(build(tokenizer, **keys), batch))
+        return found[1] - found[0], found[1] / found[0]
+
+    whole, cached = growth(), growth(mini_batch_size=64)
+    assert whole[1] > 8 and cached[1] < 2
+    assert cached[0] < whole[0] / 10
+
+
+def test_in_training_negatives_are_those_of_the_microbatch(tokenizer, shards):
+    """The trainer's step: a whole batch in mini-batches; microbatches have fewer negatives."""
+    weights = {}
+    for micro, mini, loss in (
+        (8, None, "infonce"), (8, 3, "infonce"), (2, None, "infonce"),
+        (8, 5, "orthogonal_projection"), (2, None, "orthogonal_projection"),
+    ):  # fmt: skip
+        model = build(tokenizer, loss=loss, mini_batch_size=mini)
+        run = Trainer(
+            model=model,
+            train_dataloader=load(shards, "hard", tokenizer, batch_size=8),
+            optimizers=torch.optim.SGD(model.parameters(), lr=1.0),
+            max_duration="1ba",
+            device="cpu",
+            precision="fp32",
+            device_train_microbatch_size=micro,
+            progress_bar=False,
+            seed=0,
+        )
+        run.fit()
+        run.close()
+        weights[micro, mini, loss] = model.state_dict()
+
+    def difference(a, b):
+        return max((weights[a][n] - w).abs().max().item() for n, w in weights[b].items())
+
+    assert difference((8, 3, "infonce"), (8, None, "infonce")) < 2e-5
+    assert difference((2, None, "infonce"), (8, None, "infonce")) > 1e-3
+    orthogonal = [key for key in weights if key[2] == "orthogonal_projection"]
+    assert difference(*orthogonal) < 2e-6
+
+
+def test_evaluates_in_mini_batches(tokenizer, batches):
+    model = build(tokenizer, mini_batch_size=5).eval()
+    with torch.no_grad():
+        found = model.eval_forward(dict(batches["hard"]))["loss"]
+        model.mini_batch_size = None
+        torch.testing.assert_close(found, model.eval_forward(dict(batches["hard"]))["loss"])
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_streams_are_mixed_by_their_proportions(tokenizer, shards):
+    """Several data sets, by llm-foundry's own `streams`."""
+    streams = {
+        "a": {"local": str(shards), "split": "pairs", "proportion": 0.25},
+        "b": {"local": str(shards), "split": "hard", "proportion": 0.75},
+    }
+    dataset = {"streams": streams, "epoch_size": 400, "shuffle": True, "max_seq_len": 32}
+    config = {
+        "name": "contrastive_pairs", "dataset": dataset, "drop_last": True, "num_workers": 0,
+        "prefetch_factor": None, "persistent_workers": False, "pin_memory": False,
+        "max_hard_negatives": 0,
+    }  # fmt: skip
+    loader = build_dataloader(config, tokenizer, 4).dataloader
+    queries = [tuple(ids) for batch in loader for ids in batch["input_ids"][:, 0].tolist()]
+    own = next(iter(load(shards, "pairs", tokenizer, 24)))["input_ids"][:, 0].tolist()
+    assert len(queries) == 400
+    assert sum(query in set(map(tuple, own)) for query in queries) == 100
+    batch = next(iter(loader))
+    model = build(tokenizer, mini_batch_size=3)
+    assert math.isfinite(model.loss(model(batch), batch).item())
 
 
 @pytest.mark.parametrize("loss", ["infonce", "orthogonal_projection"])
@@ -135,11 +278,12 @@ def test_evaluation_may_have_other_negatives_than_training(tokenizer, batches):
         assert labels.tolist() == [per_query * q for q in range(4)]
 
 
-def test_one_pair_alone_is_refused_while_training_only(tokenizer, batches):
-    for loss in ("infonce", "orthogonal_projection"):
+def test_training_without_negatives_is_refused(tokenizer, batches):
+    wanted = {"infonce": "device_train_microbatch_size", "orthogonal_projection": "mine-negatives"}
+    for loss, message in wanted.items():
         model = build(tokenizer, loss=loss)
         one = {key: tensor[:1] for key, tensor in batches["pairs"].items()}
-        with pytest.raises(ValueError, match="device_train_microbatch_size"):
+        with pytest.raises(ValueError, match=message):
             model.loss(model(one), one)
         assert math.isfinite(model.eval().loss(model(one), one).item())
 
@@ -173,6 +317,8 @@ def test_starts_from_a_pretraining_with_a_new_pooler(tokenizer, tmp_path, caplog
             {"loss": "orthogonal_projection", "contrastive_config": {"normalize_output": False}},
             "normalize_output",
         ),
+        ({"mini_batch_size": 0}, "model.mini_batch_size must be .* 1 or more, got 0"),
+        ({"mini_batch_size": "4"}, "a whole number of texts, .* got '4'"),
         ({"config_overrides": {"vocab_size": 100}}, "vocab_size 104 is smaller"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "no folder './nowhere'"),
     ],

@@ -29,6 +29,7 @@ SMALL = {
     "model.config_overrides.max_position_embeddings": 32,
     "model.config_overrides.long_conv_l_max": 32,
     "model.loss": "orthogonal_projection",
+    "model.mini_batch_size": 2,
     "global_train_batch_size": 8,
     "device_train_microbatch_size": 1,  # one query and its negatives
     "device_eval_batch_size": 4,

@@ -80,6 +80,18 @@ SHARDINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2_bf16": (2, {"version": 2, "low_precision": True}),
     "fsdp2_bf16_reduce": (2, {"version": 2, "low_precision": True, "reduce_only": True}),
 }
+# The contrastive model: processes, and the arguments of `sharding.contrast`.
+CONTRASTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "contrast_plain": (1, {}),
+    "contrast_ddp": (2, {"kind": "ddp"}),
+    "contrast_ddp_cached": (2, {"kind": "ddp", "mini_batch_size": 5}),
+    "contrast_fsdp1_cached": (2, {"kind": "fsdp1", "mini_batch_size": 5, "checkpointing": True}),
+    "contrast_fsdp2_cached": (2, {"kind": "fsdp2", "mini_batch_size": 5}),
+    "contrast_fsdp2_checkpointed": (
+        2,
+        {"kind": "fsdp2", "mini_batch_size": 12, "checkpointing": True},
+    ),
+}
 
 
 def config(
@@ -132,6 +144,8 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
     ]
     for name, (size, keys) in SHARDINGS.items():
         jobs.append({"world_size": size, "shard": keys | {"out": str(root / name)}})
+    for name, (size, keys) in CONTRASTS.items():
+        jobs.append({"world_size": size, "contrast": keys | {"out": str(root / name)}})
     for name, (source, size, fsdp) in LOADED.items():
         path = checkpoint(root / source, SAVED, source.startswith("sharded"))
         job = {"world_size": size}
@@ -151,7 +165,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         timeout=800,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return {name: root / name for name in [*GPT_RUNS, *RUNS, *SHARDINGS, *LOADED]}
+    return {name: root / name for name in [*GPT_RUNS, *RUNS, *SHARDINGS, *CONTRASTS, *LOADED]}
 
 
 def curve(out: Path) -> dict[tuple[int, str], float]:
@@ -242,3 +256,16 @@ def test_units_of_torchs_fsdp_train_as_the_whole_model(runs):
         assert found[name]["dtypes"]["projection"] == ["torch.bfloat16"], name
     # Composer's FSDP2 has one precision for all units.
     assert "rounds the long convolutions' filters" in found["fsdp2_bf16"]["error"]
+
+
+def test_contrastive_ranks_share_their_negatives(runs):
+    """Gathered, in mini-batches and sharded, the steps are those of one process's batch."""
+    found = {name: json.loads((runs[name] / "result.json").read_text()) for name in CONTRASTS}
+    weights = {name: torch.load(runs[name] / "weights.pt") for name in CONTRASTS}
+    plain = found["contrast_plain"]["losses"]
+    assert plain[-1] < plain[0] - 0.05
+    for name in CONTRASTS:
+        assert found[name]["losses"] == pytest.approx(plain, rel=1e-5), name
+        assert weights[name].keys() == weights["contrast_plain"].keys()
+        for key, value in weights["contrast_plain"].items():
+            torch.testing.assert_close(weights[name][key], value, rtol=1e-4, atol=1e-5, msg=key)

@@ -296,6 +296,20 @@ def test_fine_tuning_without_a_start_is_refused():
     refused(fine_tune(None, **{"model.pretrained": False}), "variables.tokenizer is missing")
 
 
+def test_microbatches_must_not_cut_a_cached_loss():
+    keys = {"model.pretrained": False, "model.mini_batch_size": 2}
+    for found in (4, "auto"):
+        config = fine_tune(
+            None, TOKENIZER, "m2_bert_contrastive", device_train_microbatch_size=found, **keys
+        )
+        if found == "auto":  # without a GPU it becomes the whole batch
+            assert preflight(config)["device_train_microbatch_size"] == 8
+        else:
+            refused(config, "model.mini_batch_size is 2.*set device_train_microbatch_size=8")
+    keys |= {"model.loss": "orthogonal_projection", "device_train_microbatch_size": 4}
+    preflight(fine_tune(None, TOKENIZER, "m2_bert_contrastive", **keys))
+
+
 # --- the vocabulary ------------------------------------------------------------------------------
 
 
