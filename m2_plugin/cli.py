@@ -29,6 +29,10 @@ COMMANDS = {
         "m2_plugin.foundry.conversion.pairs:main_pairs",
         "convert pairs of query and passage to MDS shards",
     ),
+    "mine-negatives": (
+        "m2_plugin.foundry.conversion.negatives:main_mine",
+        "add negatives that BM25 finds to pairs of query and passage",
+    ),
     "import": (
         "m2_plugin.checkpoints.command:main_import",
         "convert a checkpoint to a transformers folder",
@@ -43,6 +47,14 @@ COMMANDS = {
         "average the weights of checkpoints of one model",
     ),
     "embed": ("m2_plugin.embed:main", "write a vector for each text of a file"),
+    "search": (
+        "m2_plugin.retrieval.command:main_search",
+        "find the texts of a file that are closest to a query",
+    ),
+    "retrieval": (
+        "m2_plugin.retrieval.command:main_retrieval",
+        "measure how well an embedding model finds relevant documents",
+    ),
     "predict": ("m2_plugin.predict:main", "write the rows of a file with a model's predictions"),
     "evaluate": (
         "m2_plugin.evaluate:main",

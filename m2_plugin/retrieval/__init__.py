@@ -1,0 +1,1 @@
+"""Search texts by their embeddings, and measure how well that works."""
