@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,29 +94,8 @@ def inputs(corpus: Path, work: Path) -> None:
     assert count == TEXTS
 
 
-@contextmanager
-def cluster(work: Path) -> Iterator[tuple[Path, list[subprocess.Popen[bytes]]]]:
-    """Start a scheduler and two workers; yield the scheduler's file and the workers."""
-    file = work / f"scheduler-{time.monotonic_ns()}.json"
-
-    def dask(*arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", *arguments, "--scheduler-file", str(file)]
-        command += ["--host", "127.0.0.1", "--no-dashboard"]
-        with (work / "dask.log").open("a") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=work)
-
-    processes = [dask("distributed.cli.dask_scheduler", "--port", "0", "--dashboard-address", ":0")]
-    try:
-        while not file.exists():
-            assert processes[0].poll() is None
-            time.sleep(0.1)
-        worker = ("distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny")
-        processes += [dask(*worker) for _ in range(2)]
-        yield file, processes[1:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def new(work: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=work))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -155,14 +133,16 @@ def run(command: Command, out: Path, work: Path, options: list[str], kill: Any =
 
 
 def check(command: Command, work: Path) -> dict[str, Any]:
+    from tests.cluster import dask_cluster
+
     name = command.name.replace(", ", "-").replace(" ", "-")
     here, there, broken = (work / f"{name}-{run}" for run in ("here", "there", "broken"))
     seconds = {"here": run(command, here, work, command.here)}
-    with cluster(work) as (file, _):
+    with dask_cluster(new(work)) as (file, _):
         seconds["cluster"] = run(command, there, work, ["--cluster", str(file)])
     before: dict[str, tuple[int, int]] = {}
     after: dict[str, tuple[int, int]] = {}
-    with cluster(work) as (file, workers):
+    with dask_cluster(new(work)) as (file, workers):
 
         def kill(out: Path, process: subprocess.Popen[bytes]) -> None:
             while len(found := stamps(out, command)) < KILL_AFTER:
