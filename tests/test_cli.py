@@ -33,7 +33,7 @@ def test_every_command_has_help(name, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["convert-c4", "convert-text", "convert-pairs"])
+@pytest.mark.parametrize("name", ["convert-c4", "convert-text", "convert-pairs", "mine-negatives"])
 def test_converters_are_the_scripts(name):
     text = (ROOT / "data_prep" / f"{name.replace('-', '_')}.py").read_text()
     assert f'sys.exit(run("{name}"))' in text and "from m2_plugin.cli import run" in text

@@ -35,7 +35,7 @@ ROOMS = {
     "checkpoints": ["constants", "data", "files", "layers", "models", "suggest"],
     "data": ["files", "suggest"],
     "glue.tasks": ["suggest"],
-    "glue": ["constants", "files", "glue.tasks", "pictures", "suggest"],
+    "glue": ["constants", "executor", "files", "glue.tasks", "pictures", "suggest"],
     "train_report": ["files", "pictures"],
     "foundry.mds_index": [],
     "foundry.conversion": ["data", "executor", "files", "foundry.mds_index", "suggest"],
@@ -46,15 +46,17 @@ ROOMS = {
     ],
     "doctor": ["ops", "ops.backend", "ops.kernels"],
     "inference": ["checkpoints", "data", "files", "models"],
-    "embed": ["checkpoints", "data", "files", "inference", "models"],
+    "chunks": ["executor", "files", "inference"],
+    "retrieval": ["checkpoints", "data", "embed", "files", "inference", "pictures"],
     "tasks": ["data", "inference"],
-    "predict": ["data", "inference", "tasks"],
+    "embed": ["checkpoints", "chunks", "data", "files", "inference", "models", "tasks"],
+    "predict": ["chunks", "data", "inference", "tasks"],
     "evaluate": ["data", "files", "foundry", "inference"],
 }
 TENSORS = {"numpy", "safetensors", "torch", "transformers"}
 # Room: the packages that it may import beside the standard library; other rooms: none.
 PACKAGES = {
-    "executor": {"distributed"},
+    "executor": {"distributed", "torch"},
     "ops.backend": {"torch"},
     "ops.reference": {"torch"},
     "ops.kernels": {"torch", "triton"},
@@ -63,6 +65,7 @@ PACKAGES = {
     "models": TENSORS,
     "checkpoints": TENSORS | {"huggingface_hub", "onnx"},
     "data": {
+        "bm25s",
         "datasets",
         "fsspec",
         "huggingface_hub",
@@ -72,7 +75,7 @@ PACKAGES = {
         "zstandard",
     },
     "pictures": {"matplotlib"},
-    "glue": {"numpy", "omegaconf", "torch", "tqdm", "yaml"},
+    "glue": {"numpy", "omegaconf", "tqdm", "yaml"},
     "train_report": {"google", "matplotlib", "numpy", "tensorboard", "wandb", "yaml"},
     "foundry.conversion": {
         *("datasets", "numpy", "pyarrow", "streaming", "tqdm", "transformers", "xxhash")
@@ -81,10 +84,12 @@ PACKAGES = {
     | {"composer", "datasets", "fsspec", "llmfoundry", "pyarrow", "streaming", "torchmetrics"}
     | {"tqdm", "yaml"},
     "doctor": {"torch"},
-    "inference": TENSORS | {"tqdm"},
-    "embed": TENSORS,
+    "inference": TENSORS,
+    "chunks": {"torch", "tqdm"},
+    "retrieval": {"ir_measures", "numpy", "torch", "tqdm"},
     "tasks": TENSORS | {"pyarrow", "tokenizers"},
-    "predict": {"pyarrow", "transformers"},
+    "embed": {"numpy"},
+    "predict": {"pyarrow"},
 }
 # Commands that answer --help at once, and rooms for them: heavy packages only within functions.
 LIGHT = ["", "constants", "executor", "files", "pictures", "suggest", "cli", "recipes", "data"]

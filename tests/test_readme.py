@@ -153,6 +153,14 @@ COMMANDS: dict[str, Run | NotRun] = {
     "composer train.py yamls/finetune/retrieval/m2-bert-quickstart.yaml": Run(
         BATCHES, "quickstart/retrieval/run/huggingface/final/modules.json"
     ),
+    "m2-plugin retrieval quickstart/pairs/test.jsonl --model "
+    "quickstart/retrieval/run/huggingface/final --out quickstart/retrieval/measured": Run(
+        makes="quickstart/retrieval/measured/results.png"
+    ),
+    "m2-plugin search quickstart/pairs/test.jsonl --text-column passage --model "
+    'quickstart/retrieval/run/huggingface/final --query "How do I bake bread?"': Run(
+        makes="quickstart/pairs/test.jsonl.index/vectors.npy"
+    ),
     "m2-plugin embed quickstart/pairs/test.jsonl --text-column passage --model "
     "quickstart/retrieval/run/huggingface/final --out vectors.npy": Run(makes="vectors.npy"),
     "m2-plugin import m2-bert-128.pt --out m2-bert-80m": Run(makes="m2-bert-80m/model.safetensors"),
@@ -174,10 +182,15 @@ COMMANDS: dict[str, Run | NotRun] = {
     "predictions.csv": LIKE_README,
     "m2-plugin evaluate runs/text-classification/huggingface/final --data dev.csv": LIKE_README,
     "m2-plugin evaluate quickstart/run/huggingface/final --data quickstart/mds": Run(),
-    "python data_prep/convert_pairs.py --out_root ./my-pairs --local_files train=train.jsonl "
+    "python data_prep/mine_negatives.py --pairs train.jsonl --out triplets.jsonl --num_negatives "
+    "32 --triplets": Run(
+        makes="triplets.jsonl",
+        instead={" train.jsonl": " quickstart/pairs/val.jsonl"},
+    ),
+    "python data_prep/convert_pairs.py --out_root ./my-pairs --local_files train=triplets.jsonl "
     "val=val.jsonl": Run(
         makes="my-pairs/val/index.json",
-        instead={"=train": "=quickstart/pairs/train", "=val": "=quickstart/pairs/val"},
+        instead={"=val": "=quickstart/pairs/val"},
     ),
     "composer train.py yamls/finetune/retrieval/m2-bert-base-2k-retrieval.yaml "
     "variables.start=FOLDER": NotRun(
@@ -225,6 +238,15 @@ COMMANDS: dict[str, Run | NotRun] = {
         makes="other-pairs/train/index.json",
         instead={"pairs.jsonl": "quickstart/pairs/train.jsonl", "my-pairs": "other-pairs"},
     ),
+    "python data_prep/convert_c4.py --local_files 's3://BUCKET/c4/en/c4-train.*.json.gz' "
+    "--splits train --out_root s3://BUCKET/c4-mds --local /scratch/c4-mds": NotRun(
+        "It needs a bucket; a server of the same interface is tested.",
+        "tests/data_prep/test_remote.py",
+    ),
+    "python data_prep/mine_negatives.py --pairs pairs.jsonl --num_negatives 4 --out "
+    "with-negatives.jsonl": Run(
+        makes="with-negatives.jsonl", instead={" pairs.jsonl": " quickstart/pairs/val.jsonl"}
+    ),
     # m2_plugin/checkpoints/README.md
     "m2-plugin import SOURCE --out FOLDER": Run(
         makes="imported/model.safetensors",
@@ -243,6 +265,21 @@ COMMANDS: dict[str, Run | NotRun] = {
     "m2-plugin extend FOLDER --max-seq-len 2048 --out LONGER": Run(makes="LONGER/config.json"),
     "m2-plugin average CHECKPOINT CHECKPOINT CHECKPOINT --out AVERAGED": Run(
         makes="AVERAGED/README.md"
+    ),
+    # m2_plugin/retrieval/README.md
+    "m2-plugin retrieval scifact --model MODEL --out runs/scifact": NotRun(
+        "Another test makes such a folder.",
+        "tests/retrieval/test_retrieval.py::test_a_beir_folder",
+    ),
+    "m2-plugin retrieval documents.parquet queries.parquet --model MODEL --out runs/loco": NotRun(
+        "Another test makes such files.",
+        "tests/retrieval/test_retrieval.py::test_locov1_searches_each_data_set_by_itself",
+    ),
+    "m2-plugin search manuals.jsonl --model MODEL --queries questions.jsonl --out hits.jsonl": (
+        NotRun(
+            "Another test makes such files.",
+            "tests/retrieval/test_search.py::test_as_sentence_transformers_finds",
+        )
     ),
     # CONTRIBUTING.md
     "make install": BY_CI,
