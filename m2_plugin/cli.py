@@ -10,8 +10,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from m2_plugin import __version__
@@ -72,6 +72,9 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130, "interrupted: run the same command again to continue"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
@@ -108,10 +111,32 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         module, _, function = COMMANDS[name][0].partition(":")
-        found = getattr(importlib.import_module(module), function)
+        with _interrupt_exits():
+            found = getattr(importlib.import_module(module), function)
         return int(found() if argv is None else found(argv))
 
     return guarded(command)
+
+
+@contextmanager
+def _interrupt_exits() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, while modules are imported and nothing has begun.
+
+    Python ignores exceptions in some places of an import, and ends by a signal after others.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(_end(*INTERRUPTED))
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _usage(arguments: Sequence[str]) -> int:
@@ -153,7 +178,7 @@ def guarded(command: Callable[[], int]) -> int:
         # Imports may turn an interrupt into an error of their own. Composer's handler exits.
         exits = isinstance(error, SystemExit) and error.code == 128 + signal.SIGINT
         if exits or interrupted.is_set() or isinstance(error, KeyboardInterrupt):
-            return _end(130, "interrupted: run the same command again to continue")
+            return _end(*INTERRUPTED)
         if isinstance(error, BrokenPipeError) and _nobody_reads(error):
             return 141  # as a shell shows a process that SIGPIPE ended
         if isinstance(error, MemoryError):

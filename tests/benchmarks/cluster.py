@@ -32,7 +32,8 @@ TEXTS = 20_000
 KILL_AFTER = 2
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
-NOT_COMPARED = ("log.txt", "job.yaml", "sweep.yaml", "report", "result.json")  # times and folders
+# Times, folders and process numbers are in these.
+NOT_COMPARED = ("log.txt", "job.yaml", "sweep.yaml", "report", "result.json", "events")
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,10 @@ def check(command: Command, work: Path) -> dict[str, Any]:
 
         seconds["a worker killed"] = run(command, broken, work, ["--cluster", str(file)], kill)
     expected = digests(here)
+    for found in (digests(there), digests(broken)):
+        different = [name for name in expected | found if expected.get(name) != found.get(name)]
+        if different:
+            print("different:", ", ".join(different))
     return {
         "files": len(expected),
         "same on the cluster": digests(there) == expected,
