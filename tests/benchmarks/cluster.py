@@ -188,7 +188,7 @@ def main() -> int:
     if args.out is not None:
         from m2_plugin.files import write_json
 
-        size = {"corpus_bytes": corpus.stat().st_size, "texts": TEXTS}
+        size = {"corpus_bytes": corpus.stat().st_size, "texts": TEXTS, "killed_after": KILL_AFTER}
         write_json(args.out, {"date": time.strftime("%Y-%m-%d"), **size, "commands": found})
     good = ("same on the cluster", "same with a worker killed")
     return int(any(not all(row[key] for key in good) or row["repeated"] for row in found.values()))

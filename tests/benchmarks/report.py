@@ -700,6 +700,27 @@ def kills() -> str:
     )
 
 
+def cluster() -> str:
+    report = load("cluster")
+    rows = []
+    for name, row in report["commands"].items():
+        same = [row["same on the cluster"], row["same with a worker killed"]]
+        seconds = (f"{row['seconds'][key]:.1f}" for key in ("here", "cluster", "a worker killed"))
+        rows.append([name, str(row["files"]), *("yes" if s else "NO" for s in same),
+                     str(row["repeated"]), *seconds])  # fmt: skip
+    header = ["command", "files compared", "same on the cluster", "same, a worker killed"]
+    header += ["tasks repeated", "s here", "s cluster", "s a worker killed"]
+    return (
+        f"Two processes of this machine, then a Dask scheduler with two workers on it, then the "
+        f"same with one worker killed by SIGKILL after {report['killed_after']} tasks or more "
+        f"(`cluster.py`, {report['date']}): {report['corpus_bytes'] / 1e6:.0f} MB of Wikipedia "
+        f"converted, {report['texts']:,} of its texts embedded by a small model, four GLUE jobs "
+        f"with a tiny one. Compared are all files but logs and reports, which hold times. A task "
+        f"is repeated if its result was there before the kill and was written again.\n\n"
+        + table(header, rows, text_columns=1)
+    )
+
+
 def serving() -> str:
     report = load("serving_cpu")
     names = ("fp32", "bf16_autocast", "bf16", "int8", "onnx")
@@ -772,7 +793,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             conversion,
             quickstart,
         ),
-        *(kills, glue_quickstart),
+        *(kills, cluster, glue_quickstart),
         *(retrieval, extension, import_cost, serving, gpt, scaling),
     ),
 }
