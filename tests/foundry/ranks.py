@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import Any
 
 from tests.benchmarks.kill import free_port, rank_environment
+from tests.shared_memory import close_segments
 
 
 def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) -> None:
@@ -36,6 +37,7 @@ def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) 
             if "to_file" in job:
                 dcp_to_torch_save(*job["to_file"])
             train(OmegaConf.create(job["config"]))
+            close_segments()
 
 
 def fork_rank(*args: Any) -> int:
