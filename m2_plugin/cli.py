@@ -111,27 +111,27 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         module, _, function = COMMANDS[name][0].partition(":")
-        with _interrupt_exits():
+        # In a process of our own, nothing has begun while modules are imported.
+        own = argv is None and callable(signal.getsignal(signal.SIGINT))
+        with _on_interrupt(_leave, own):
             found = getattr(importlib.import_module(module), function)
         return int(found() if argv is None else found(argv))
 
     return guarded(command)
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End the process. An exception within an import may be ignored, or end it by the signal."""
+    os._exit(_end(*INTERRUPTED))
+
+
 @contextmanager
-def _interrupt_exits() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, while modules are imported and nothing has begun.
-
-    Python ignores exceptions in some places of an import, and ends by a signal after others.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os._exit(_end(*INTERRUPTED))
-
+def _on_interrupt(handler: Callable[[int, FrameType | None], None], ours: bool) -> Iterator[None]:
+    """Handle Ctrl-C in this way, if it is ours to handle and this thread is the one that may."""
+    ours = ours and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
-    ours = callable(before) and threading.current_thread() is threading.main_thread()
     if ours:
-        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -166,14 +166,12 @@ def guarded(command: Callable[[], int]) -> int:
         raise KeyboardInterrupt
 
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ours = ours and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
     try:
-        try:
-            return command()
-        finally:
-            _flush()
+        with _on_interrupt(interrupt, ours):
+            try:
+                return command()
+            finally:
+                _flush()
     except BaseException as error:
         # Imports may turn an interrupt into an error of their own. Composer's handler exits.
         exits = isinstance(error, SystemExit) and error.code == 128 + signal.SIGINT
@@ -186,9 +184,6 @@ def guarded(command: Callable[[], int]) -> int:
         if isinstance(error, ValueError | OSError):
             return _end(1, _message(error))
         raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _message(error: Exception) -> str:
