@@ -267,7 +267,7 @@ def test_a_model_that_changes_meanwhile(folder, tmp_path, capsys, monkeypatch):
     times = count()
     monkeypatch.setattr("m2_plugin.chunks.digest", lambda _: str(next(times)))
     assert run(folder, file, tmp_path / "v.npy") == 1
-    assert "model0' was changed meanwhile" in capsys.readouterr().err
+    assert f"{folder.name}' was changed meanwhile" in capsys.readouterr().err
 
 
 def test_what_is_refused(folder, tmp_path, capsys):
