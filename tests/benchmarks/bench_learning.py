@@ -15,7 +15,8 @@ its batches times the median. BERT in transformers decodes all positions, M2-BER
 only. That is most of the difference at this size, so a third time is that of BERT if it decoded the
 masked ones only: its batch, less what that saves in a training step of the same sizes.
 
-What is finished below --out is not run again. Writes results/learning.json and .png.
+What is finished below --out is not run again. Writes results/learning.json and .png; with
+`--finished`, of the lengths that are finished, without training.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import csv
 import datetime
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +34,13 @@ from typing import Any
 import torch
 from bench_glue import BERT, COMPOSER, MODELS, RESULTS, ROOT, TOKENIZER, run
 from omegaconf import OmegaConf
+from report import main as write_tables
 
 YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
 LENGTHS = {"M2-BERT": (1000, 2000, 4000, 8000), "BERT": (1000, 2000, 4000)}  # batches
 BATCH, SEQUENCE = 8, 128
 HELD_OUT = 2048  # samples
+MASKED_ONLY = "BERT, masked only"
 RATES = (7.5e-4, 1.5e-3, 3e-3)
 SEEDS = (17, 18)
 DECAY = 0.2  # of a run
@@ -60,9 +62,20 @@ def convert(corpus: list[Path], out: Path) -> Path:
 
 
 def train(
-    out: Path, folder: Path, name: str, rate: float, seed: int, batches: int, *, load: Path | None
+    out: Path,
+    folder: Path,
+    name: str,
+    rate: float,
+    seed: int,
+    batches: int,
+    *,
+    load: Path | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> None:
-    """Run the quickstart's recipe for `batches` through the launcher, from a checkpoint or not."""
+    """Run the quickstart's recipe for `batches` through the launcher.
+
+    It may begin at a checkpoint (`load`), and keys of the recipe may have other values (`changes`).
+    """
     config: Any = OmegaConf.load(YAML)
     if name == "BERT":
         config.model = BERT
@@ -96,6 +109,8 @@ def train(
     config.callbacks.loss_curve.unigram_baseline = False
     if load:
         config.load_path = str(load)
+    for key, value in (changes or {}).items():
+        OmegaConf.update(config, key, value, force_add=True)
     folder.mkdir(parents=True, exist_ok=True)
     yaml = folder.with_suffix(".yaml")
     OmegaConf.save(config, yaml)
@@ -109,10 +124,18 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(int(row["batch"]), float(row["loss"])) for row in rows]
 
 
+def place(out: Path, name: str, rate: float, seed: int, batches: int) -> Path:
+    return out / name / f"{rate}-{seed}" / str(batches)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "huggingface/final/config.json").exists()
+
+
 def trained(out: Path, name: str, rate: float, seed: int, batches: int) -> Path:
     """The finished run of a length, which continues that of half the length."""
-    folder = out / name / f"{rate}-{seed}" / str(batches)
-    if not (folder / "huggingface/final/config.json").exists():
+    folder = place(out, name, rate, seed, batches)
+    if not is_finished(folder):
         load = None
         if batches > LENGTHS[name][0]:
             half = trained(out, name, rate, seed, batches // 2)
@@ -135,10 +158,12 @@ def best_rate(out: Path, name: str) -> tuple[float, dict[float, float]]:
     return best, dict(sorted(tried.items()))
 
 
-def learn(out: Path, name: str) -> dict[str, Any]:
+def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
     rate, tried = best_rate(out, name)
     points: dict[str, dict[str, list[float]]] = {}
     for batches in LENGTHS[name]:
+        if finished and not all(is_finished(place(out, name, rate, s, batches)) for s in SEEDS):
+            break
         ends = [dict(losses(trained(out, name, rate, seed, batches))) for seed in SEEDS]
         points[str(batches)] = {
             "loss": [end[batches] for end in ends],
@@ -155,7 +180,7 @@ def batch_seconds(out: Path, name: str) -> float:
     from m2_plugin.train_report.readers import read_logs
 
     folder = out / "timing" / f"{name}-{time.time_ns()}"
-    train(out, folder, name, RATES[0], SEEDS[0], TIMED_BATCHES, load=None)
+    train(out, folder, name, RATES[0], SEEDS[0], TIMED_BATCHES)
     (log,) = [log for log in read_logs(folder) if "throughput/batches_per_sec" in log.series]
     return 1 / statistics.median(log.series["throughput/batches_per_sec"].values)
 
@@ -214,18 +239,60 @@ def measure(out: Path) -> dict[str, Any]:
     return times
 
 
+# --- the picture ---
+
+
+def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of a batch, also of BERT if it decoded the masked positions only."""
+    seconds = {n: statistics.median(v) for n, v in report["seconds_of_a_batch"].items()}
+    saved = report["saved_by_masked_decoding"]["median"]
+    return seconds | {MASKED_ONLY: seconds["BERT"] - saved}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    from m2_plugin.files import write_atomically
+    from m2_plugin.pictures import LIGHT, drawing, to_png
+
+    timed = "seconds_of_a_batch" in report
+    with drawing(height=4.4) as figure:
+        panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+        tokens = dict.fromkeys(MODELS, report["tokens_of_a_batch"] / 1e6)
+        scales = [tokens]
+        if timed:
+            scales.append({n: s / 60 for n, s in seconds_of_a_batch(report).items()})
+        for axes, units in zip(panels, scales, strict=True):
+            for (name, unit), color in zip(units.items(), LIGHT.series, strict=False):
+                points = report["models"][name.split(",")[0]]["batches"]
+                x = [int(batches) * unit for batches in points]
+                ends = [point["loss"] for point in points.values()]
+                line = "--" if name == MASKED_ONLY else "-"
+                middle = [statistics.mean(end) for end in ends]
+                axes.plot(x, middle, line, marker="o", color=color, label=name)
+                low, high = [min(end) for end in ends], [max(end) for end in ends]
+                axes.fill_between(x, low, high, color=color, alpha=0.3)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.3g}")
+        panels[0].set(xlabel="million tokens", ylabel="held-out loss, nats")
+        if timed:
+            panels[1].set(xlabel="minutes of a core")
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        write_atomically(path, to_png(figure))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="JSON lines of text")
     parser.add_argument("--out", type=Path, default=ROOT / "quickstart" / "bench_learning")
     parser.add_argument("--time", action="store_true", help="measure times on a quiet machine")
+    parser.add_argument("--finished", action="store_true", help="train nothing more")
     args = parser.parse_args()
     out = args.out.resolve()
     convert(args.corpus, out)
     if args.time:
         measure(out)
     with ThreadPoolExecutor(len(MODELS)) as pool:
-        models = dict(zip(MODELS, pool.map(lambda name: learn(out, name), MODELS), strict=True))
+        found = pool.map(lambda name: learn(out, name, args.finished), MODELS)
+        models = dict(zip(MODELS, found, strict=True))
     report = {
         "benchmark": "learning",
         "date": datetime.date.today().isoformat(),
@@ -241,8 +308,8 @@ def main() -> None:
     if times.exists():
         report |= json.loads(times.read_text())
     (RESULTS / "learning.json").write_text(json.dumps(report, indent=1) + "\n")
-    command = [sys.executable, Path(__file__).parent / "report.py"]
-    subprocess.run([str(part) for part in command], check=True)
+    draw(report, RESULTS / "learning.png")
+    write_tables()
 
 
 if __name__ == "__main__":
