@@ -34,13 +34,13 @@ from typing import Any
 import torch
 from bench_glue import BERT, COMPOSER, MODELS, RESULTS, ROOT, TOKENIZER, run
 from omegaconf import OmegaConf
+from report import MASKED_ONLY, seconds_of_a_batch
 from report import main as write_tables
 
 YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
 LENGTHS = {"M2-BERT": (1000, 2000, 4000, 8000), "BERT": (1000, 2000, 4000)}  # batches
 BATCH, SEQUENCE = 8, 128
 HELD_OUT = 2048  # samples
-MASKED_ONLY = "BERT, masked only"
 RATES = (7.5e-4, 1.5e-3, 3e-3)
 SEEDS = (17, 18)
 DECAY = 0.2  # of a run
@@ -240,13 +240,6 @@ def measure(out: Path) -> dict[str, Any]:
 
 
 # --- the picture ---
-
-
-def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
-    """The median seconds of a batch, also of BERT if it decoded the masked positions only."""
-    seconds = {n: statistics.median(v) for n, v in report["seconds_of_a_batch"].items()}
-    saved = report["saved_by_masked_decoding"]["median"]
-    return seconds | {MASKED_ONLY: seconds["BERT"] - saved}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ results is missing is not printed: a sentence says which command measures it.
 import json
 import logging
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 NONE = "–"
+MASKED_ONLY = "BERT, masked only"
 WHAT = {"forward": "encoder forward", "step": "training step"}
 NO_GPU = "Not measured yet: run `make gpu-bench` on a machine with a GPU."
 
@@ -518,27 +520,32 @@ def conversion() -> str:
 def glue_quickstart() -> str:
     report = load("glue_quickstart")
     names = list(report["models"])
+    longer = load("glue_longer") if (RESULTS / "glue_longer.json").exists() else None
+    runs = [report, longer] if longer else [report]
     rows = []
-    for row in report["tasks"]:
+    for i, row in enumerate(report["tasks"]):
         for metric in row["commonest"]:
-            values = [row["models"][name]["metrics"][metric] for name in names]
             trained = row["models"][names[0]]
             count = f"{trained['train_samples']:,} × {trained['epochs']}"
-            scores = [f"{value:.3f}" for value in values]
             commonest = f"{row['commonest'][metric]:.3f}"
+            models = [run["tasks"][i]["models"][name] for run in runs for name in names]
+            scores = [f"{model['metrics'][metric]:.3f}" for model in models]
             rows.append([row["task"], metric, count, commonest, *scores])
-    sizes = "; ".join(
-        f"{name}: {model['parameters']:,} parameters, evaluation loss "
-        f"{model['pretraining_eval_loss']:.2f} nats"
-        for name, model in report["models"].items()
-    )
+
+    def sizes(run: dict) -> str:
+        return "; ".join(
+            f"{name}: {model['parameters']:,} parameters, held-out loss "
+            f"{model['pretraining_eval_loss']:.2f} nats"
+            for name, model in run["models"].items()
+        )
+
     random_weights = report["sst2_from_random_weights"]
     scratch = ", ".join(f"{name} {value:.1%}" for name, value in random_weights.items())
     sst2 = next(row for row in report["tasks"] if row["task"] == "SST-2")
     accuracy = ", ".join(f"{n} {sst2['models'][n]['metrics']['accuracy']:.1%}" for n in names)
     intro = (
-        f"Two models of the quickstart's size, pretrained by its recipe ({sizes}), then fine-tuned "
-        f"with `composer train.py` on a CPU. Whole dev sets, last epoch, one seed, "
+        f"Two models of the quickstart's size, pretrained by its recipe ({sizes(report)}), then "
+        f"fine-tuned with `composer train.py` on a CPU. Whole dev sets, last epoch, one seed, "
         f"{report['date']} (`bench_glue.py`). The table shows that the path from text to a score "
         f"works. On SST-2, trained on 20,000 of its 67,349 sentences, the accuracy is {accuracy}; "
         f"the most common answer gives {sst2['commonest']['accuracy']:.1%}; the same training "
@@ -548,15 +555,29 @@ def glue_quickstart() -> str:
         f"seed, differences this small mean nothing. Each saved folder, loaded again in "
         f"transformers, gives the trainer's metric.\n\n"
     )
+    if longer:
+        intro += (
+            f"The columns *longer* are of models of the section above, of the same size and "
+            f"pretrained for about the same time ({sizes(longer)}); {longer['date']}.\n\n"
+        )
+        names += [f"{name}, longer" for name in names]
     header = ["task", "metric", "samples × epochs", "most common answer", *names]
-    picture = "![GLUE dev sets](results/glue_quickstart.png)"
-    return f"{intro}{table(header, rows)}\n\n{picture}"
+    pictures = ["glue_quickstart", "glue_longer"][: len(runs)]
+    drawn = "\n\n".join(f"![GLUE dev sets](results/{picture}.png)" for picture in pictures)
+    return f"{intro}{table(header, rows)}\n\n{drawn}"
+
+
+def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of a batch, also of BERT if it decoded the masked positions only."""
+    seconds = {n: statistics.median(v) for n, v in report["seconds_of_a_batch"].items()}
+    saved = report["saved_by_masked_decoding"]["median"]
+    return seconds | {MASKED_ONLY: seconds["BERT"] - saved}
 
 
 def learning() -> str:
+    if not (RESULTS / "learning.json").exists():
+        return "Not measured yet: run `bench_learning.py`."
     report = load("learning")
-    from bench_learning import MASKED_ONLY, seconds_of_a_batch  # slow to import
-
     seconds = seconds_of_a_batch(report)
     rates = "; ".join(
         f"{name} {model['lr']} (of {', '.join(model['loss_by_lr'])})"
