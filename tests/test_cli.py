@@ -139,5 +139,8 @@ def test_an_interrupt_while_it_starts(seconds, tmp_path):
     error = process.communicate()[1]
     ended = process.returncode, error
     interrupted = (130, "interrupted: run the same command again to continue\n")
-    assert ended == interrupted or (ended[0] == 1 and "none" in error and error.count("\n") == 1)
+    finished = ended[0] == 1 and "none" in error and error.count("\n") == 1
+    # On a busy machine Python itself may not have started yet.
+    not_begun = ended[0] == -signal.SIGINT and "cli.py" not in error
+    assert ended == interrupted or finished or not_begun
     assert not (tmp_path / "x.npy").exists()
