@@ -24,6 +24,7 @@ from m2_plugin.data.formats import (
     is_saved_dataset,
     remote_errors,
 )
+from m2_plugin.data.pairs import Keys
 from m2_plugin.data.rows import Row, is_json_stream, open_parquet, read_rows, text_of
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 
@@ -203,12 +204,35 @@ def _paragraphs(path: str, column: str) -> Iterator[Row]:
         yield Row(place, {column: "\n".join(lines)}, problem)
 
 
+def read_pairs(path: str, keys: Keys) -> Iterator[Document]:
+    """Yield the pairs of a file, each a JSON object with `query`, `passage` and `negatives`.
+
+    All pairs of a file have as many negatives as its first one: llm-foundry makes one tensor of a
+    batch.
+    """
+    first = None
+    for row in read_rows(path):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            pair = keys.pair(row.values)
+            count = len(pair["negatives"])
+            first = count if first is None else first
+            if count != first:
+                raise ValueError(f"{count} negatives, but the rows before it have {first}")
+        except ValueError as error:
+            yield BadDocumentError(f"{row.place}: {error}")
+        else:
+            yield json.dumps(pair, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class FilesInOrder:
-    """A stream of files that must be read from their beginning."""
+    """A stream of files that must be read from their beginning: texts, or pairs."""
 
     files: tuple[InputFile, ...]
     text_column: str = "text"
+    pairs: Keys | None = None
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
@@ -224,6 +248,9 @@ class FilesInOrder:
                 yield text, stored
 
     def _documents_of(self, file: InputFile) -> Iterator[Document]:
+        if self.pairs is not None:
+            yield from read_pairs(file.path, self.pairs)
+            return
         column = self.text_column
         if file.layout == "paragraph":
             rows = _paragraphs(file.path, column)
@@ -313,11 +340,13 @@ class HubShard:
 Stream = CuttableFiles | FilesInOrder | HubShard
 
 
-def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
+def file_streams(
+    files: list[InputFile], text_column: str = "text", pairs: Keys | None = None
+) -> list[Stream]:
     """Group successive files into streams."""
     streams: list[Stream] = []
     for cuttable, group in itertools.groupby(files, InputFile.is_cuttable):
-        if cuttable:
+        if cuttable and pairs is None:
             streams.append(CuttableFiles(tuple(group), text_column))
             continue
         together: list[InputFile] = []
@@ -326,10 +355,10 @@ def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stre
             together.append(file)
             size += file.size
             if size >= STREAM_BYTES:
-                streams.append(FilesInOrder(tuple(together), text_column))
+                streams.append(FilesInOrder(tuple(together), text_column, pairs))
                 together, size = [], 0
         if together:
-            streams.append(FilesInOrder(tuple(together), text_column))
+            streams.append(FilesInOrder(tuple(together), text_column, pairs))
     return streams
 
 
