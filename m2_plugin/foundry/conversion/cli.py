@@ -152,11 +152,6 @@ def _label_fits(label: str, name: str, splits: dict[str, Split]) -> bool:
     return label == name or label in (hub_split, {"validation": "val"}.get(hub_split))
 
 
-def _native_label(path: str) -> str | None:
-    match = _C4_FILE.match(Path(path).name)
-    return match[1] if match else None
-
-
 class LocalFiles:
     """The files of --local_files, and the splits that they are for."""
 
@@ -170,15 +165,11 @@ class LocalFiles:
             match = None if Path(item).exists() else _LABEL.fullmatch(item)
             label, pattern = match.groups() if match else (None, item)
             for file in input_files([pattern], arguments.txt_documents):
-                self._add(
-                    label or (_native_label(file.path) if splits is C4_SPLITS else None), file
-                )
-
-    def _add(self, label: str | None, file: InputFile) -> None:
-        if label is None:
-            self.plain.append(file)
-        else:
-            self.labelled.append((label, file))
+                native = _C4_FILE.match(Path(file.path).name) if splits is C4_SPLITS else None
+                if name := label or (native and native[1]):
+                    self.labelled.append((name, file))
+                else:
+                    self.plain.append(file)
 
     def known_splits(self) -> set[str]:
         """Return the split names in SPLIT=PATH."""
@@ -186,12 +177,10 @@ class LocalFiles:
 
     def unused_labels(self) -> list[str]:
         """Return the split names in SPLIT=PATH that no requested split reads."""
-        labels = sorted(self.known_splits())
-        return [
-            label
-            for label in labels
-            if not any(_label_fits(label, name, self.splits) for name in self.requested)
-        ]
+        return [label for label in sorted(self.known_splits()) if not self._fits(label)]
+
+    def _fits(self, label: str) -> bool:
+        return any(_label_fits(label, name, self.splits) for name in self.requested)
 
     def files_of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
         """Return the files of a split, and whether it takes their held-out documents."""

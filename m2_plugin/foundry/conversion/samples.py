@@ -19,7 +19,14 @@ from m2_plugin.data.tokenizer import load_tokenizer, vocabulary_digest
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 from m2_plugin.foundry.conversion.job import Recipe
 from m2_plugin.foundry.conversion.shards import encode_array
-from m2_plugin.foundry.conversion.sources import Block, Document, Documents, document
+from m2_plugin.foundry.conversion.sources import (
+    Block,
+    Document,
+    Documents,
+    document,
+    documents_of,
+    packed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,21 +98,14 @@ def _file_document(path: str, column: str) -> Iterator[Document]:
             yield document({column: text}, column, f"{path}:1")
 
 
-def _row_documents(documents: Documents, column: str) -> Iterator[Document]:
-    for row in read_row_groups(documents.path, documents.start, documents.end, column):
-        if row.problem:
-            yield BadDocumentError(f"{row.place}: {row.problem}")
-        else:
-            yield document(row.values, column, row.place)
-
-
 def _documents(block: Block, column: str) -> Iterator[Document]:
     yield from block.texts
     for documents in block.ranges:
         if documents.layout == "file":
             yield from _file_document(documents.path, column)
         elif documents.layout == "rows":
-            yield from _row_documents(documents, column)
+            rows = read_row_groups(documents.path, documents.start, documents.end, column)
+            yield from documents_of(rows, column)
         else:
             yield from _range_documents(documents, column)
 
@@ -217,15 +217,8 @@ class Tokenizer:
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[Tokens]:
         """Tokenise documents in batches."""
-        batch: list[str] = []
-        chars = 0
-        for text in texts:
-            batch.append(text)
-            chars += len(text)
-            if chars >= BATCH_CHARS:
-                yield from self.encode(batch)
-                batch, chars = [], 0
-        yield from self.encode(batch) if batch else ()
+        for batch in packed(((text, len(text)) for text in texts), BATCH_CHARS):
+            yield from self.encode(batch)
 
 
 @functools.lru_cache(maxsize=1)
