@@ -58,7 +58,7 @@ COMMANDS = {
     "predict": ("m2_plugin.predict:main", "write the rows of a file with a model's predictions"),
     "evaluate": (
         "m2_plugin.evaluate:main",
-        "measure a trained model on other data: masked-language-model loss, or classes",
+        "measure a trained model on other data, by the metrics of its training",
     ),
     "doctor": (
         "m2_plugin.doctor:main",

@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="m2-plugin evaluate",
-        description="Measure a masked language model (cross-entropy, perplexity, accuracy at "
-        "masked tokens) or a classifier (the metrics of its training) on data. The same data and "
-        "masks give what the evaluation of a training run gives.",
+        description="Measure a model on data: a masked language model (cross-entropy, perplexity, "
+        "accuracy at masked tokens), a classifier of texts or words, or a model that answers "
+        "questions (the metrics of its training). The same data and masks give what the evaluation "
+        "of a training run gives.",
     )
     parser.add_argument(
         "model", help="a transformers folder, or a Composer checkpoint (.pt) of an M2-BERT"
@@ -38,15 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data",
         required=True,
-        help=f"a file: {ENDINGS}; or, for a masked language model, a folder of MDS shards",
+        help=f"a file: {ENDINGS}; for words also CoNLL, for questions SQuAD's JSON, for a masked "
+        "language model a folder of MDS shards",
     )
     parser.add_argument("--split", help="the split in a folder (default: val for MDS)")
     parser.add_argument(
-        "--text-column", default="text", help="the column with the texts (default: text)"
+        "--text-column",
+        help="the column with the texts (default: text) or the lists of words (tokens); for CoNLL "
+        "a number (0)",
     )
     parser.add_argument("--pair-column", help="the column with the second texts of pairs")
     parser.add_argument(
-        "--label-column", default="label", help="the column with the labels (default: label)"
+        "--label-column",
+        help="the column with the labels (default: label) or the lists of tags (tags); for CoNLL a "
+        "number (the last)",
     )
     parser.add_argument(
         "--label-names",
@@ -57,14 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mlm-probability",
         type=float,
-        default=0.15,
         help="the share of the tokens to mask (default: 0.15)",
     )
     parser.add_argument(
         "--mask-seed", type=int, help="the seed of the masks (default: that of training runs)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="the texts in a batch (default: 64)"
+        "--batch-size", type=int, default=64, help="the texts or windows in a batch (default: 64)"
     )
     add_model_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the result to a JSON file too")

@@ -36,6 +36,7 @@ from m2_plugin.models import M2BertConfig
 
 __all__ = [
     "DTYPES",
+    "LONGEST",
     "Settings",
     "add_batch_arguments",
     "add_model_arguments",
@@ -56,6 +57,7 @@ __all__ = [
     "survey",
 ]
 
+LONGEST = 512  # tokens of a window, if neither model nor tokenizer says how many it takes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADS = {
     "ForMaskedLM": AutoModelForMaskedLM,

@@ -58,7 +58,7 @@ def predict_file(
             than a classifier's maximum are cut, with a warning; the others read them in windows.
         out: The `.csv`, `.jsonl` or `.parquet` file to write: all columns of the input, and
             `prediction` (the name of the class, the tags, the answer) with the columns of the task
-            (see `m2_plugin.tasks`): `probability_NAME` for each class, `entities`, `start` ...;
+            (see `m2_plugin.tasks`): `probability_NAME` for each class, `probability`, ...;
             for a regression only `score`. It appears when it is complete; until then a hidden
             folder beside it holds the finished answers.
         text_column: The column with the texts, and the name for the lines of a text file.
@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         required=True,
         help=f"the file to write ({', '.join(OUT_ENDINGS)}): all columns of the input, prediction "
-        "and probability_NAME for each class; score for a regression; tags and entities for words; "
-        "or an answer, its place and scores",
+        "and probability_NAME for each class; score for a regression; tags, probability and "
+        "entities for words; or an answer, its place and scores",
     )
     parser.add_argument("--pair-column", help="the column with the second texts of pairs")
     add_run_arguments(parser)

@@ -11,7 +11,7 @@ import pyarrow
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from m2_plugin.data.labels import answer_columns, answers
+from m2_plugin.data.labels import answer_columns, answers, plain
 from m2_plugin.data.rows import Row, read_rows, text_bytes, text_of
 from m2_plugin.data.squad import DOC_STRIDE, answer_question, encode_question, question_rows
 from m2_plugin.data.token_labels import (
@@ -25,6 +25,7 @@ from m2_plugin.data.token_labels import (
 )
 from m2_plugin.data.tokenizer import shorten
 from m2_plugin.inference import (
+    LONGEST,
     Settings,
     checked_rows,
     forward,
@@ -42,8 +43,6 @@ __all__ = [
     "TextEmbedding",
     "TokenClassification",
 ]
-
-LONGEST = 512  # tokens of a window, if neither model nor tokenizer says how many it takes
 
 Values = Mapping[str, Any]
 
@@ -233,10 +232,11 @@ class TextClassification(_OfTexts):
 
 
 class TokenClassification(Task):
-    """The tag of each word of a sentence, and the entities in the tags.
+    """The tag of each word of a sentence with its probability, and the entities in the tags.
 
     A row has a list of words, as in `tokens` of a CoNLL file, or a text: that is split at white
-    space and punctuation. An entity's `start` and `end` count words, or characters of a text.
+    space and punctuation. An entity's `start` and `end` count words, or characters of a text. Its
+    probability is the mean over its words.
     """
 
     def __init__(self, *args: Any):
@@ -244,9 +244,11 @@ class TokenClassification(Task):
         _refuse_pairs(self.settings.pair_column, "token classification")
         self.names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
         self.has_entities = are_entity_tags(self.names)
-        text, index = pyarrow.string(), pyarrow.int64()
-        entity = pyarrow.struct({"type": text, "start": index, "end": index, "text": text})
-        columns = {"prediction": pyarrow.list_(text)}
+        text, index, share = pyarrow.string(), pyarrow.int64(), pyarrow.float32()
+        entity = pyarrow.struct(
+            {"type": text, "start": index, "end": index, "text": text, "probability": share}
+        )
+        columns = {"prediction": pyarrow.list_(text), "probability": pyarrow.list_(share)}
         columns |= {"entities": pyarrow.list_(entity)} if self.has_entities else {}
         self.fields = pyarrow.schema(columns)
         self.split = BertPreTokenizer().pre_tokenize_str
@@ -288,10 +290,15 @@ class TokenClassification(Task):
         answers = []
         for (words, places, text), windows in zip(inputs, encoded.detail, strict=True):
             own = [next(logits)[0] for _ in windows]
-            tags = [self.names[i] for i in word_predictions(windows, own)]
-            answers.append({"prediction": tags})
+            ids, shares = word_predictions(windows, own)
+            tags = [self.names[i] for i in ids]
+            answers.append({"prediction": tags, "probability": [plain(s) for s in shares]})
             if self.has_entities:
-                answers[-1]["entities"] = [_found(e, words, places, text) for e in entities(tags)]
+                answers[-1]["entities"] = [
+                    _found(e, words, places, text)
+                    | {"probability": plain(shares[e.start : e.end].mean())}
+                    for e in entities(tags)
+                ]
         return answers
 
 

@@ -71,18 +71,22 @@ def test_words(tmp_path, kind, monkeypatch):
     assert run(tmp_path, write_rows(tmp_path / "a.jsonl", [*rows, {"tokens": []}]), "o.jsonl") == 0
     found = lines(tmp_path / "o.jsonl")
     assert [{k: row[k] for k in given} for row, given in zip(found, rows, strict=False)] == rows
-    assert found[-1] == {"tokens": [], "prediction": [], "entities": []}
+    assert found[-1] == {"tokens": [], "prediction": [], "probability": [], "entities": []}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for row in found[:-1]:
         windows = encode_words(tokenizer, row["tokens"], L)
-        ids = word_predictions(windows, [logits(model, w.input_ids)["logits"] for w in windows])
+        scores = [logits(model, w.input_ids)["logits"] for w in windows]
+        ids, shares = word_predictions(windows, scores)
         assert row["prediction"] == [NAMES[i] for i in ids]
         assert len(ids) == len(row["tokens"])
+        assert np.allclose(row["probability"], shares, atol=1e-4)
         for entity, (name, start, end) in zip(
             row["entities"], entities(row["prediction"]), strict=True
         ):
             text = " ".join(row["tokens"][start:end])
+            share = entity.pop("probability")
             assert entity == {"type": name, "start": start, "end": end, "text": text}
+            assert np.isclose(share, np.mean(row["probability"][start:end]), atol=1e-6)
 
     rows = [row for row in rows if row["tokens"]]
     for tags in ("", "\tO"):

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from m2_plugin.cli import main
-from m2_plugin.pictures import LIGHT, drawing
+from m2_plugin.pictures import DARK, LIGHT, drawing
 from m2_plugin.train_report.command import write_report
 from m2_plugin.train_report.draw import PANELS, _Panel, draw
 from m2_plugin.train_report.runs import Run, load_runs, summarize, tokenizers_differ
@@ -377,6 +378,16 @@ def test_a_baseline_belongs_to_its_run(tmp_path):
         line = lines[f"unigram entropy of {run.name}: {values[run.name]:.3f}"]
         assert line.get_color() == color and set(line.get_ydata()) == {values[run.name]}
     assert lines["shared: 1.000"].get_color() == LIGHT.faint
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_a_legend_has_the_colours_of_its_picture(theme, tmp_path):
+    log_events(tmp_path / "small", range(20))
+    with drawing(theme) as figure:
+        PANELS["loss"][1](_Panel(figure, [one(tmp_path)], "batch", theme))
+    legend = figure.axes[0].get_legend()
+    assert to_hex(legend.get_frame().get_facecolor()) == theme.paper
+    assert {text.get_color() for text in legend.get_texts()} == {theme.ink}
 
 
 def test_the_loss_of_a_regression_is_a_squared_error(tmp_path):

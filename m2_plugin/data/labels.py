@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from m2_plugin.data.rows import class_names, read_rows
 from m2_plugin.suggest import check_keys
 
-__all__ = ["answer_columns", "answers", "in_data", "label_names", "names_of_config", "spelling"]
+__all__ = [
+    "answer_columns",
+    "answers",
+    "in_data",
+    "label_names",
+    "names_of_config",
+    "plain",
+    "spelling",
+]
 
 MAX_NAMES = 1000  # more different labels are numbers, ids or texts, but no classes
 FEW_ROWS = 20  # so many rows may each have a label of their own
@@ -176,15 +184,15 @@ def answers(
     """
     columns = answer_columns(names, regression)
     if regression:
-        return [{columns[0]: _plain(row[0])} for row in logits]
+        return [{columns[0]: plain(row[0])} for row in logits]
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     shares = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
     return [
-        dict(zip(columns, [names[int(best)], *map(_plain, row)], strict=True))
+        dict(zip(columns, [names[int(best)], *map(plain, row)], strict=True))
         for best, row in zip(logits.argmax(axis=1), shares, strict=True)
     ]
 
 
-def _plain(value: Any) -> float:
+def plain(value: Any) -> float:
     """Return the float with the fewest digits that is this float32."""
     return float(str(np.float32(value)))

@@ -391,18 +391,26 @@ def _window(
 
 def word_predictions(
     windows: Sequence[WordWindow], logits: Sequence[NDArray[np.floating]]
-) -> NDArray[np.int64]:
-    """Return the most probable tag of each word.
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the most probable tag of each word, and its probability.
 
     Args:
         windows: The windows of one sentence.
         logits: For each window (L, num_labels); rows of padding at the end are ignored.
 
     Returns:
-        Tag ids, (number of words,).
+        Tag ids and probabilities, (number of words,) each.
     """
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, float]] = {}
     for window, scores in zip(windows, logits, strict=True):
         best = scores.argmax(-1)
-        found |= {word: int(best[i]) for i, word in enumerate(window.words) if word >= 0}
-    return np.array([found[i] for i in range(len(found))], dtype=np.int64)
+        below = scores.astype(np.float64) - scores.max(-1, keepdims=True)
+        shares = 1 / np.exp(below).sum(-1)  # of the largest logit
+        found |= {
+            word: (int(best[i]), float(shares[i]))
+            for i, word in enumerate(window.words)
+            if word >= 0
+        }
+    words = [found[i] for i in range(len(found))]
+    ids = np.array([tag for tag, _ in words], dtype=np.int64)
+    return ids, np.array([share for _, share in words], dtype=np.float32)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.flops import FlopCounter
 from m2_plugin.foundry.private import ContrastiveConfig
 from m2_plugin.foundry.starting_points import build_from_keys, prepare_for_composer
@@ -99,6 +100,7 @@ class M2BertContrastive(FinetuneEmbeddingModel):
             not apply.
     """
 
+    @one_line()
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -21,28 +21,16 @@ from llmfoundry.data.dataloader import build_dataloader
 from m2_plugin.data.labels import answer_columns, answers
 from m2_plugin.data.write import write_rows
 from m2_plugin.files import write_atomically, write_json
+from m2_plugin.foundry.errors import RunError
+from m2_plugin.foundry.evaluated import METRIC_NAMES, evaluated, finite, inner_model
 from m2_plugin.foundry.models import CLASSIFICATION_METRICS, REGRESSION, SINGLE_LABEL
-from m2_plugin.foundry.question_answering import ANSWER_METRICS
 from m2_plugin.foundry.run_summary import count_parameters
-from m2_plugin.foundry.token_classification import TOKEN_METRICS
 
-__all__ = ["PACKAGES", "EvalResults", "evaluated", "inner_model"]
+__all__ = ["PACKAGES", "EvalResults"]
 
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 2.0
-# Class names of metrics, which Composer uses, and their names in a YAML.
-METRIC_NAMES = {
-    "MulticlassAccuracy": "accuracy",
-    "BinaryF1Score": "f1",
-    "MulticlassF1Score": "f1",
-    "MulticlassMatthewsCorrCoef": "matthews",
-    "LanguageCrossEntropy": "cross_entropy",
-    "PearsonCorrCoef": "pearson",
-    "SpearmanCorrCoef": "spearman",
-    "MeanSquaredError": "mse",
-}
-METRIC_NAMES |= {cls.__name__: name for name, cls in (TOKEN_METRICS | ANSWER_METRICS).items()}
 PACKAGES = ("m2-plugin", "llm-foundry", "mosaicml", "torch", "transformers")
 
 
@@ -60,6 +48,7 @@ class EvalResults(Callback):
             `predictions/LABEL.csv` gets the texts and the columns that `m2-plugin predict` writes,
             in the order of the data, and `predictions/LABEL.npy` the logits, float32 (N,
             num_labels). A loader that cannot be built is left out, and `metrics.json` says why.
+            Only for classifiers and regressions of texts; for others it is an error at the start.
         batch_size: The rows of a batch of predictions.
         progress: Whether to write `progress.json` every two seconds, with the loss and the share
             of training that is done.
@@ -91,6 +80,11 @@ class EvalResults(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Build the loaders to predict, so that an error comes before training."""
         del logger
+        if self.predict and not _classifies(inner_model(state)):
+            raise RunError(
+                "callbacks.eval_results.predict is for classes or numbers of texts: for another "
+                "model use m2-plugin predict after training"
+            )
         self.folder = format_name_with_dist(self.folder, state.run_name)
         os.makedirs(self.folder, exist_ok=True)
         tokenizer = getattr(inner_model(state), "tokenizer", None)
@@ -111,7 +105,7 @@ class EvalResults(Callback):
         self.last_progress = time.monotonic()
         loss = state.total_loss_dict.get("loss/train/total")
         if dist.get_global_rank() == 0 and loss is not None:
-            value = {"done": _share_done(state), "loss": _finite(float(loss))}
+            value = {"done": _share_done(state), "loss": finite(float(loss))}
             write_json(os.path.join(self.folder, "progress.json"), value)
 
     def eval_start(self, state: State, logger: Logger) -> None:
@@ -210,25 +204,6 @@ class EvalResults(Callback):
         write_rows(path, rows, [*texts, *answer_columns(names, regression)])
 
 
-def evaluated(state: State) -> dict[str, dict[str, float | None]]:
-    """Return the values of the last evaluation: label → metric → value, None if it is not finite.
-
-    All ranks must call it.
-    """
-    return {
-        label.removeprefix("eval/"): {
-            METRIC_NAMES.get(name, name): _finite(float(metric.compute()))
-            for name, metric in metrics.items()
-        }
-        for label, metrics in state.eval_metrics.items()
-    }
-
-
-def inner_model(state: State) -> Any:
-    """Return the Composer model, even if DDP wraps it."""
-    return getattr(state.model, "module", state.model)
-
-
 def _classifies(model: Any) -> bool:
     """Tell whether a model gives one class, or one number, for each row."""
     config = getattr(model, "config", None)
@@ -262,7 +237,7 @@ def _commonest_answer(evaluator: Evaluator, model: Any) -> dict[str, float | Non
         metric = CLASSIFICATION_METRICS[name](n)
         metric.sync_on_compute = False  # each rank has all labels
         metric.update(answers, labels)
-        found[name] = _finite(float(metric.compute()))
+        found[name] = finite(float(metric.compute()))
     return found
 
 
@@ -270,10 +245,6 @@ def _npy(array: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _share_done(state: State) -> float:

@@ -17,13 +17,27 @@ from transformers import PreTrainedTokenizerBase
 from m2_plugin.data.formats import check_file, is_saved_dataset
 from m2_plugin.data.labels import names_of_config
 from m2_plugin.data.rows import read_rows, text_of
+from m2_plugin.data.squad import DOC_STRIDE, MAX_ANSWER_LENGTH
+from m2_plugin.data.token_labels import is_conll
 from m2_plugin.data.tokenizer import shorten
 from m2_plugin.foundry.mds_index import INDEX
 from m2_plugin.foundry.mlm_text import DEFAULT_SEED, MLMCollator, build_mlm_text_dataloader
 from m2_plugin.foundry.models import CLASSIFICATION_METRICS
+from m2_plugin.foundry.question_answering import (
+    ANSWER_METRICS,
+    build_question_answering_dataloader,
+    feature_rows,
+)
 from m2_plugin.foundry.text_classification import build_text_classification_dataloader
+from m2_plugin.foundry.token_classification import (
+    TOKEN_METRICS,
+    build_token_classification_dataloader,
+    tag_metrics,
+    word_rows,
+)
 from m2_plugin.inference import (
     DTYPES,
+    LONGEST,
     checked_rows,
     load_model,
     max_length,
@@ -38,79 +52,110 @@ __all__ = ["evaluate"]
 
 CLASSES = ("accuracy", "f1", "matthews", "cross_entropy")
 REGRESSION = ("pearson", "spearman", "mse")
+# The kinds of models that `load_model` loads, and the options of the data that each takes.
+OPTIONS = {
+    "ForMaskedLM": {"text_column", "mlm_probability", "mask_seed"},
+    "ForSequenceClassification": {"text_column", "pair_column", "label_column", "label_names"},
+    "ForTokenClassification": {"text_column", "label_column", "label_names"},
+    "ForQuestionAnswering": set[str](),
+}
 
 
 def evaluate(
     model: str | Path,
     data: str,
     split: str | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     label_names: Sequence[str] | None = None,
-    mlm_probability: float = 0.15,
+    mlm_probability: float | None = None,
     mask_seed: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Measure a masked language model or a sequence classifier.
+    """Measure a masked language model, a classifier of texts or words, or answers to questions.
 
     Args:
         model: A transformers folder, or a Composer checkpoint (.pt) of an M2-BERT; with a
             tokenizer.
-        data: A file of any format in `m2_plugin.data.formats`, or a folder that `datasets` saved. A
-            masked language model also takes a folder of MDS shards. Texts are cut to the model's
-            maximum, as in training.
+        data: A file of any format in `m2_plugin.data.formats`, or a folder that `datasets` saved;
+            for words also CoNLL, for questions SQuAD's JSON, for a masked language model a folder
+            of MDS shards. Texts are cut to the model's maximum, as in training; words and contexts
+            beyond it are read in windows.
         split: The split in a folder; for MDS the default is val, or none if the folder itself has
             shards.
-        text_column: The column with the texts, and the name for the lines of a text file.
+        text_column: The column with the texts (default: text), and the name for the lines of a text
+            file; or with the lists of words (tokens). In a CoNLL file it is a number.
         pair_column: The column with the second texts of pairs.
-        label_column: The column with the labels, names or ids, or with the numbers of a regression.
+        label_column: The column with the labels (label), names or ids, or with the numbers of a
+            regression; or with the lists of tags (tags). In a CoNLL file it is a number.
         label_names: The names of the classes in the order of their ids, if the model has no names.
-        mlm_probability: The share of the tokens to mask.
+        mlm_probability: The share of the tokens to mask (0.15).
         mask_seed: The seed of the masks; the default is the default of `mlm_text`.
-        batch_size: The texts in a batch.
+        batch_size: The texts, or windows, in a batch.
         device: `auto` (CUDA if there is a GPU), or a device as torch names it.
         dtype: `float32`, or `bfloat16` for autocast.
 
     Returns:
-        `model`, `data`, `rows`, and `metrics`: name → value, None if it is not finite. Of a masked
-        language model these are `cross_entropy` in nats per masked token, its exponential
-        `perplexity`, and `masked_accuracy`; of a classifier the metrics of training. `commonest` is
-        the label that most rows have, and the accuracy of predicting it always.
+        `model`, `data`, `rows` (texts, sentences or questions), and `metrics`: name → value, None
+        if it is not finite. Of a masked language model these are `cross_entropy` in nats per masked
+        token, its exponential `perplexity`, and `masked_accuracy`; of other models the metrics of
+        training. `commonest` is the label that most rows (or words) have, and the accuracy of
+        predicting it always.
 
     Raises:
-        ValueError: If the model, the data, a row or a label is not what it should be; the message
-            names it.
+        ValueError: If the model, the data, a row or a label is not what it should be, or an option
+            is not one for such a model; the message names it.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
+    given = {
+        "text_column": text_column,
+        "pair_column": pair_column,
+        "label_column": label_column,
+        "label_names": label_names,
+        "mlm_probability": mlm_probability,
+        "mask_seed": mask_seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     with model_folder(model) as folder:
         inner, kind = load_model(folder)
+        for name in options:
+            if name not in OPTIONS[kind]:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} has no effect on {str(model)!r}, a model {kind}")
         tokenizer = own_tokenizer(folder, inner.config.vocab_size)
     move(inner, device)
     autocast = torch.autocast(inner.device.type, DTYPES[dtype], dtype != "float32")
     result: dict[str, Any] = {"model": str(model), "data": data}
+    source = {"path": data, "split": split}
     with torch.inference_mode(), autocast:
         if kind == "ForMaskedLM":
             masks = {
-                "mlm_probability": mlm_probability,
-                "mask_seed": DEFAULT_SEED if mask_seed is None else mask_seed,
+                "mlm_probability": options.get("mlm_probability", 0.15),
+                "mask_seed": options.get("mask_seed", DEFAULT_SEED),
             }
-            batches = _masked_batches(inner, tokenizer, data, split, text_column, batch_size, masks)
+            text = text_column or "text"
+            batches = _masked_batches(inner, tokenizer, data, split, text, batch_size, masks)
             return result | {"masks": masks} | _masked_lm(inner, batches)
-        if kind == "ForSequenceClassification":
-            columns = {
-                "text_column": text_column,
-                "text_pair_column": pair_column,
-                "label_column": label_column,
-                "split": split,
-            }
-            names = list(label_names) if label_names else names_of_config(inner.config)
-            batches = _labelled_batches(inner, tokenizer, data, columns, names, batch_size)
-            return result | _classification(inner, batches, names)
-    raise ValueError(f"{str(model)!r} is a model {kind}, for which there is no evaluation")
+        if kind == "ForQuestionAnswering":
+            return result | _questions(inner, tokenizer, source, batch_size)
+        names = list(label_names) if label_names else names_of_config(inner.config)
+        classes = inner.config.num_labels
+        if names is not None and classes > 1 and len(names) != classes:
+            raise ValueError(f"--label-names has {len(names)} names, the model {classes} classes")
+        if kind == "ForTokenClassification":
+            columns = {"tokens_column": text_column, "tags_column": label_column}
+            return result | _words(inner, tokenizer, source, columns, names, batch_size)
+        dataset = source | {
+            "text_column": text_column or "text",
+            "text_pair_column": pair_column,
+            "label_column": label_column or "label",
+        }
+        batches = _labelled_batches(inner, tokenizer, dataset, names, batch_size)
+        return result | _classification(inner, batches, names)
 
 
 def _inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,28 +238,28 @@ def _masked_lm(model: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def _labelled_batches(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    data: str,
-    columns: Mapping[str, Any],
+    dataset: Mapping[str, Any],
     names: Sequence[str] | None,
     batch_size: int,
 ) -> Iterable[dict[str, Any]]:
     classes = model.config.num_labels
-    if names is not None and classes > 1 and len(names) != classes:
-        raise ValueError(f"--label-names has {len(names)} names, the model {classes} classes")
-    limit = max_length(model.config, tokenizer)
     dataset = {
-        "path": data,
-        **columns,
+        **dataset,
         "label_names": names if classes > 1 else None,
         "regression": classes == 1,
-        "max_seq_len": limit or tokenizer.model_max_length,
-        # A model to which padding counts was trained on texts of this length.
-        "padding": "max_length" if padding_counts(model.config) else "longest",
-        "shuffle": False,
+        "max_seq_len": max_length(model.config, tokenizer) or tokenizer.model_max_length,
+        **_how(model),
     }
     return build_text_classification_dataloader(
         tokenizer, batch_size, dataset, num_workers=0, pin_memory=False
     ).dataloader
+
+
+def _how(model: Any) -> dict[str, Any]:
+    """Return the keys of a loader that are the same for all tasks."""
+    # A model to which padding counts was trained on texts of the full length.
+    padding = "max_length" if padding_counts(model.config) else "longest"
+    return {"padding": padding, "shuffle": False}
 
 
 def _classification(
@@ -236,11 +281,79 @@ def _classification(
             metric.update(logits.squeeze(1) if classes == 1 else logits, labels)
         counts.update(labels.tolist())
     result: dict[str, Any] = {"rows": counts.total(), "metrics": _values(metrics)}
-    if classes > 1:
-        label, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
-        shown = names[label] if names else label
-        result["commonest"] = {"label": shown, "accuracy": count / counts.total()}
-    return result
+    return result | (_commonest(counts, names) if classes > 1 else {})
+
+
+def _commonest(counts: Mapping[int, int], names: Sequence[str] | None) -> dict[str, Any]:
+    label, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = names[label] if names else label
+    return {"commonest": {"label": shown, "accuracy": count / sum(counts.values())}}
+
+
+# Words and questions
+
+
+def _words(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Mapping[str, Any],
+    columns: Mapping[str, str | None],
+    names: Sequence[str] | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    if names is None:
+        raise ValueError("the model has no names for its tags: list them with --label-names")
+    own = {
+        key: int(column) if is_conll(source["path"]) and column.isdigit() else column
+        for key, column in columns.items()
+        if column is not None
+    }
+    length = max_length(model.config, tokenizer) or LONGEST
+    dataset = {**source, **own, **_how(model), "label_names": names, "max_seq_len": length}
+    loader = build_token_classification_dataloader(
+        tokenizer, batch_size, dataset, num_workers=0, pin_memory=False
+    ).dataloader
+    metrics = {name: TOKEN_METRICS[name](names) for name in tag_metrics(names)}
+    entropy = LanguageCrossEntropy().to(model.device)
+    counts: Counter[int] = Counter()
+    for batch in loader:
+        logits = model(**_inputs(model, batch)).logits.float()
+        rows = word_rows(batch, logits.cpu())
+        for metric in metrics.values():
+            metric.update(rows)
+        entropy.update(logits, batch["labels"].to(model.device))
+        counts.update(rows[:, 3].tolist())
+    return {
+        "rows": len(set(loader.dataset["sentence"])),
+        "metrics": _values({**metrics, "cross_entropy": entropy}),
+        **_commonest(counts, names),
+    }
+
+
+def _questions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, source: Mapping[str, Any], batch_size: int
+) -> dict[str, Any]:
+    length = max_length(model.config, tokenizer) or LONGEST
+    stride = min(DOC_STRIDE, length // 2)  # as `m2-plugin predict`
+    dataset = {**source, **_how(model), "max_seq_len": length, "doc_stride": stride}
+    loader = build_question_answering_dataloader(
+        tokenizer, batch_size, dataset, num_workers=0, pin_memory=False
+    ).dataloader
+    metrics = {name: metric(null_threshold=0.0) for name, metric in ANSWER_METRICS.items()}
+    entropy = LanguageCrossEntropy().to(model.device)
+    for batch in loader:
+        outputs = model(**_inputs(model, batch))
+        logits = {which: outputs[f"{which}_logits"].float() for which in ("start", "end")}
+        starts, ends = (values.cpu().numpy() for values in logits.values())
+        rows = feature_rows(batch, starts, ends, MAX_ANSWER_LENGTH)
+        for metric in metrics.values():
+            metric.update(rows)
+        for which, values in logits.items():
+            entropy.update(values, batch[f"{which}_positions"].to(model.device))
+    return {
+        "rows": len(set(loader.dataset["question"])),
+        "metrics": _values({**metrics, "cross_entropy": entropy}),
+    }
 
 
 def _values(metrics: Mapping[str, Metric]) -> dict[str, float | None]:

@@ -85,8 +85,8 @@ def build_loader(
     if drop_last and num_samples < batch_size:
         raise ValueError(
             f"drop_last: true leaves no batch: an epoch has {num_samples} samples per rank and a "
-            f"batch has {batch_size}. Set drop_last to false or a smaller global_train_batch_size, "
-            "use fewer ranks, or give more data."
+            f"batch has {batch_size}. Set train_loader.drop_last to false or a smaller "
+            "global_train_batch_size, use fewer ranks, or give more data."
         )
     has_workers = num_workers > 0
     return DataLoader(

@@ -29,6 +29,7 @@ from streaming import Stream, StreamingDataset
 from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.data.tokenizer import vocabulary_size
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.loaders import PAD_MULTIPLE, build_loader, split_quietly
 from m2_plugin.foundry.mds_index import INDEX, check_hashes, check_size, read_index, shard_file
 from m2_plugin.foundry.private import get_hash, release_shard, stop_reading
@@ -425,6 +426,7 @@ def _build_collator(tokenizer: PreTrainedTokenizerBase, dataset: Mapping[str, An
     return ConcatenatedSequenceCollatorWrapper(collator, eos_token_id=eos, bos_token_id=bos)
 
 
+@one_line()
 def build_mlm_text_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,

@@ -19,7 +19,8 @@ from llmfoundry.utils.config_utils import to_dict_container
 from m2_plugin.checkpoints.card import new_card, shown_name, table
 from m2_plugin.checkpoints.folder import CARD
 from m2_plugin.files import write_atomically
-from m2_plugin.foundry.eval_results import PACKAGES, evaluated, inner_model
+from m2_plugin.foundry.eval_results import PACKAGES
+from m2_plugin.foundry.evaluated import evaluated, inner_model
 
 __all__ = ["ModelCardWriter"]
 

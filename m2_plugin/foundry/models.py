@@ -30,6 +30,7 @@ from transformers import (
 
 from m2_plugin.data.labels import in_data
 from m2_plugin.data.labels import label_names as read_label_names
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.flops import FlopCounter
 from m2_plugin.foundry.metrics import (
     BinaryF1Score,
@@ -89,6 +90,7 @@ class BertComposerModel(HuggingFaceModel):
     auto_class: Any
     default_model_type: str
 
+    @one_line()
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -214,6 +216,7 @@ class _Classification(BertComposerModel):
 
     auto_class = AutoModelForSequenceClassification
 
+    @one_line()
     def __init__(
         self,
         num_labels: int | None = None,

@@ -29,6 +29,7 @@ from m2_plugin.data.tokenizer import (
     vocabulary_digest,
     vocabulary_size,
 )
+from m2_plugin.foundry.errors import ConfigError, one_line
 from m2_plugin.foundry.starting_points import (
     Weights,
     build_config,
@@ -40,7 +41,7 @@ from m2_plugin.foundry.token_streams import TokenStream, local_streams, read_tok
 from m2_plugin.models.configuration_m2_bert import M2BertConfig, padded_size
 from m2_plugin.recipes import ROOT
 
-__all__ = ["ConfigError", "RunTokenizer", "preflight"]
+__all__ = ["RunTokenizer", "preflight"]
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,6 @@ MUCH = 1.1  # a vocabulary so many times larger than the tokenizer's is hardly m
 NO_LIMIT = int(1e30)  # llm-foundry's model_max_length if none is given
 
 
-class ConfigError(ValueError):
-    """Settings of a run that contradict each other; the message is one line with the keys."""
-
-
 def preflight(config: dict[str, Any]) -> dict[str, Any]:
     """Check a training config, and complete it; llm-foundry's registry calls it.
 
@@ -86,10 +83,8 @@ def preflight(config: dict[str, Any]) -> dict[str, Any]:
     """
     _fit_device(config)
     if _is_ours(config):
-        try:
+        with one_line(ConfigError):
             _check(config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(" ".join(str(error).split())) from error
     return config
 
 

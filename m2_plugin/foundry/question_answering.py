@@ -38,6 +38,7 @@ from m2_plugin.data.squad import (
     read_questions,
     score_answer,
 )
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.loaders import (
     SHARED_KEYS,
     Padding,
@@ -57,6 +58,7 @@ __all__ = [
     "SquadExactMatch",
     "SquadF1",
     "build_question_answering_dataloader",
+    "feature_rows",
 ]
 
 log = logging.getLogger(__name__)
@@ -186,6 +188,7 @@ def _count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+@one_line()
 def build_question_answering_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,
@@ -357,6 +360,7 @@ class _QuestionAnswering(BertComposerModel):
 
     auto_class = AutoModelForQuestionAnswering
 
+    @one_line()
     def __init__(
         self,
         max_answer_length: int = MAX_ANSWER_LENGTH,

@@ -18,6 +18,7 @@ from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.tensor import DTensor
 
 from m2_plugin.files import InUseError, lock
+from m2_plugin.foundry.errors import RunError
 
 __all__ = ["RunGuard"]
 
@@ -50,9 +51,10 @@ class RunGuard(CallbackWithConfig):
         train_config: The run's settings; llm-foundry passes them.
 
     Raises:
-        RuntimeError: At the start, if another run uses the folder, if the checkpoint to load is not
+        RunError: At the start, if another run uses the folder, if the checkpoint to load is not
             whole, if either this checkpoint or the run is sharded and the other is not, or if the
-            training loader gives no batch. Before a checkpoint, if a weight is not finite.
+            training loader gives no batch.
+        RuntimeError: Before a checkpoint, if a weight is not finite.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -77,7 +79,7 @@ class RunGuard(CallbackWithConfig):
         dist.broadcast_object_list(found, src=0)  # so that all ranks end together
         refusal, self.resumes = found
         if refusal is not None:
-            raise RuntimeError(refusal)
+            raise RunError(refusal)
 
     def _begin(self, state: State) -> str | None:
         """Lock and tidy the folder; return why the run must not start, or None."""
@@ -137,7 +139,7 @@ class RunGuard(CallbackWithConfig):
         if state.dataloader_len is not None and state.dataloader_len.value == 0:
             samples = len(getattr(state.dataloader, "dataset", ()))
             size = getattr(state.dataloader, "batch_size", None)
-            raise RuntimeError(
+            raise RunError(
                 f"train_loader gives no batch: an epoch has {samples} samples per rank and a batch "
                 f"has {size}. Set train_loader.drop_last to false or a smaller "
                 "global_train_batch_size, use fewer ranks, or give more data."

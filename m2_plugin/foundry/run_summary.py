@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from llmfoundry.interfaces import CallbackWithConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from m2_plugin.files import write_atomically
+from m2_plugin.files import read_json, write_atomically
 from m2_plugin.foundry.callbacks import local_save_folder
+from m2_plugin.foundry.evaluated import evaluated
 
 __all__ = ["RunSummary", "count_parameters"]
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.json"  # of eval_results
 LAST = 20  # batches whose mean loss the block shows
 # The end of a model's class: what it learns, and a command that uses the saved folder.
 TASKS = {
@@ -70,7 +73,7 @@ class RunSummary(CallbackWithConfig):
     def __init__(self, train_config: dict[str, Any]):
         self.config = train_config
         self.losses: deque[float] = deque(maxlen=LAST)
-        self.metrics: dict[str, dict[str, float]] = {}
+        self.metrics: dict[str, dict[str, float | None]] = {}
         self.began = 0.0
         self.first_batch = 0
         self.ended = False
@@ -116,12 +119,7 @@ class RunSummary(CallbackWithConfig):
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep the metrics. All ranks take part, since `compute` is a collective operation."""
         del logger
-        self.metrics = {
-            label.removeprefix("eval/"): {
-                name: float(metric.compute()) for name, metric in metrics.items()
-            }
-            for label, metrics in state.eval_metrics.items()
-        }
+        self.metrics = evaluated(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Note that training is over; evaluation and files may follow."""
@@ -153,9 +151,13 @@ class RunSummary(CallbackWithConfig):
         if self.losses:
             mean = sum(self.losses) / len(self.losses)
             rows.append(("training loss", f"{mean:.6g} (last {_count(len(self.losses), 'batch')})"))
+        report = self._report(state)
         for label, metrics in self.metrics.items():
-            values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
-            rows.append((label, values))
+            rows.append(("evaluation" if label == "eval" else label, _listed(metrics)))
+            if commonest := report.get("commonest_answer", {}).get(label):
+                rows.append(("  commonest answer", _listed(commonest)))
+            if label in report.get("constant_predictions", ()):
+                rows.append(("  note", "the model gives the same answer to all rows"))
         files = self._files(state)
         rows += files.items()
         width = max((len(name) for name, _ in rows), default=0)
@@ -166,6 +168,14 @@ class RunSummary(CallbackWithConfig):
         if model is not None and command:
             commands.append(command.format(model=model))
         return lines + [f"Next: {command}" for command in commands]
+
+    def _report(self, state: State) -> dict[str, Any]:
+        """Return what `eval_results` wrote in this run's folder; {} if it wrote nothing."""
+        folder = local_save_folder(state)
+        if folder is None:
+            return {}
+        report: dict[str, Any] = read_json(f"{folder}/{METRICS}", missing_ok=True) or {}
+        return report if report.get("batches") == state.timestamp.batch.value else {}
 
     def _files(self, state: State) -> dict[str, str]:
         """Return the files and folders that the run has left, by what they are."""
@@ -180,7 +190,7 @@ class RunSummary(CallbackWithConfig):
             latest = sorted(Path(folder).glob("latest-*"))  # a link; of a sharded run, a folder
             if latest:
                 found["checkpoint"] = str(latest[0])
-            for what, name in (("curve", "loss_curve.png"), ("metrics", "metrics.json")):
+            for what, name in (("curve", "loss_curve.png"), ("metrics", METRICS)):
                 found[what] = os.path.join(folder, name)
         return {what: path for what, path in found.items() if "://" in path or Path(path).exists()}
 
@@ -234,6 +244,13 @@ def _rounded(number: int) -> str:
 def _count(number: int, unit: str) -> str:
     plural = "es" if unit == "batch" else "s"
     return f"{number:,} {unit}{'' if number == 1 else plural}"
+
+
+def _listed(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(
+        f"{name} {'not finite' if value is None else f'{value:.6g}'}"
+        for name, value in metrics.items()
+    )
 
 
 def _amount(state: State, config: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from m2_plugin.data.formats import DataError, is_saved_dataset
 from m2_plugin.data.labels import in_data, label_names, spelling
 from m2_plugin.data.rows import Row, class_names, read_rows, text_bytes
 from m2_plugin.data.tokenizer import shorten
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.loaders import (
     PAD_MULTIPLE,
     PADDINGS,
@@ -497,6 +498,7 @@ def _build(
     )
 
 
+@one_line()
 def build_glue_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,
@@ -592,6 +594,7 @@ def _class_names(tables: Sequence[_Table], label: str) -> tuple[str, ...]:
     return next(iter(found.values()), ())
 
 
+@one_line()
 def build_text_classification_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,

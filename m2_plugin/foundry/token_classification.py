@@ -38,6 +38,7 @@ from m2_plugin.data.token_labels import (
     read_sentences,
     tag_names,
 )
+from m2_plugin.foundry.errors import one_line
 from m2_plugin.foundry.loaders import (
     SHARED_KEYS,
     Padding,
@@ -60,6 +61,8 @@ __all__ = [
     "TokenCollator",
     "WordAccuracy",
     "build_token_classification_dataloader",
+    "tag_metrics",
+    "word_rows",
 ]
 
 log = logging.getLogger(__name__)
@@ -181,6 +184,7 @@ def _count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+@one_line()
 def build_token_classification_dataloader(
     tokenizer: PreTrainedTokenizerBase | None,
     device_batch_size: int | float,
@@ -337,6 +341,24 @@ TOKEN_METRICS: dict[str, type[_TagMetric]] = {
 }
 
 
+def word_rows(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+    """Return the rows of the metrics for a batch, (N, 4) int64, one for each word that it decides.
+
+    Args:
+        batch: A batch of `TokenCollator`.
+        logits: (B, L, number of tags).
+    """
+    words = batch["words"]
+    sentence = batch["sentence"][:, None].expand_as(words)
+    rows = torch.stack([sentence, words, logits.argmax(-1), batch["labels"]], dim=-1)
+    return rows[words >= 0]
+
+
+def tag_metrics(names: Sequence[str]) -> Sequence[str]:
+    """Return the names in `TOKEN_METRICS` that suit some tags: others than entities' have one."""
+    return list(TOKEN_METRICS) if are_entity_tags(names) else ["accuracy"]
+
+
 # Models
 
 
@@ -358,6 +380,7 @@ class _TokenClassification(BertComposerModel):
 
     auto_class = AutoModelForTokenClassification
 
+    @one_line()
     def __init__(
         self,
         label_names: Any = None,
@@ -392,8 +415,7 @@ class _TokenClassification(BertComposerModel):
 
     def default_metrics(self, config: PretrainedConfig) -> Sequence[str]:  # type: ignore[override]
         """Return the names of the default metrics for a config."""
-        of_entities = are_entity_tags(self._names(config))
-        return (*(TOKEN_METRICS if of_entities else ["accuracy"]), "cross_entropy")
+        return (*tag_metrics(self._names(config)), "cross_entropy")
 
     def build_metric(self, name: str, config: PretrainedConfig) -> Metric:  # type: ignore[override]
         """Build a metric by its name."""
@@ -440,10 +462,7 @@ class _TokenClassification(BertComposerModel):
         """
         outputs = self.forward(batch) if outputs is None else outputs
         logits = outputs["logits"].float()
-        words = batch["words"]
-        sentence = batch["sentence"][:, None].expand_as(words)
-        rows = torch.stack([sentence, words, logits.argmax(-1), batch["labels"]], dim=-1)
-        return {"logits": logits, "rows": rows[words >= 0]}
+        return {"logits": logits, "rows": word_rows(batch, logits)}
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> dict[str, Any]:
         """Update a metric with the outputs of `eval_forward`."""

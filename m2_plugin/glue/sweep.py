@@ -52,7 +52,7 @@ __all__ = ["local_jobs", "plan", "run_jobs", "run_sweep"]
 log = logging.getLogger(__name__)
 
 THREADS_PER_JOB = 4  # on a CPU, unless OMP_NUM_THREADS says otherwise
-REFUSAL = "ConfigError"  # of foundry/preflight.py
+REFUSAL = "ConfigError"  # of foundry/errors.py
 
 
 # --- the plan ------------------------------------------------------------------------------------

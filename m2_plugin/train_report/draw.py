@@ -100,7 +100,8 @@ class _Panel:
         if not labels:
             return
         if len(labels) <= 6 and max(map(len, labels)) <= 34:
-            self.axes.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)
+            paper = self.theme.paper
+            self.axes.legend(frameon=True, facecolor=paper, edgecolor="none", framealpha=0.9)
             return
         # It would cover the curves: add a line below them for each row of the legend.
         columns = 2 if max(map(len, labels)) <= 30 else 1

@@ -356,7 +356,7 @@ def main() -> None:
         if arguments.no_memory
         else memory_use(arguments.corpus, arguments.modes),
     }
-    return save(f"conversion_{'_'.join(arguments.modes)}_{round(megabytes)}mb", results)
+    return save("conversion", results)
 
 
 def save(name: str, results: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Pretrains two small models by the quickstart's recipe and fine-tunes both on five GLUE tasks.
 
     python tests/benchmarks/bench_glue.py GLUE_FOLDER [--out OUT]
+    python tests/benchmarks/bench_glue.py GLUE_FOLDER --name longer --start M2_BERT BERT
 
 GLUE_FOLDER holds the official folders CoLA, SST-2, MRPC, STS-B and RTE with train.tsv and dev.tsv.
 Everything goes through `composer train.py`, one thread for each run; what is finished below OUT is
-not run again. Writes tests/benchmarks/results/glue_quickstart.json and .png.
+not run again. Writes tests/benchmarks/results/glue_quickstart.json and .png; or, of the models of
+two folders (of `bench_learning.py`) in place of the quickstart's, glue_longer.json and .png.
 """
 
 import argparse
@@ -209,7 +211,7 @@ def draw(report: dict, path: Path) -> None:
         axes.hlines([], 0, 0, color=LIGHT.ink, linestyle="--", label="the commonest answer")
         axes.set_xticks(range(len(rows)), [f"{row['task']}\n{row['metric']}" for row in rows])
         axes.grid(visible=False, axis="x")
-        axes.set_title("GLUE dev sets, both pretrained 1,000 batches")
+        axes.set_title(f"GLUE dev sets, {report['benchmark'].removeprefix('glue_')}'s models")
         figure.legend(loc="outside lower left", ncols=3)
         write_atomically(path, to_png(figure))
 
@@ -218,13 +220,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("glue", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "quickstart" / "bench_glue")
+    parser.add_argument("--start", type=Path, nargs=2, metavar="FOLDER", help="pretrained models")
+    parser.add_argument("--name", default="quickstart")
     args = parser.parse_args()
+    starts = dict(zip(MODELS.values(), args.start or (), strict=bool(args.start)))
     glue, out = args.glue.resolve(), args.out.resolve()
+    if args.start:
+        out = out / args.name
     tasks = [TASKS[name] for name in SMALL_TASKS]
 
     def all_of(family: str) -> tuple[Path, dict[str, dict], dict]:
-        final = pretrain(out, family)
+        final = starts[family].resolve() if starts else pretrain(out, family)
         records = {task.name: finetune(out, family, task, glue, final) for task in tasks}
+        if starts:
+            return final, records, {}
         return final, records, finetune(out, family, TASKS["sst2"], glue, final, scratch=True)
 
     with ThreadPoolExecutor(len(MODELS)) as pool:
@@ -257,7 +266,7 @@ def main() -> None:
         )
         print(json.dumps(rows[-1], indent=1))
     report = {
-        "benchmark": "glue_quickstart",
+        "benchmark": f"glue_{args.name}",
         "date": datetime.date.today().isoformat(),
         "threads": 1,
         "torch": torch.__version__,
@@ -270,13 +279,15 @@ def main() -> None:
         },
         # What the task alone teaches, without pretraining.
         "sst2_from_random_weights": {
-            name: scratch["metrics"]["accuracy"][-1] for name, (_, _, scratch) in runs.items()
+            name: scratch["metrics"]["accuracy"][-1]
+            for name, (_, _, scratch) in runs.items()
+            if scratch
         },
         "tasks": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "glue_quickstart.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, RESULTS / "glue_quickstart.png")
+    (RESULTS / f"glue_{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, RESULTS / f"glue_{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ results is missing is not printed: a sentence says which command measures it.
 import json
 import logging
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 NONE = "–"
+MASKED_ONLY = "BERT, masked only"
 WHAT = {"forward": "encoder forward", "step": "training step"}
 NO_GPU = "Not measured yet: run `make gpu-bench` on a machine with a GPU."
 
@@ -44,7 +46,7 @@ def spread(timing: dict[str, Any], unit: str, form: str) -> str:
 
 def measured() -> str:
     """Write the README's three rows."""
-    report, tokens = load("model_cpu"), load("conversion_tokens_59mb")["times"]["tokens"]
+    report, tokens = load("model_cpu"), load("conversion")["times"]["tokens"]
     steps = {r["length"]: r for r in report["rows"] if (r["scale"], r["what"]) == ("base", "step")}
     rows = []
     for length in (128, 2048):
@@ -484,58 +486,66 @@ def draw_model(path: Path) -> None:
 
 
 def conversion() -> str:
-    rows, reports = [], [load("conversion_text_59mb"), load("conversion_tokens_59mb")]
-    for report in reports:
-        for mode, contenders in report["times"].items():
-            for name, run in contenders.items():
-                low, high = run["convert_s_range"]
-                rows.append(
-                    [
-                        mode,
-                        name,
-                        f"{run['convert_s']:.2f} ({low:.2f}–{high:.2f})",
-                        f"{run['start_s']:.1f}",
-                        f"{run['cpu_s']:.1f}",
-                        f"{100 * run['others']:.0f}%",
-                    ]
-                )
-    first = reports[0]
+    report = load("conversion")
+    rows = []
+    for mode, contenders in report["times"].items():
+        for name, run in contenders.items():
+            low, high = run["convert_s_range"]
+            rows.append(
+                [
+                    mode,
+                    name,
+                    f"{run['convert_s']:.2f} ({low:.2f}–{high:.2f})",
+                    f"{run['start_s']:.1f}",
+                    f"{run['cpu_s']:.1f}",
+                    f"{100 * run['others']:.0f}%",
+                ]
+            )
     intro = (
-        f"Conversion of {first['corpus_mb']:.0f} MB of Wikipedia to MDS, ours and llm-foundry's "
-        f"converter, alternating in one run. Seconds, median (range), {first['cores']} cores, "
-        f"{first['date'][:10]} (`bench_conversion.py`). *Start* is the interpreter and imports; "
+        f"Conversion of {report['corpus_mb']:.0f} MB of Wikipedia to MDS: ours, llm-foundry's "
+        f"converter, and ours before its blocks became independent of each other (*older*), "
+        f"alternating in one run. Seconds, median (range), {report['cores']} cores, "
+        f"{report['date'][:10]} (`bench_conversion.py`). *Start* is the interpreter and imports; "
         f"*others* is the share of the machine that other processes used.\n\n"
     )
     header = ["output", "converter", "convert", "start", "CPU", "others"]
-    memory = first["peak_memory_mb_two_workers"]["text"]
-    sizes = "; ".join(f"{mb:.0f} MB at {size.replace('x', '×')}" for size, mb in memory.items())
-    return f"{intro}{table(header, rows)}\n\nMemory with two workers: {sizes} the input."
+    memory = "; ".join(
+        f"{mode} " + ", ".join(f"{mb:.0f}" for mb in sizes.values()) + " MB"
+        for mode, sizes in report["peak_memory_mb_two_workers"].items()
+    )
+    note = f"Memory with two workers, at 1, 2 and 4 times the input: {memory}."
+    return f"{intro}{table(header, rows)}\n\n{note}"
 
 
 def glue_quickstart() -> str:
     report = load("glue_quickstart")
     names = list(report["models"])
+    longer = load("glue_longer") if (RESULTS / "glue_longer.json").exists() else None
+    runs = [report, longer] if longer else [report]
     rows = []
-    for row in report["tasks"]:
+    for i, row in enumerate(report["tasks"]):
         for metric in row["commonest"]:
-            values = [row["models"][name]["metrics"][metric] for name in names]
             trained = row["models"][names[0]]
             count = f"{trained['train_samples']:,} × {trained['epochs']}"
-            scores = [f"{value:.3f}" for value in values]
             commonest = f"{row['commonest'][metric]:.3f}"
+            models = [run["tasks"][i]["models"][name] for run in runs for name in names]
+            scores = [f"{model['metrics'][metric]:.3f}" for model in models]
             rows.append([row["task"], metric, count, commonest, *scores])
-    sizes = "; ".join(
-        f"{name}: {model['parameters']:,} parameters, evaluation loss "
-        f"{model['pretraining_eval_loss']:.2f} nats"
-        for name, model in report["models"].items()
-    )
+
+    def sizes(run: dict) -> str:
+        return "; ".join(
+            f"{name}: {model['parameters']:,} parameters, held-out loss "
+            f"{model['pretraining_eval_loss']:.2f} nats"
+            for name, model in run["models"].items()
+        )
+
     random_weights = report["sst2_from_random_weights"]
     scratch = ", ".join(f"{name} {value:.1%}" for name, value in random_weights.items())
     sst2 = next(row for row in report["tasks"] if row["task"] == "SST-2")
     accuracy = ", ".join(f"{n} {sst2['models'][n]['metrics']['accuracy']:.1%}" for n in names)
     intro = (
-        f"Two models of the quickstart's size, pretrained by its recipe ({sizes}), then fine-tuned "
-        f"with `composer train.py` on a CPU. Whole dev sets, last epoch, one seed, "
+        f"Two models of the quickstart's size, pretrained by its recipe ({sizes(report)}), then "
+        f"fine-tuned with `composer train.py` on a CPU. Whole dev sets, last epoch, one seed, "
         f"{report['date']} (`bench_glue.py`). The table shows that the path from text to a score "
         f"works. On SST-2, trained on 20,000 of its 67,349 sentences, the accuracy is {accuracy}; "
         f"the most common answer gives {sst2['commonest']['accuracy']:.1%}; the same training "
@@ -545,9 +555,56 @@ def glue_quickstart() -> str:
         f"seed, differences this small mean nothing. Each saved folder, loaded again in "
         f"transformers, gives the trainer's metric.\n\n"
     )
+    if longer:
+        intro += (
+            f"The columns *longer* are of models of the section above, of the same size and "
+            f"pretrained for about the same time ({sizes(longer)}); {longer['date']}.\n\n"
+        )
+        names += [f"{name}, longer" for name in names]
     header = ["task", "metric", "samples × epochs", "most common answer", *names]
-    picture = "![GLUE dev sets](results/glue_quickstart.png)"
-    return f"{intro}{table(header, rows)}\n\n{picture}"
+    pictures = ["glue_quickstart", "glue_longer"][: len(runs)]
+    drawn = "\n\n".join(f"![GLUE dev sets](results/{picture}.png)" for picture in pictures)
+    return f"{intro}{table(header, rows)}\n\n{drawn}"
+
+
+def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of a batch, also of BERT if it decoded the masked positions only."""
+    seconds = {n: statistics.median(v) for n, v in report["seconds_of_a_batch"].items()}
+    saved = report["saved_by_masked_decoding"]["median"]
+    return seconds | {MASKED_ONLY: seconds["BERT"] - saved}
+
+
+def learning() -> str:
+    if not (RESULTS / "learning.json").exists():
+        return "Not measured yet: run `bench_learning.py`."
+    report = load("learning")
+    seconds = seconds_of_a_batch(report)
+    rates = "; ".join(
+        f"{name} {model['lr']} (of {', '.join(model['loss_by_lr'])})"
+        for name, model in report["models"].items()
+    )
+    rows = []
+    for name, second in seconds.items():
+        for batches, point in report["models"][name.split(",")[0]]["batches"].items():
+            count = int(batches)
+            ends = " and ".join(f"{loss:.3f}" for loss in point["loss"])
+            tokens = count * report["tokens_of_a_batch"] / 1e6
+            rows.append([name, f"{tokens:.1f}", f"{count * second / 60:.1f}", ends])
+    intro = (
+        f"M2-BERT and BERT of the quickstart's size (4.3 and 4.4 million parameters), pretrained "
+        f"on {report['corpus_mb']} MB of Wikipedia and novels by the quickstart's recipe with "
+        f"`warmup_stable_decay`: each length ends with its own decay ({report['decay']:.0%} of "
+        f"it). Held-out loss in nats for each masked token (15% of {report['held_out_samples']:,} "
+        f"samples of 128 tokens, the same for all), with {report['seeds']} seeds; {report['date']} "
+        f"(`bench_learning.py`). Each has the learning rate that was best after 1,000 batches: "
+        f"{rates}. Minutes are batches times the seconds of a batch on one core, measured on a "
+        f"quiet machine: M2-BERT {seconds['M2-BERT']:.3f}, BERT {seconds['BERT']:.3f}. "
+        f"transformers' BERT decodes all positions, which is most of that difference; if it "
+        f"decoded the masked ones only, it would take {seconds[MASKED_ONLY]:.3f} s.\n\n"
+    )
+    header = ["model", "million tokens", "minutes", "held-out loss"]
+    picture = "![Held-out loss over tokens and time](results/learning.png)"
+    return f"{intro}{table(header, rows, 1)}\n\n{picture}"
 
 
 def import_cost() -> str:
@@ -808,6 +865,34 @@ def retrieval() -> str:
     return intro + table(["", *sets], rows, text_columns=1)
 
 
+def adapt() -> str:
+    report = load("adapt")
+    before, after = report["before"], report["after"]
+    rows = [
+        [title, *(f"{found[key]:{form}}" for found in (before, after))]
+        for title, key, form in (
+            ("cross-entropy, nats per masked token", "cross_entropy", ".2f"),
+            ("perplexity", "perplexity", ",.0f"),
+            ("accuracy at masked tokens", "masked_accuracy", ".1%"),
+        )
+    ]
+    found = [report["classifier_unadapted"], report["classifier"]]
+    rows.append(["accuracy, kinds of web pages", *(f"{f['metrics']:.1%}" for f in found)])
+    intro = (
+        f"The quickstart's model, which has read nine novels, adapted to Wikipedia by "
+        f"`data_prep/adapt.sh` ({report['date']}, `bench_adapt.py`, "
+        f"{report['minutes']:.0f} minutes on one core beside other work): the {report['articles']} "
+        f"articles of WikiText-2's validation and test files, of which a fifth is held out "
+        f"({before['rows']:,.0f} sequences of 128 tokens). Before and after three epochs on the "
+        f"others, on the held-out articles; a model that knows only how often each word occurs in "
+        f"the others has {report['unigram_cross_entropy']:.2f} nats. Then both models are "
+        f"fine-tuned on the quickstart's web pages, which are another domain: the commonest "
+        f"answer gives {found[1]['commonest_answer']:.1%}, and on so few pages differences of some "
+        f"per cent mean nothing. One seed.\n\n"
+    )
+    return intro + table(["", "before", "after"], rows, text_columns=1)
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they stand in
     "README.md": (quickstart_line, measured),
     "tests/benchmarks/README.md": (
@@ -821,8 +906,8 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             conversion,
             quickstart,
         ),
-        *(kills, kill_commands, cluster, glue_quickstart),
-        *(retrieval, extension, import_cost, serving, gpt, scaling),
+        *(kills, kill_commands, cluster, learning, glue_quickstart),
+        *(retrieval, adapt, extension, import_cost, serving, gpt, scaling),
     ),
 }
 

@@ -231,9 +231,12 @@ def test_predictions_are_put_together(tokenizer):
     windows = encode_words(tokenizer, words, 12)
     rng = np.random.default_rng(0)
     logits = [rng.standard_normal((len(w.words) + 3, 5)) for w in windows]  # with padding
-    found = word_predictions(windows, logits)
-    assert found.shape == (27,)
+    found, shares = word_predictions(windows, logits)
+    assert found.shape == shares.shape == (27,)
     for window, scores in zip(windows, logits, strict=True):
         for token, word in enumerate(window.words):
-            assert word < 0 or found[word] == scores[token].argmax()
-    assert word_predictions([], []).shape == (0,)
+            if word >= 0:
+                assert found[word] == scores[token].argmax()
+                powers = np.exp(scores[token])
+                assert np.isclose(shares[word], powers.max() / powers.sum())
+    assert [part.shape for part in word_predictions([], [])] == [(0,), (0,)]

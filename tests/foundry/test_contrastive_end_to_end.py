@@ -1,5 +1,6 @@
 """The retrieval YAML through the real launcher: sentence-transformers loads what it saves."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_the_saved_folder_embeds_in_sentence_transformers(tmp_path, sentences):
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-5000:]
     assert output.count("metrics/eval/ContrastiveEvalLoss") == 2
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["metrics"]["eval"].keys() == {"contrastive_loss"}
 
     folder = tmp_path / "run" / "huggingface" / "final"
     model, info = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,9 @@ from llmfoundry.utils.builders import (
 )
 
 from m2_plugin.data.rows import read_rows
-from m2_plugin.foundry.eval_results import (
-    METRIC_NAMES,
-    EvalResults,
-    _commonest_answer,
-    _is_constant,
-)
+from m2_plugin.foundry.errors import RunError
+from m2_plugin.foundry.eval_results import EvalResults, _commonest_answer, _is_constant
+from m2_plugin.foundry.evaluated import METRIC_NAMES
 from m2_plugin.foundry.models import CLASSIFICATION_METRICS
 
 GLUE = Path(__file__).parent / "data" / "glue"
@@ -155,6 +153,13 @@ def test_predictions_are_the_models_in_the_order_of_the_file(train, tokenizer, t
 def test_a_prediction_without_a_label_is_an_error():
     with pytest.raises(ValueError, match="each loader needs a label"):
         EvalResults(".", predict=[loader("mnli", "test_matched")])
+
+
+def test_predictions_of_another_model_are_refused_at_the_start():
+    state = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(problem_type=None)))
+    predict = [{"label": "new", **loader("mnli", "test_matched")}]
+    with pytest.raises(RunError, match=r"eval_results\.predict is for classes .*m2-plugin predict"):
+        EvalResults(".", predict=predict).fit_start(state, None)
 
 
 class Broken(Callback):

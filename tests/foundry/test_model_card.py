@@ -119,7 +119,7 @@ def test_every_folder_has_a_card_with_the_last_metrics(mds, tokenizer, tmp_path)
     card = cards["ba10"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     metrics = trainer.state.eval_metrics["eval"]
-    assert results.keys() == {"cross_entropy", "MaskedAccuracy"}
+    assert results.keys() == {"cross_entropy", "masked_accuracy"}
     loss = float(metrics["LanguageCrossEntropy"].compute())
     assert results["cross_entropy"] == pytest.approx(loss, rel=1e-6)
     assert "evaluation after batch 10:" in card.text

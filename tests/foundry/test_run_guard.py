@@ -8,6 +8,7 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Time
 
+from m2_plugin.foundry.errors import RunError
 from m2_plugin.foundry.run_guard import RunGuard, _link, _tidy, _unfit
 
 SHARDED = SimpleNamespace(state_dict_type="sharded", sharded_ckpt_prefix_dir="ep{epoch}-ba{batch}")
@@ -103,7 +104,7 @@ def test_a_loader_without_batches_is_refused(batches, refused):
     state = SimpleNamespace(dataloader_len=length, dataloader=loader, callbacks=[])
     guard = RunGuard({"save_interval": "1ep"})
     if refused:
-        with pytest.raises(RuntimeError, match="no batch: .* 3 samples .* has 8.*drop_last"):
+        with pytest.raises(RunError, match="no batch: .* 3 samples .* has 8.*drop_last"):
             guard.fit_start(state, None)
     else:
         guard.fit_start(state, None)

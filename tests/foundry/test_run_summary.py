@@ -1,7 +1,9 @@
 """What a run says, the settings that it keeps, and its event file."""
 
 import copy
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -82,13 +84,21 @@ def test_a_run_says_what_it_trains_and_what_it_reaches(fit, tmp_path, capfd):
     block = {line.split()[0]: line for line in said[start:] if line.startswith("  ")}
     (run,) = load_runs([tmp_path])
     loss = run.evals()["eval"].values[-1]
-    assert f"LanguageCrossEntropy {loss:.6g}"[:26] in block["eval"]
+    assert f" cross_entropy {loss:.6g}"[:20] in block["evaluation"]
+    assert ", masked_accuracy 0" in block["evaluation"]
     assert block["checkpoint"].endswith(f"{tmp_path}/run/latest-rank0.pt")
     assert block["curve"].endswith("loss_curve.png") and "model" not in block
     assert f"Next: m2-plugin train-report {tmp_path}/run" in said
 
+    assert "commonest answer" not in block
+    # What `eval_results` writes at the end of a classifier's run.
+    report = {"batches": 4, "commonest_answer": {"eval": {"accuracy": 0.25, "f1": None}}}
+    report["constant_predictions"] = ["eval"]
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(report))
     fit(tmp_path / "run", 4)
     said = capfd.readouterr().err
+    assert re.search(r"^    commonest answer +accuracy 0\.25, f1 not finite$", said, re.MULTILINE)
+    assert "  note  " in said and "the model gives the same answer to all rows" in said
     assert f"4 batches of 48 × 32 tokens, continuing after batch 2 from {tmp_path}/run." in said
     assert "tiny has trained batches 3 to 4 in" in said
 
