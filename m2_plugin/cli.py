@@ -30,7 +30,7 @@ COMMANDS = {
         "convert pairs of query and passage to MDS shards",
     ),
     "mine-negatives": (
-        "m2_plugin.foundry.conversion.negatives:main_mine",
+        "m2_plugin.retrieval.negatives:main_mine",
         "add negatives that BM25 finds to pairs of query and passage",
     ),
     "import": (

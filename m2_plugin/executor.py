@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 __all__ = ["Workers", "WorkersError", "cores", "is_wanted", "open_workers", "visible_gpus"]
@@ -37,6 +37,59 @@ class WorkersError(OSError):
     """The workers cannot be reached, or one died; the message says what to do."""
 
 
+class _Interrupts:
+    """Ctrl-C and SIGTERM while workers run.
+
+    Their handlers raise an exception, wherever the main thread is. If that is a finalizer, Python
+    drops the exception (Dask's futures have one, for each result); if it takes a lock of a future,
+    that may stay locked. So signals that come inside `held` take effect at its end, and `check`,
+    in the loop that waits, finds those whose exception was dropped.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._came: list[int] = []
+        self._held = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came.append(number)
+        if not self._held or len(self._came) > 1:  # who presses twice will not wait
+            self._handlers[number](number, frame)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note signals until the end of the block, if this thread may, and someone handles them."""
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for noted, handler in self._handlers.items():
+                signal.signal(noted, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a first signal take effect at the end of the block."""
+        before = len(self._came)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if len(self._came) > before:
+                self.check()
+
+    def check(self) -> None:
+        """Call the handler of a signal that came and whose exception did not end the work."""
+        while self._came:
+            number = self._came.pop()
+            self._handlers[number](number, None)
+
+
 @dataclass(frozen=True)
 class Workers:
     """Processes that run tasks.
@@ -46,12 +99,14 @@ class Workers:
         count: Returns the number of tasks that run at once; on a cluster it may change.
         lost: The errors of a task whose worker died.
         lost_message: What the user should do about that.
+        interrupts: The signals that came.
     """
 
     executor: Executor
     count: Callable[[], int]
     lost: tuple[type[BaseException], ...]
     lost_message: str
+    interrupts: _Interrupts
 
     def run(
         self,
@@ -79,15 +134,19 @@ class Workers:
                 for task in itertools.islice(waiting, free):
                     if task is None:
                         break
-                    running.add(self.executor.submit(function, task))
+                    with self.interrupts.held():
+                        running.add(self.executor.submit(function, task))
+                self.interrupts.check()
                 if not running:
                     return
-                done, running = concurrent.futures.wait(
-                    running, TICK_S, concurrent.futures.FIRST_COMPLETED
-                )
+                with self.interrupts.held():
+                    done, running = concurrent.futures.wait(
+                        running, TICK_S, concurrent.futures.FIRST_COMPLETED
+                    )
+                    results = [future.result() for future in done]
+                    del done  # Dask's futures end here
                 tick()
-                for future in done:
-                    yield future.result()
+                yield from results
         except self.lost as error:  # `submit` raises it too
             raise WorkersError(self.lost_message) from error
 
@@ -114,11 +173,12 @@ def open_workers(
     Raises:
         WorkersError: If the cluster cannot be reached.
     """
+    interrupts = _Interrupts()
     if cluster is not None:
-        with _dask(cluster, gpus is not None) as workers:
-            yield workers
-        return
-    with _processes(count or cores(), preload, gpus or ()) as workers:
+        opened = _dask(cluster, gpus is not None, interrupts)
+    else:
+        opened = _processes(count or cores(), preload, gpus or (), interrupts)
+    with interrupts.noted(), opened as workers:
         yield workers
 
 
@@ -195,7 +255,9 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _processes(count: int, preload: Sequence[str], gpus: Sequence[str]) -> Iterator[Workers]:
+def _processes(
+    count: int, preload: Sequence[str], gpus: Sequence[str], interrupts: _Interrupts
+) -> Iterator[Workers]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     others = set(multiprocessing.active_children())
@@ -205,7 +267,7 @@ def _processes(count: int, preload: Sequence[str], gpus: Sequence[str]) -> Itera
         "(--num-workers, --jobs). Run the same command again to continue"
     )
     try:
-        yield Workers(executor, lambda: count, (BrokenProcessPool,), message)
+        yield Workers(executor, lambda: count, (BrokenProcessPool,), message, interrupts)
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()  # nothing is lost: see above
@@ -218,7 +280,7 @@ def _processes(count: int, preload: Sequence[str], gpus: Sequence[str]) -> Itera
 
 
 @contextmanager
-def _dask(cluster: str, gpus: bool) -> Iterator[Workers]:
+def _dask(cluster: str, gpus: bool, interrupts: _Interrupts) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
@@ -226,7 +288,8 @@ def _dask(cluster: str, gpus: bool) -> Iterator[Workers]:
         raise WorkersError(message) from error
     where = {"scheduler_file" if os.path.isfile(cluster) else "address": cluster}
     try:
-        client = Client(**where, timeout=CONNECT_S, set_as_default=False)
+        with interrupts.held():
+            client = Client(**where, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise WorkersError(
@@ -237,7 +300,12 @@ def _dask(cluster: str, gpus: bool) -> Iterator[Workers]:
         f"--cluster {cluster}: workers died again and again with the same task, or the scheduler "
         "ended. See their logs; run the same command again to continue"
     )
-    with client:
+
+    def count() -> int:
+        with interrupts.held():
+            return sum(client.nthreads().values())
+
+    try:
         resources: dict[str, int] = {}
         if gpus:
             client.wait_for_workers(1)
@@ -245,10 +313,10 @@ def _dask(cluster: str, gpus: bool) -> Iterator[Workers]:
             resources = {"GPU": 1} if any("GPU" in w["resources"] for w in workers) else {}
         executor = client.get_executor(pure=False, resources=resources)
         lost = (KilledWorker, concurrent.futures.CancelledError)
-        try:
-            yield Workers(executor, lambda: sum(client.nthreads().values()), lost, message)
-        finally:
-            # Drop the tasks that an error left. Dask's network library would log a traceback if the
-            # result of one is on its way.
+        yield Workers(executor, count, lost, message, interrupts)
+    finally:
+        with interrupts.held():
+            # This drops the tasks that an error left. Dask's network library would log a traceback
+            # if the result of one is on its way.
             logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
-            executor.shutdown(wait=False)
+            client.close()

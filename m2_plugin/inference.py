@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -328,13 +329,23 @@ def check_options(
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of all files of a folder."""
+    """Return the SHA-256 of a file, or of all files of a folder; a process reads each once.
+
+    A file that was changed is read again: its stamp says so.
+    """
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        at = path.stat()
+        stamp = at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns
+        return _file_digest(path, stamp)
     files = sorted(p for p in path.rglob("*") if p.is_file())
     names = {str(p.relative_to(path)): digest(p) for p in files}
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, stamp: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Commands

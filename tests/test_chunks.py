@@ -1,5 +1,6 @@
 """`embed` and `predict` by several processes: the same bytes, whatever is killed."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from m2_plugin import chunks
 from m2_plugin.chunks import Parts, Work
 from m2_plugin.cli import main
 from m2_plugin.embed import load
-from m2_plugin.inference import Settings
+from m2_plugin.inference import Settings, digest
 from m2_plugin.tasks import TextEmbedding
 from tests import test_embed, test_predict
 from tests.cluster import wait_for
@@ -138,6 +139,23 @@ def test_a_process_loads_an_edited_model_again(work):
         Work.of(load, work / "predict", Settings()), chunks._loaded.cache_clear(), one.model()
     assert Work.of(load, work / "embed", Settings()).model() is not None
     (work / "embed" / "notes.txt").unlink()
+
+
+def test_the_digest_of_a_folder(tmp_path, monkeypatch):
+    """Each file is read once, and again when it was changed."""
+    read = []
+    hashed = hashlib.file_digest
+    monkeypatch.setattr(
+        "hashlib.file_digest", lambda file, name: read.append(file.name) or hashed(file, name)
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    first = digest(tmp_path)
+    assert digest(tmp_path) == first and len(read) == 2
+    (tmp_path / "b").write_text("changed")
+    assert digest(tmp_path) != first and read[2:] == [str(tmp_path / "b")]
+    (tmp_path / "b").write_text("b")
+    assert digest(tmp_path) == first
 
 
 def test_parts(tmp_path, caplog):

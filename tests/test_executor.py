@@ -125,6 +125,45 @@ def test_workers_do_not_run_the_calling_script():
     assert ended.stdout == "2.0\n", ended.stderr
 
 
+class Presses:
+    """Presses Ctrl-C while Python ends it; the exception is dropped there."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_dropped_takes_effect():
+    def tasks():
+        yield 0
+        Presses()
+        yield None
+
+    with pytest.raises(KeyboardInterrupt), open_workers(1) as workers:
+        list(workers.run(wait_long, tasks()))
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_is_held_inside_the_executor():
+    """There it could leave a lock taken; who presses twice does not wait."""
+    steps = []
+
+    def count(presses):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        steps.append(presses)
+
+    with open_workers(1) as workers:
+        for presses in (1, 2):
+            with pytest.raises(KeyboardInterrupt), workers.interrupts.held():
+                count(presses)
+            workers.interrupts._came.clear()
+    assert steps == [1]
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)

@@ -48,6 +48,7 @@ ROOMS = {
     "inference": ["checkpoints", "data", "files", "models"],
     "chunks": ["executor", "files", "inference"],
     "retrieval": ["checkpoints", "data", "embed", "files", "inference", "pictures"],
+    "retrieval.negatives": ["data", "files"],
     "tasks": ["data", "inference"],
     "embed": ["checkpoints", "chunks", "data", "files", "inference", "models", "tasks"],
     "predict": ["chunks", "data", "inference", "tasks"],
@@ -87,6 +88,7 @@ PACKAGES = {
     "inference": TENSORS,
     "chunks": {"torch", "tqdm"},
     "retrieval": {"ir_measures", "numpy", "torch", "tqdm"},
+    "retrieval.negatives": {"numpy", "tqdm"},
     "tasks": TENSORS | {"pyarrow", "tokenizers"},
     "embed": {"numpy"},
     "predict": {"pyarrow"},
@@ -94,6 +96,7 @@ PACKAGES = {
 # Commands that answer --help at once, and rooms for them: heavy packages only within functions.
 LIGHT = ["", "constants", "executor", "files", "pictures", "suggest", "cli", "recipes", "data"]
 LIGHT += ["foundry.mds_index", "foundry.conversion", "glue", "glue.tasks", "train_report"]
+LIGHT += ["retrieval.negatives"]
 HEAVY = {"datasets", "distributed", "fsspec", "matplotlib", "pyarrow", "streaming", "torch"}
 HEAVY |= {"transformers", "wandb"}
 

@@ -63,8 +63,11 @@ def highest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return found[np.lexsort((found, -scores[found]))][:k]
 
 
-def bm25s_library() -> Any:
+def bm25s_library(instead: str = "") -> Any:
     """Import `bm25s`.
+
+    Args:
+        instead: What else a user can do than to install it.
 
     Raises:
         ValueError: If it is not installed; says how to go on.
@@ -72,8 +75,7 @@ def bm25s_library() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise ValueError(
-            f"BM25 needs bm25s: pip install 'm2-plugin[retrieval]' ({error})"
-        ) from error
+        message = f"BM25 needs bm25s: pip install 'm2-plugin[retrieval]'{instead} ({error})"
+        raise ValueError(message) from error
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would log each step
     return bm25s

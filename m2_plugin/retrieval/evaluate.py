@@ -71,7 +71,7 @@ def evaluate_retrieval(
         raise ValueError(f"--top-k must be at least 1, not {top_k}")
     chosen = measures.parse(names)
     if bm25:
-        bm25s_library()  # rather now than after hours of embedding
+        bm25s_library(", or leave BM25 out: --no-bm25")  # rather now than after hours of embedding
     settings = read_settings(model)
     collection = read_collection(data, split, keep_own_id)
     out = Path(out)

@@ -175,7 +175,6 @@ def main() -> int:
             f"{name}, {way}": partial(check_conversion, work, name, arguments, way, args.kills, rng)
             for name, arguments in conversions(work).items()
             for way in WAYS
-            if (name, way) != ("convert-pairs", "worker")  # it has none
         }
         if not args.only or not all(name.startswith("convert-") for name in args.only):
             for name, arguments in inputs(work).items():

@@ -1,6 +1,6 @@
 """Kill conversions by SIGKILL, and run them again; see kill_commands.py.
 
-`convert-text` (texts, and tokens) has two workers. A kill at a random time hits the whole group of
+Each has two workers. A kill at a random time hits the whole group of
 processes, or one worker alone. Aimed kills hit the group while a finished split gets its name, or
 while it is sent to a server with the interface of S3 (moto's); what is there with an index must be
 complete.
@@ -28,8 +28,8 @@ from tests.benchmarks.kill_commands import ROOT, content, half_written
 CONVERT = """
 import sys
 from m2_plugin.cli import run
-from m2_plugin.foundry.conversion import cli
-cli.choose_block_bytes = lambda *_: 20_000
+from m2_plugin.foundry.conversion import cli, pairs
+cli.choose_block_bytes = pairs.choose_block_bytes = lambda *_: 20_000
 sys.exit(run(sys.argv.pop(1)))
 """
 WAYS = ("group", "worker", "naming", "sending")
@@ -41,16 +41,17 @@ def conversions(work: Path) -> dict[str, list[str]]:
     texts = [f"{i}: {'many words ' * (i % 50)}" for i in range(8000)]
     source, pairs = work / "texts.jsonl", work / "pairs.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    rows = ({"query": f"{text}?", "passage": text} for text in texts * 5)
+    rows = ({"query": f"{text}?", "passage": text} for text in texts)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = ["--splits", "train", "--num_workers", "2", "--local_files", str(source)]
+    two = ["--num_workers", "2", "--local_files"]
+    text = ["--splits", "train", *two, str(source)]
     tokenizer = str(ROOT / "data_prep" / "quickstart" / "tokenizer")
     return {
         "convert-text": ["convert-text", *text],
         "convert-text tokens": [
             *("convert-text", *text, "--concat_tokens", "64", "--tokenizer", tokenizer)
         ],
-        "convert-pairs": ["convert-pairs", "--local_files", f"train={pairs}"],
+        "convert-pairs": ["convert-pairs", *two, f"train={pairs}"],
     }
 
 
@@ -127,8 +128,7 @@ def moment_of(way: str, local: Path, client: Any, folder: str, delay: float) -> 
 
     def aimed() -> bool:
         if way == "naming":
-            pattern = ".train.partial/shards-*/conversion.manifest"
-            return any(local.glob(pattern)) or any(local.glob(".train.tmp-*/train/*"))
+            return any(local.glob(".train.partial/shards-*/conversion.manifest"))
         listed = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{folder}/")
         return int(listed.get("KeyCount", 0)) > 1  # more than its first manifest
 

@@ -757,6 +757,34 @@ def kills() -> str:
     )
 
 
+def kill_commands() -> str:
+    if not (RESULTS / "kill_commands.json").exists():
+        return (
+            "Not measured yet: run `python tests/benchmarks/kill_commands.py --kills 15 --out "
+            "tests/benchmarks/results/kill_commands.json`."
+        )
+    report = load("kill_commands")
+    tallies = report["commands"]
+    kills, before = (sum(t[key] for t in tallies.values()) for key in ("kills", "before the end"))
+    wrong = ("half written", "different", "hidden after the rerun")
+    others = ("traceback", "orphans", "repeated")
+    rows = [
+        [name, *(str(tally.get(key, NONE)) for key in ("kills", "before the end", *wrong, *others))]
+        for name, tally in tallies.items()
+    ]
+    header = ["command", "kills", "before the end", "half written", "other bytes after the rerun"]
+    header += ["hidden files after it", "tracebacks", "processes that live on", "jobs repeated"]
+    return (
+        f"SIGKILL at random times, then the same command again (`kill_commands.py`, "
+        f"{report['date']}): {kills} kills, {before} of them before the command had ended. The "
+        f"converters are killed in four ways: all processes (*group*), one *worker*, all while a "
+        f"split gets its name (*naming*), and all while it is sent to a server with the interface "
+        f"of S3 (*sending*). The columns from *half written* on count what must not happen; "
+        f"*other bytes* means other ones than an unbroken run writes.\n\n"
+        + table(header, rows, text_columns=1)
+    )
+
+
 def cluster() -> str:
     report = load("cluster")
     rows = []
@@ -878,7 +906,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             conversion,
             quickstart,
         ),
-        *(kills, cluster, learning, glue_quickstart),
+        *(kills, kill_commands, cluster, learning, glue_quickstart),
         *(retrieval, adapt, extension, import_cost, serving, gpt, scaling),
     ),
 }

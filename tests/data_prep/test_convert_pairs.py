@@ -7,9 +7,11 @@ import runpy
 import pytest
 from streaming import LocalDataset
 
+from m2_plugin.foundry.conversion import pairs
+from m2_plugin.foundry.conversion.folder import PartialFolder
 from tests.utils import write_rows
 
-from .conftest import QUICKSTART, convert_pairs
+from .conftest import QUICKSTART, content, convert_pairs, finished_shards, shards
 
 ROWS = [
     {"query": f"Is it {i}?", "passage": f"It is {i}, naïve.", "negatives": [f"No {i}", "Nö"]}
@@ -52,7 +54,7 @@ def test_writes_what_the_hosts_dataloader_reads(tmp_path):
         ([ROWS[0], ROWS[1] | {"negatives": ["n"]}], "bad.jsonl:2: 1 negatives, but the rows"),
         ([ROWS[0], ROWS[1] | {"negatives": "n"}], "bad.jsonl:2: 'negatives' is str, not a list"),
         ([ROWS[0], ["q", "p"]], "bad.jsonl:2: not a JSON object"),
-        ([], "no pairs for"),
+        ([], "train: the input has no samples (0 documents)"),
     ],
 )
 def test_names_a_bad_line_and_leaves_nothing(tmp_path, said, rows, message):
@@ -106,6 +108,24 @@ def test_refuses_before_writing(tmp_path, said):
     assert (out / "val" / "index.json").read_bytes() != before
 
 
+def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
+    """What was whole is not converted again, and the workers change nothing."""
+    source = f"train={write_rows(tmp_path / 'many.jsonl', ROWS * 200)}"
+    monkeypatch.setattr(pairs, "choose_block_bytes", lambda *_: 10_000)
+    assert convert(tmp_path / "unbroken", source, flags=["--num_workers", "1", "--verify"]) == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialFolder, "finish", None)
+        with pytest.raises(TypeError):
+            convert(out, source, flags=["--num_workers", "2"])
+    finished = finished_shards(out)
+    assert len(finished) > 5 and not (out / "train").exists()
+    assert convert(out, source) == 0
+    assert content(out / "train") == content(tmp_path / "unbroken" / "train")
+    assert finished.items() <= shards(out / "train").items()
+    assert len(LocalDataset(str(out / "train"))) == 1000
+
+
 def test_a_truncated_file_is_named(tmp_path, said):
     whole = gzip.compress("".join(f"{json.dumps(row)}\n" for row in ROWS * 50).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -117,16 +137,16 @@ def test_pairs_of_pages_are_neighbours_and_splits_share_no_page():
     splits = runpy.run_path(str(QUICKSTART / "pairs.py"))["pairs"]()
     with gzip.open(QUICKSTART / "c4-sample.json.gz", "rt", encoding="utf-8") as file:
         texts = {page["url"]: " ".join(page["text"].split()) for page in map(json.loads, file)}
-    assert {split: len(pairs) for split, pairs in splits.items()} == {
+    assert {split: len(found) for split, found in splits.items()} == {
         "train": 3175, "val": 62, "test": 131,
     }  # fmt: skip
-    sources = {split: {pair["source"] for pair in pairs} for split, pairs in splits.items()}
+    sources = {split: {pair["source"] for pair in found} for split, found in splits.items()}
     assert len(set.union(*sources.values())) == sum(len(found) for found in sources.values())
-    for split, pairs in splits.items():
-        for pair in pairs:
+    for split, found in splits.items():
+        for pair in found:
             neighbours = f"{pair['query']} {pair['passage']}"
             assert " ".join(neighbours.split()) in texts[pair["source"]]
             assert min(len(pair["query"]), len(pair["passage"])) >= 300
         if split != "train":  # one right answer, and what is looked for is no query
-            assert len(sources[split]) == len(pairs)
-            assert not {pair["query"] for pair in pairs} & {pair["passage"] for pair in pairs}
+            assert len(sources[split]) == len(found)
+            assert not {pair["query"] for pair in found} & {pair["passage"] for pair in found}

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from m2_plugin import cli
-from m2_plugin.foundry.conversion.negatives import main_mine
 from m2_plugin.foundry.conversion.pairs import main_pairs
+from m2_plugin.retrieval.negatives import main_mine
 from tests.utils import write_rows
 
 WORDS = [f"word{i}" for i in range(40)]

@@ -57,7 +57,8 @@ def launch(out: Path, cluster: str = "-") -> subprocess.Popen:
     command = [sys.executable, fake.__file__, "sweep", str(CONFIG), str(out), cluster, *FEW]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -68,6 +69,15 @@ def wait_for(condition, process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(process.communicate()[0])
         time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen) -> None:
+    """Wait for the end of a sweep; if it hangs, fail with the stacks of its threads."""
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler writes them
+        raise AssertionError(process.communicate()[0]) from None
 
 
 def running(out: Path) -> int:

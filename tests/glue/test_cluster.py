@@ -1,9 +1,18 @@
 """The sweep on a Dask cluster of two workers."""
 
 import signal
-import subprocess
 
-from .conftest import LONG, behave, finish, launch, running, soon, wait_for, wait_until_halfway
+from .conftest import (
+    LONG,
+    behave,
+    ended,
+    finish,
+    launch,
+    running,
+    soon,
+    wait_for,
+    wait_until_halfway,
+)
 
 
 def test_the_same_results_as_on_this_machine(out, cluster, unbroken):
@@ -33,11 +42,7 @@ def test_a_stopped_sweep_ends_its_jobs(out, cluster, unbroken):
         wait_until_halfway(out, process)
         wait_for(lambda: running(out) == 6, process)
         process.send_signal(how)
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:  # seen once: the interrupt was lost, so press again
-            process.send_signal(how)
-            process.communicate(timeout=60)
+        ended(process)
         assert process.returncode != 0
         assert soon(lambda: running(out) == 0) and all(worker.poll() is None for worker in workers)
     behave(out, {})

@@ -346,4 +346,6 @@ def test_what_is_refused(model, tmp_path, capsys):
 def test_a_missing_package(name, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     assert retrieval(write_beir(tmp_path / "b"), model, tmp_path / "out") == 1
-    assert "pip install 'm2-plugin[retrieval]'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pip install 'm2-plugin[retrieval]'" in error
+    assert ("--no-bm25" in error) == (name == "bm25s")

@@ -9,7 +9,8 @@
     worker    → a task: convert some blocks, each to its shards and its record
     engine    → the main process: gives tasks to workers, and puts the shards together
     verify    → compares a finished folder with its hashes and its manifest
-    cli       → the arguments of data_prep/*.py
+    cli       → the arguments of convert_c4.py and convert_text.py
+    pairs     → the arguments of convert_pairs.py
 
 A *stream* is a part of the input that is read in order. A *block* is a section of a stream, and is
 converted by itself to one shard or a few. Only the input and the settings determine the blocks.

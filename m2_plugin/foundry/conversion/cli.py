@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ class Parser(argparse.ArgumentParser):
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         self.add_argument(*names, help=help, **settings)
 
-    def add_output(self) -> None:
-        """Add the options that all converters have for their output."""
+    def add_run(self) -> None:
+        """Add the options that all converters have for their output and their workers."""
         self.option("out_root", OUT_HELP, required=True, metavar="FOLDER")
         self.option("local", LOCAL_HELP, type=Path, metavar="FOLDER")
         self.option("compression", "of the shards, such as zstd", metavar="ALGO[:LEVEL]")
         self.option("overwrite", "remove existing splits, finished or not", action="store_true")
+        self.option("num_workers", WORKERS_HELP, type=int, metavar="N")
+        self.option("cluster", CLUSTER_HELP, metavar="ADDRESS|FILE")
+        verify = "read and compare everything once it is written"
+        self.option("verify", verify, action="store_true")
 
 
 def places(arguments: argparse.Namespace, name: str) -> tuple[Path, str | None]:
@@ -103,7 +108,7 @@ def _parser(about: str, splits: dict[str, Split], dataset_help: str, **defaults:
     add("dataset", dataset_help)
     add("data_subset", "configuration on the hub")
     add("local_files", LOCAL_FILES_HELP, nargs="+", metavar="[SPLIT=]PATH")
-    parser.add_output()
+    parser.add_run()
     which = f"splits to make, each in its folder below --out_root: {', '.join(splits)}"
     add("splits", which, nargs="+", default=["train", "val"], metavar="SPLIT")
     add("val_fraction", VAL_FRACTION_HELP, type=float, metavar="F")
@@ -116,10 +121,7 @@ def _parser(about: str, splits: dict[str, Split], dataset_help: str, **defaults:
     add("bos_text", "put before each document", default="")
     add("eos_text", "put after each document", default="")
     add("no_wrap", "drop the rest of a document in which a sample ended", action="store_true")
-    add("num_workers", WORKERS_HELP, type=int, metavar="N")
-    add("cluster", CLUSTER_HELP, metavar="ADDRESS|FILE")
     add("on_error", ON_ERROR_HELP, choices=("fail", "skip"), default="fail")
-    add("verify", "read and compare everything once it is written", action="store_true")
     add("verify_only", "convert nothing; check existing splits", action="store_true")
     parser.set_defaults(**defaults)
     return parser
@@ -150,11 +152,6 @@ def _label_fits(label: str, name: str, splits: dict[str, Split]) -> bool:
     return label == name or label in (hub_split, {"validation": "val"}.get(hub_split))
 
 
-def _native_label(path: str) -> str | None:
-    match = _C4_FILE.match(Path(path).name)
-    return match[1] if match else None
-
-
 class LocalFiles:
     """The files of --local_files, and the splits that they are for."""
 
@@ -168,15 +165,11 @@ class LocalFiles:
             match = None if Path(item).exists() else _LABEL.fullmatch(item)
             label, pattern = match.groups() if match else (None, item)
             for file in input_files([pattern], arguments.txt_documents):
-                self._add(
-                    label or (_native_label(file.path) if splits is C4_SPLITS else None), file
-                )
-
-    def _add(self, label: str | None, file: InputFile) -> None:
-        if label is None:
-            self.plain.append(file)
-        else:
-            self.labelled.append((label, file))
+                native = _C4_FILE.match(Path(file.path).name) if splits is C4_SPLITS else None
+                if name := label or (native and native[1]):
+                    self.labelled.append((name, file))
+                else:
+                    self.plain.append(file)
 
     def known_splits(self) -> set[str]:
         """Return the split names in SPLIT=PATH."""
@@ -184,12 +177,10 @@ class LocalFiles:
 
     def unused_labels(self) -> list[str]:
         """Return the split names in SPLIT=PATH that no requested split reads."""
-        labels = sorted(self.known_splits())
-        return [
-            label
-            for label in labels
-            if not any(_label_fits(label, name, self.splits) for name in self.requested)
-        ]
+        return [label for label in sorted(self.known_splits()) if not self._fits(label)]
+
+    def _fits(self, label: str) -> bool:
+        return any(_label_fits(label, name, self.splits) for name in self.requested)
 
     def files_of(self, name: str) -> tuple[tuple[InputFile, ...], bool | None]:
         """Return the files of a split, and whether it takes their held-out documents."""
@@ -224,8 +215,6 @@ def _check(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
         )
     if arguments.val_fraction is not None and not 0 < arguments.val_fraction < 1:
         raise ConversionError("--val_fraction must be between 0 and 1")
-    if arguments.num_workers is not None and arguments.num_workers < 1:
-        raise ConversionError("--num_workers must be at least 1")
     if not arguments.local_files and not arguments.dataset:
         raise ConversionError("give --dataset NAME (on the hub) or --local_files PATH ...")
     if arguments.val_fraction and splits is C4_SPLITS and not arguments.local_files:
@@ -314,11 +303,17 @@ def _jobs(arguments: argparse.Namespace, splits: dict[str, Split]) -> list[Job]:
     return [_job(arguments, splits, name, local) for name in names]
 
 
-def _run(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
-    jobs = [] if arguments.verify_only else _jobs(arguments, splits)
+def run_jobs(arguments: argparse.Namespace, jobs: list[Job], existing: Sequence[str] = ()) -> None:
+    """Convert splits, and verify them if that is requested; verify existing ones.
+
+    Raises:
+        ConversionError: If --num_workers is less than 1; else as `convert` and `verify`.
+    """
+    if arguments.num_workers is not None and arguments.num_workers < 1:
+        raise ConversionError("--num_workers must be at least 1")
     preload = {
-        "transformers.models.auto.tokenization_auto": arguments.concat_tokens,
-        "streaming": arguments.verify or arguments.verify_only or arguments.compression,
+        "transformers.models.auto.tokenization_auto": any(j.recipe.concat_tokens for j in jobs),
+        "streaming": arguments.verify or existing or arguments.compression,
     }
     modules = [name for name, needed in preload.items() if needed]  # slow to import
     with open_workers(arguments.num_workers, arguments.cluster, modules) as workers:
@@ -326,9 +321,19 @@ def _run(arguments: argparse.Namespace, splits: dict[str, Split]) -> None:
             convert(job, workers, arguments.overwrite)
             if arguments.verify:
                 verify(job.url or str(job.out), workers)
-        if arguments.verify_only:
-            for name in _requested_splits(arguments):
-                verify(f"{arguments.out_root.rstrip('/')}/{name}", workers)
+        for place in existing:
+            verify(place, workers)
+
+
+def _run(parser: Parser, argv: list[str] | None, splits: dict[str, Split]) -> int:
+    log_to_stderr()
+    arguments = parser.parse_args(argv)
+    if arguments.verify_only:
+        names = _requested_splits(arguments)
+        run_jobs(arguments, [], [f"{arguments.out_root.rstrip('/')}/{name}" for name in names])
+    else:
+        run_jobs(arguments, _jobs(arguments, splits))
+    return 0
 
 
 def log_to_stderr() -> None:
@@ -343,13 +348,9 @@ def main_c4(argv: list[str] | None = None) -> int:
         ValueError: If the arguments, the input or the output are wrong.
         OSError: If a disk or the storage of a URL fails.
     """
-    log_to_stderr()
-    _run(c4_parser().parse_args(argv), C4_SPLITS)
-    return 0
+    return _run(c4_parser(), argv, C4_SPLITS)
 
 
 def main_text(argv: list[str] | None = None) -> int:
     """Run convert_text.py; errors as those of `main_c4`."""
-    log_to_stderr()
-    _run(text_parser().parse_args(argv), TEXT_SPLITS)
-    return 0
+    return _run(text_parser(), argv, TEXT_SPLITS)

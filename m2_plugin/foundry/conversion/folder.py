@@ -63,8 +63,7 @@ def check_manifest(
             f"{place} exists, is not empty, and was not written by this program. Choose another "
             "--out_root, or pass --overwrite to remove it"
         )
-    if manifest["settings"] != settings:
-        changed = differences(manifest["settings"], settings)
+    if changed := differences(manifest["settings"], settings):
         raise ConversionError(
             f"{place} has a split with other settings ({changed}). Choose another --out_root, "
             "or pass --overwrite to convert again"
@@ -188,7 +187,10 @@ class PartialFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it; wait while another command converts this split."""
+        """Create the folder and lock it; wait while another command converts this split.
+
+        If an error comes before a block is finished, the folder is removed.
+        """
         what = f"{self.path} is in use by another conversion"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -199,6 +201,10 @@ class PartialFolder:
                 continue
         try:
             yield
+        except BaseException:
+            if not any(self.path.glob("records-*/*.json")):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
             if held is not None:
                 held.close()
@@ -210,15 +216,14 @@ class PartialFolder:
             ConversionError: If it was begun with other settings.
         """
         path = self.path / "settings.json"
-        blocks = Blocks(self.path, digest(settings))
         found = json.loads(path.read_text()) if path.exists() else settings
-        if digest(found) != blocks.digest:
+        if changed := differences(found, settings):
             raise ConversionError(
-                f"{self.path} has an unfinished conversion with other settings "
-                f"({differences(found, settings)}). Run its command again to finish it, or pass "
-                "--overwrite to remove it"
+                f"{self.path} has an unfinished conversion with other settings ({changed}). Run "
+                "its command again to finish it, or pass --overwrite to remove it"
             )
-        write_json(path, settings, indent=None)
+        blocks = Blocks(self.path, digest(found))
+        write_json(path, found, indent=None)
         blocks.create()
         return blocks
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2_plugin.data.pairs import Keys
 from m2_plugin.foundry.conversion.sources import (
     HubShard,
     HubSource,
@@ -15,6 +16,8 @@ from m2_plugin.foundry.conversion.sources import (
     file_streams,
 )
 
+# The columns of llm-foundry's own converter (for Delta tables); the negatives are a JSON list.
+PAIRS = {"query_text": "str", "positive_passage": "str", "negative_passages": "str"}
 # Raised whenever the same settings give other shards.
 FORMAT_VERSION = 2
 
@@ -36,6 +39,7 @@ class Recipe:
         no_wrap: Whether to drop the rest of a document in which a sample ended.
         compression: The `compression` of `MDSWriter`: "zstd", "zstd:7" ...
         max_samples: The number of samples to stop at.
+        pairs: The columns of pairs of query and passage, if a document is such a pair.
         block_bytes: The bytes of text in a block, about the size of a shard.
     """
 
@@ -51,11 +55,14 @@ class Recipe:
     no_wrap: bool = False
     compression: str | None = None
     max_samples: int | None = None
+    pairs: Keys | None = None
     block_bytes: int = 48 << 20
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of the shards, which llm-foundry's `text` dataloader reads."""
+        """The columns of the shards, which llm-foundry's dataloaders read, and their encodings."""
+        if self.pairs is not None:
+            return PAIRS
         return {"text": "str"} if self.concat_tokens is None else {"tokens": "ndarray:int32"}
 
 
@@ -85,7 +92,7 @@ class Job:
         """Return the ordered streams of the input."""
         if self.hub is not None:
             return [HubShard(self.hub, i) for i in range(self.hub.shards())]
-        return file_streams(list(self.files), self.recipe.text_column)
+        return file_streams(list(self.files), self.recipe.text_column, self.recipe.pairs)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the output, without paths and times of files."""

@@ -18,7 +18,15 @@ from m2_plugin.data.rows import decode, parse_object, read_row_groups
 from m2_plugin.data.tokenizer import load_tokenizer, vocabulary_digest
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 from m2_plugin.foundry.conversion.job import Recipe
-from m2_plugin.foundry.conversion.sources import Block, Document, Documents, document
+from m2_plugin.foundry.conversion.shards import encode_array
+from m2_plugin.foundry.conversion.sources import (
+    Block,
+    Document,
+    Documents,
+    document,
+    documents_of,
+    packed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,21 +98,14 @@ def _file_document(path: str, column: str) -> Iterator[Document]:
             yield document({column: text}, column, f"{path}:1")
 
 
-def _row_documents(documents: Documents, column: str) -> Iterator[Document]:
-    for row in read_row_groups(documents.path, documents.start, documents.end, column):
-        if row.problem:
-            yield BadDocumentError(f"{row.place}: {row.problem}")
-        else:
-            yield document(row.values, column, row.place)
-
-
 def _documents(block: Block, column: str) -> Iterator[Document]:
     yield from block.texts
     for documents in block.ranges:
         if documents.layout == "file":
             yield from _file_document(documents.path, column)
         elif documents.layout == "rows":
-            yield from _row_documents(documents, column)
+            rows = read_row_groups(documents.path, documents.start, documents.end, column)
+            yield from documents_of(rows, column)
         else:
             yield from _range_documents(documents, column)
 
@@ -216,15 +217,8 @@ class Tokenizer:
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[Tokens]:
         """Tokenise documents in batches."""
-        batch: list[str] = []
-        chars = 0
-        for text in texts:
-            batch.append(text)
-            chars += len(text)
-            if chars >= BATCH_CHARS:
-                yield from self.encode(batch)
-                batch, chars = [], 0
-        yield from self.encode(batch) if batch else ()
+        for batch in packed(((text, len(text)) for text in texts), BATCH_CHARS):
+            yield from self.encode(batch)
 
 
 @functools.lru_cache(maxsize=1)
@@ -267,7 +261,7 @@ def cut_tokens(documents: Sequence[int], length: int, no_wrap: bool) -> list[int
 
 def make_samples(
     block: Block, recipe: Recipe, skip_bad: bool, limit: int | None = None
-) -> tuple[list[Any], Counts]:
+) -> tuple[list[list[bytes]], Counts]:
     """Read a block, and return its samples.
 
     Args:
@@ -277,7 +271,8 @@ def make_samples(
         limit: The number of samples to stop at.
 
     Returns:
-        The samples, texts or arrays of int32 tokens, and the counts of the block.
+        The samples, each with the encoded value of every column, sorted by column name; and the
+        counts of the block.
 
     Raises:
         BadDocumentError: If a document cannot be read, unless bad ones are skipped.
@@ -285,10 +280,22 @@ def make_samples(
     counts = Counts()
     texts = read_texts(block, recipe, skip_bad, counts)
     if recipe.concat_tokens is None:
-        return list(itertools.islice(texts, limit)), counts
+        encode = _encode_text if recipe.pairs is None else _encode_pair
+        return list(map(encode, itertools.islice(texts, limit))), counts
     length = recipe.concat_tokens
     documents = list(tokenizer_of(recipe).encode_all(texts))
     starts = cut_tokens([len(d) for d in documents], length, recipe.no_wrap)[:limit]
     tokens = np.concatenate(documents) if documents else np.empty(0, np.int32)
     counts.tokens, counts.dropped = len(tokens), len(tokens) - len(starts) * length
-    return [tokens[start : start + length] for start in starts], counts
+    return [[encode_array(tokens[start : start + length])] for start in starts], counts
+
+
+def _encode_text(text: str) -> list[bytes]:
+    return [text.encode()]
+
+
+def _encode_pair(text: str) -> list[bytes]:
+    """Encode the columns `PAIRS`; their alphabetical order is that of the shard."""
+    pair = json.loads(text)
+    columns = json.dumps(pair["negatives"]), pair["passage"], pair["query"]
+    return [value.encode() for value in columns]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m2_plugin.data.formats import (
     file_format,
@@ -24,6 +24,7 @@ from m2_plugin.data.formats import (
     is_saved_dataset,
     remote_errors,
 )
+from m2_plugin.data.pairs import Keys
 from m2_plugin.data.rows import Row, is_json_stream, open_parquet, read_rows, text_of
 from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
 
@@ -46,6 +47,7 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modifi
 
 # A document, or why it cannot be used.
 Document = str | BadDocumentError
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,29 @@ def document(values: dict[str, Any], column: str, place: str) -> Document:
     return text
 
 
+def documents_of(rows: Iterable[Row], column: str) -> Iterator[Document]:
+    """Yield the documents in a column of rows."""
+    for row in rows:
+        if row.problem:
+            yield BadDocumentError(f"{row.place}: {row.problem}")
+        else:
+            yield document(row.values, column, row.place)
+
+
+def packed(items: Iterable[tuple[Item, int]], least: int) -> Iterator[list[Item]]:
+    """Yield lists of successive items, each (item, size), of at least some size together."""
+    together: list[Item] = []
+    size = 0
+    for item, its_size in items:
+        together.append(item)
+        size += its_size
+        if size >= least:
+            yield together
+            together, size = [], 0
+    if together:
+        yield together
+
+
 # --- streams -------------------------------------------------------------------------------------
 
 
@@ -137,30 +162,24 @@ class CuttableFiles:
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
-        ranges: list[Documents] = []
-        size = stored = 0
-        for file in self.files:
-            for found, its_size, its_stored in self._ranges(file, block_bytes):
-                ranges.append(found)
-                size += its_size
-                stored += its_stored
-                if size >= block_bytes:
-                    yield Block(stored, tuple(ranges))
-                    ranges, size, stored = [], 0, 0
-        if ranges:
-            yield Block(stored, tuple(ranges))
+        found = itertools.chain(*(self._ranges(file, block_bytes) for file in self.files))
+        for ranges in packed(found, block_bytes):
+            yield Block(sum(stored for _, stored in ranges), tuple(part for part, _ in ranges))
 
-    def _ranges(self, file: InputFile, block_bytes: int) -> Iterator[tuple[Documents, int, int]]:
+    def _ranges(
+        self, file: InputFile, block_bytes: int
+    ) -> Iterator[tuple[tuple[Documents, int], int]]:
+        """Yield parts of a file, each with its bytes on disk, and those of its text."""
         if file.layout == "file":
-            yield Documents(file.path, "file"), file.text_bytes, file.size
+            yield (Documents(file.path, "file"), file.size), file.text_bytes
         elif file.layout == "rows":
             sizes = _row_group_sizes(file.path, self.text_column)
             for i, size in enumerate(sizes):
-                yield Documents(file.path, "rows", i, i + 1), size, file.size // len(sizes)
+                yield (Documents(file.path, "rows", i, i + 1), file.size // len(sizes)), size
         else:
             for start in range(0, file.size, block_bytes):
                 end = min(start + block_bytes, file.size)
-                yield Documents(file.path, file.layout, start, end), end - start, end - start
+                yield (Documents(file.path, file.layout, start, end), end - start), end - start
 
 
 def _row_group_sizes(path: str, text_column: str) -> list[int]:
@@ -174,17 +193,13 @@ def _row_group_sizes(path: str, text_column: str) -> list[int]:
 
 def _cut(documents: Iterator[tuple[Document, int]], block_bytes: int) -> Iterator[Block]:
     """Cut documents, each with the bytes that it takes on disk, into blocks."""
-    texts: list[Document] = []
-    size = stored = 0
-    for text, its_stored in documents:
-        texts.append(text)
-        size += len(text) if isinstance(text, str) else 0
-        stored += its_stored
-        if size >= block_bytes:
-            yield Block(stored, texts=tuple(texts))
-            texts, size, stored = [], 0, 0
-    if texts:
-        yield Block(stored, texts=tuple(texts))
+    sized = ((found, _length(found[0])) for found in documents)
+    for found in packed(sized, block_bytes):
+        yield Block(sum(stored for _, stored in found), texts=tuple(text for text, _ in found))
+
+
+def _length(text: Document) -> int:
+    return len(text) if isinstance(text, str) else 0
 
 
 def _paragraphs(path: str, column: str) -> Iterator[Row]:
@@ -203,12 +218,35 @@ def _paragraphs(path: str, column: str) -> Iterator[Row]:
         yield Row(place, {column: "\n".join(lines)}, problem)
 
 
+def read_pairs(path: str, keys: Keys) -> Iterator[Document]:
+    """Yield the pairs of a file, each a JSON object with `query`, `passage` and `negatives`.
+
+    All pairs of a file have as many negatives as its first one: llm-foundry makes one tensor of a
+    batch.
+    """
+    first = None
+    for row in read_rows(path):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            pair = keys.pair(row.values)
+            count = len(pair["negatives"])
+            first = count if first is None else first
+            if count != first:
+                raise ValueError(f"{count} negatives, but the rows before it have {first}")
+        except ValueError as error:
+            yield BadDocumentError(f"{row.place}: {error}")
+        else:
+            yield json.dumps(pair, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class FilesInOrder:
-    """A stream of files that must be read from their beginning."""
+    """A stream of files that must be read from their beginning: texts, or pairs."""
 
     files: tuple[InputFile, ...]
     text_column: str = "text"
+    pairs: Keys | None = None
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Cut the stream into blocks, the same ones on every run."""
@@ -218,22 +256,22 @@ class FilesInOrder:
         for file in self.files:
             left = file.size
             for text in self._documents_of(file):
-                size = len(text) if isinstance(text, str) else 0
-                stored = min(left, size // (EXPANSION if file.compressed else 1))
+                stored = min(left, _length(text) // (EXPANSION if file.compressed else 1))
                 left -= stored
                 yield text, stored
 
     def _documents_of(self, file: InputFile) -> Iterator[Document]:
+        if self.pairs is not None:
+            yield from read_pairs(file.path, self.pairs)
+            return
         column = self.text_column
         if file.layout == "paragraph":
             rows = _paragraphs(file.path, column)
         else:
             rows = read_rows(file.path, text_column=column, columns=[column])
-        for row in rows:
-            if row.problem:
-                yield BadDocumentError(f"{row.place}: {row.problem}")
-            elif file.layout not in ("line", "paragraph") or row.values[column].strip():
-                yield document(row.values, column, row.place)
+        if file.layout in ("line", "paragraph"):
+            rows = (row for row in rows if row.problem or row.values[column].strip())
+        yield from documents_of(rows, column)
 
 
 @functools.lru_cache(maxsize=1)
@@ -306,30 +344,24 @@ class HubShard:
                 )
             for text in batch[column]:
                 found = document({column: text}, column, f"{name}, row {row}")
-                yield found, len(found) if isinstance(found, str) else 0
+                yield found, _length(found)
                 row += 1
 
 
 Stream = CuttableFiles | FilesInOrder | HubShard
 
 
-def file_streams(files: list[InputFile], text_column: str = "text") -> list[Stream]:
+def file_streams(
+    files: list[InputFile], text_column: str = "text", pairs: Keys | None = None
+) -> list[Stream]:
     """Group successive files into streams."""
     streams: list[Stream] = []
     for cuttable, group in itertools.groupby(files, InputFile.is_cuttable):
-        if cuttable:
+        if cuttable and pairs is None:
             streams.append(CuttableFiles(tuple(group), text_column))
             continue
-        together: list[InputFile] = []
-        size = 0
-        for file in group:
-            together.append(file)
-            size += file.size
-            if size >= STREAM_BYTES:
-                streams.append(FilesInOrder(tuple(together), text_column))
-                together, size = [], 0
-        if together:
-            streams.append(FilesInOrder(tuple(together), text_column))
+        for together in packed(((file, file.size) for file in group), STREAM_BYTES):
+            streams.append(FilesInOrder(tuple(together), text_column, pairs))
     return streams
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from m2_plugin.foundry.conversion.folder import Blocks, Key
 from m2_plugin.foundry.conversion.job import Recipe
 from m2_plugin.foundry.conversion.samples import make_samples, tokenizer_of
-from m2_plugin.foundry.conversion.shards import check_compression, encode_array, write_shards
+from m2_plugin.foundry.conversion.shards import check_compression, write_shards
 from m2_plugin.foundry.conversion.sources import Block, Stream
 
 
@@ -74,9 +74,8 @@ def _is_enough(part: Part, key: Key) -> bool:
 def _write_block(part: Part, key: Key, block: Block) -> None:
     recipe = part.recipe
     samples, counts = make_samples(block, recipe, part.skip_bad, part.limit)
-    encode = str.encode if recipe.concat_tokens is None else encode_array
     entries = write_shards(
-        ([encode(sample)] for sample in samples),
+        samples,
         *(recipe.columns, recipe.compression, part.blocks.shards),
         name=f"shard.{key[0]:05}-{key[1]:05}",
     )

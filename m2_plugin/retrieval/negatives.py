@@ -1,6 +1,6 @@
 """Mine negatives by BM25: passages that share words with a query, and do not answer it.
 
-Between reading the pairs and converting them: the output is an input of `convert_pairs.py`.
+The command `m2-plugin mine-negatives`; its output is an input of `convert_pairs.py`.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from m2_plugin.data.bm25 import BM25, highest
+from m2_plugin.data.formats import DataError
+from m2_plugin.data.pairs import Keys
 from m2_plugin.data.rows import read_rows, text_of
 from m2_plugin.files import whole
-from m2_plugin.foundry.conversion.errors import BadDocumentError, ConversionError
-from m2_plugin.foundry.conversion.pairs import Keys
 
 __all__ = ["Miner", "main_mine", "mine"]
 
@@ -46,7 +46,7 @@ class Miner:
             answers = self.answers.setdefault(_same(pair["query"]), set())
             answers.add(self._add(pair["passage"]))
         if not self.pairs:
-            raise ConversionError("the files of --pairs hold no pairs")
+            raise DataError("the files of --pairs hold no pairs")
         for passage in corpus:
             self._add(passage)
         self.words = BM25(self.passages)
@@ -112,9 +112,9 @@ def _pairs(paths: Iterable[str], keys: Keys) -> Iterator[tuple[str, dict[str, An
             try:
                 if row.problem:
                     raise ValueError(row.problem)
-                yield row.place, keys.sample(row.values)
+                yield row.place, keys.pair(row.values)
             except ValueError as error:
-                raise BadDocumentError(f"{row.place}: {error}") from error
+                raise DataError(f"{row.place}: {error}") from error
 
 
 def _texts(paths: Iterable[str], column: str) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _texts(paths: Iterable[str], column: str) -> Iterator[str]:
                     raise ValueError(row.problem)
                 text = text_of(row.values, column, "--corpus_column")
             except ValueError as error:
-                raise BadDocumentError(f"{row.place}: {error}") from error
+                raise DataError(f"{row.place}: {error}") from error
             if text.strip():
                 yield text
 
@@ -172,7 +172,7 @@ def mine(
                 try:
                     negatives = miner.negatives(pair, count, ranks, generator)
                 except ValueError as error:
-                    raise ConversionError(f"{place}: {error}") from error
+                    raise DataError(f"{place}: {error}") from error
                 every = [*pair["negatives"], *negatives]
                 for group in [[text] for text in every] if triplets else [every]:
                     file.write(json.dumps(pair | {"negatives": group}, ensure_ascii=False) + "\n")
