@@ -125,6 +125,14 @@ def test_workers_do_not_run_the_calling_script():
     assert ended.stdout == "2.0\n", ended.stderr
 
 
+@pytest.fixture
+def own_handler():
+    """Python's own handler of Ctrl-C: other tests in this process may have set one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Presses:
     """Presses Ctrl-C while Python ends it; the exception is dropped there."""
 
@@ -134,7 +142,7 @@ class Presses:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_was_dropped_takes_effect():
+def test_an_interrupt_that_was_dropped_takes_effect(own_handler):
     def tasks():
         yield 0
         Presses()
@@ -147,7 +155,7 @@ def test_an_interrupt_that_was_dropped_takes_effect():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_is_held_inside_the_executor():
+def test_an_interrupt_is_held_inside_the_executor(own_handler):
     """There it could leave a lock taken; who presses twice does not wait."""
     steps = []
 

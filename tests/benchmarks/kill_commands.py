@@ -12,6 +12,7 @@ for byte, with no hidden file beside it. The converters (kill_conversions.py) an
 """
 
 import argparse
+import json
 import math
 import os
 import random
@@ -161,7 +162,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each command, in each way")
     parser.add_argument("--only", nargs="+", metavar="COMMAND", help="these commands")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for the tally")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file for the tally; it keeps that of others"
+    )
     args = parser.parse_args()
 
     from m2_plugin.files import write_json
@@ -184,8 +187,10 @@ def main() -> int:
             if not args.only or name.replace(",", " ").split()[0] in args.only:
                 found[name] = function()
                 print(name, found[name], flush=True)
-    if args.out is not None:
-        write_json(args.out, {"commands": found, "date": time.strftime("%Y-%m-%d")})
+                if args.out is not None:
+                    before = json.loads(args.out.read_text()) if args.out.exists() else {}
+                    commands = before.get("commands", {}) | {name: found[name]}
+                    write_json(args.out, {"commands": commands, "date": time.strftime("%Y-%m-%d")})
     return int(any(wrong(tally) for tally in found.values()))
 
 
