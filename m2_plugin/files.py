@@ -113,9 +113,9 @@ def whole(path: Path, size: int = 0) -> Iterator[Path]:
         ValueError: If the path exists already or cannot be written, or another process writes it.
         OSError: If the disk has no space for it; nothing is left then.
     """
-    _check_absent(path)
-    with locked(path):
-        _check_absent(path)  # another process may have finished it meanwhile
+    with locked(path):  # which removes what a process that was killed at its very end has left
+        if os.path.lexists(path):
+            raise ValueError(f"{str(path)!r} exists already: give another name, or remove it")
         free = shutil.disk_usage(path.parent).free
         if size > free:
             needed = f"about {_mib(size)} MiB are needed, and {_mib(free)} MiB are free"
@@ -143,11 +143,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _check_absent(path: Path) -> None:
-    if os.path.lexists(path):
-        raise ValueError(f"{str(path)!r} exists already: give another name, or remove it")
 
 
 # --- temporary folders ---------------------------------------------------------------------------

@@ -160,6 +160,16 @@ def test_what_a_killed_process_left_is_removed(rerun, tmp_path):
     assert {entry.name for entry in tmp_path.glob(".*")} == {mine.name}
 
 
+def test_what_was_left_beside_a_finished_file_is_removed(tmp_path):
+    path = tmp_path / "out"
+    path.write_text("whole")
+    (tmp_path / ".out.lock").write_text("process 1 on a machine\n")
+    (tmp_path / ".out.tmp-abcdefgh").mkdir()
+    with pytest.raises(ValueError, match="out' exists already: "), whole(path):
+        pytest.fail("it began to write")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "whole"
+
+
 def test_one_process_at_a_time(tmp_path):
     path = tmp_path / "out"
     with another(writing(path)) as process:

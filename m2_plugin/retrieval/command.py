@@ -9,6 +9,7 @@ from typing import Any
 from m2_plugin.data.formats import ENDINGS
 from m2_plugin.data.rows import read_rows, text_of
 from m2_plugin.data.write import write_rows
+from m2_plugin.files import locked
 from m2_plugin.inference import (
     add_batch_arguments,
     add_run_arguments,
@@ -124,8 +125,8 @@ def main_search(argv: Sequence[str] | None = None) -> int:
         args.pop(key)
     found = search(index, texts, model, top_k, **args)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_rows(Path(out), found, ["query", "hits"])
+        with locked(Path(out)):
+            write_rows(Path(out), found, ["query", "hits"])
         sys.stdout.write(f"{len(found)} queries\n")
     else:
         sys.stdout.write(_printed(found))
@@ -141,7 +142,8 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
     if out.exists() and not overwrite:
-        raise ValueError(f"{str(out)!r} exists already: give another name, or --overwrite")
+        with locked(out):  # which removes what a run that was killed at its very end has left
+            raise ValueError(f"{str(out)!r} exists already: give another name, or --overwrite")
 
 
 def _queries(given: Sequence[str] | None, file: str | None, column: str) -> list[str]:
