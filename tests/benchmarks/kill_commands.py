@@ -116,6 +116,8 @@ def half_written(found: dict[str, bytes], unbroken: dict[str, bytes], grows: boo
     """Name what is neither absent nor as in the unbroken run."""
     odd = [name for name, data in found.items() if unbroken.get(name) != data]
     odd = [name for name in odd if not name.endswith(DATED)]
+    if grows:  # its files have their temporary folders in it
+        odd = [name for name in odd if "/." not in name]
     return odd if grows or not found else odd + sorted(unbroken.keys() - found.keys())
 
 
