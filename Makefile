@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: install quickstart test lint gpu-bench clean
+.PHONY: install quickstart test lint cpu-bench gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Half an hour on a machine that does nothing else.
+cpu-bench: install
+	$(BIN)/python tests/benchmarks/bench_model.py --device cpu --threads 1
+	$(BIN)/python tests/benchmarks/bench_serving.py
+	$(BIN)/python tests/benchmarks/report.py
 
 # This installs nothing. It needs a GPU, torch, Triton and transformers. SITE=FOLDER names a folder
 # with llm-foundry and this package (`pip install --target`), for the training part alone.

@@ -31,6 +31,7 @@ python data_prep/quickstart/pairs.py --out quickstart/pairs
 m2-plugin convert-pairs --out_root quickstart/retrieval
     --local_files train=quickstart/pairs/train.jsonl val=quickstart/pairs/val.jsonl
 composer -n 1 train.py yamls/finetune/retrieval/m2-bert-quickstart.yaml {SMALL}
+    global_train_batch_size=32 device_train_microbatch_size=32
 m2-plugin embed quickstart/pairs/test.jsonl --text-column query
     --model quickstart/retrieval/run/huggingface/final --out queries.npy
 """

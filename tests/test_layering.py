@@ -47,7 +47,7 @@ ROOMS = {
     "doctor": ["ops", "ops.backend", "ops.kernels"],
     "inference": ["checkpoints", "data", "files", "models"],
     "chunks": ["executor", "files", "inference"],
-    "retrieval": ["checkpoints", "data", "embed", "files", "inference", "pictures"],
+    "retrieval": ["checkpoints", "chunks", "data", "embed", "files", "inference", "pictures"],
     "retrieval.negatives": ["data", "files"],
     "tasks": ["data", "inference"],
     "embed": ["checkpoints", "chunks", "data", "files", "inference", "models", "tasks"],

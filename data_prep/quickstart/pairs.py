@@ -1,10 +1,11 @@
-"""Make pairs of neighbouring passages from the sample of C4 here, to fine-tune for retrieval.
+"""Make pairs of neighbouring passages from the sample of C4 and the novels here, for retrieval.
 
     python data_prep/quickstart/pairs.py --out quickstart/pairs
 
 writes train.jsonl, val.jsonl and test.jsonl, with one object per line: `query`, `passage` and
 `source`. A query is a piece of text of at least 300 characters that ends where a sentence ends. Its
-passage is the next piece on the same web page, `source`. Each page is in one of the three files.
+passage is the next piece of the same web page or novel, `source`. Each page is in one of the three
+files; the novels are in train.jsonl.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from m2_plugin.files import write_atomically
 log = logging.getLogger("pairs")
 
 SAMPLE = Path(__file__).parent / "c4-sample.json.gz"
+NOVELS = Path(__file__).parent / "novels.jsonl.gz"
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # tenths of the pages, by a hash of the URL
-CHARACTERS = 300  # about 80 tokens, so most pieces fit into the quickstart's 128
+CHARACTERS = 300  # about 80 tokens, so most pieces fit into the recipe's 96
 SENTENCE_END = re.compile(r"""(?<=[.!?"'])\s+(?=\W?[A-Z])""")
 
 
@@ -39,36 +41,37 @@ def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
             piece = ""
 
 
-def pages() -> Iterator[dict[str, str]]:
-    """Read the pages of the sample, with `text` and `url`."""
-    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
+def read(path: Path) -> Iterator[dict[str, str]]:
+    """Read JSON lines with `text`, and the `url` of a web page or the `source` of a novel."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
-def split_of(page: dict[str, str]) -> str:
+def split_of(url: str) -> str:
     """Return the split of a page: train, val or test."""
-    digest = hashlib.sha256(page["url"].encode()).hexdigest()
+    digest = hashlib.sha256(url.encode()).hexdigest()
     return SPLITS[int(digest, 16) % len(SPLITS)]
 
 
 def pairs() -> dict[str, list[dict[str, str]]]:
     """Return the pairs of each split.
 
-    The training split has all pairs of a page, the evaluation splits only the first one: so there
-    is no other passage from the query's page.
+    The training split has all pairs of a text, the evaluation splits only the first one of a page:
+    so there is no other passage from the query's page.
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
-    for page in pages():
-        split = split_of(page)
-        neighbours = pairwise(pieces(page["text"]))
+    texts = [(split_of(page["url"]), page["url"], page["text"]) for page in read(SAMPLE)]
+    texts += [("train", part["source"], part["text"]) for part in read(NOVELS)]
+    for split, source, text in texts:
+        neighbours = pairwise(pieces(text))
         for query, passage in neighbours if split == "train" else islice(neighbours, 1):
-            splits[split].append({"query": query, "passage": passage, "source": page["url"]})
+            splits[split].append({"query": query, "passage": passage, "source": source})
     return splits
 
 
 def main() -> int:
     """Write the three files."""
-    parser = argparse.ArgumentParser(description="Pairs of neighbouring passages of web pages.")
+    parser = argparse.ArgumentParser(description="Pairs of neighbouring passages of texts.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     out = parser.parse_args().out
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)

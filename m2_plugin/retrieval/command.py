@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2_plugin.chunks import check_absent
 from m2_plugin.data.formats import ENDINGS
 from m2_plugin.data.rows import read_rows, text_of
 from m2_plugin.data.write import write_rows
@@ -115,7 +116,9 @@ def main_search(argv: Sequence[str] | None = None) -> int:
     out, overwrite, top_k, model = (args.pop(k) for k in ("out", "overwrite", "top_k", "model"))
     queries = args.pop("query"), args.pop("queries"), args.pop("query_column")
     if out:
-        _check_out(Path(out), overwrite)
+        if Path(out).suffix != ".jsonl":
+            raise ValueError(f"--out must end in .jsonl, not {out!r}")
+        check_absent(Path(out), overwrite)
     if top_k < 1:
         raise ValueError(f"--top-k must be at least 1, not {top_k}")
     log_progress()
@@ -136,14 +139,6 @@ def main_search(argv: Sequence[str] | None = None) -> int:
         f"not compare.\n{out or index.folder}\n"
     )
     return 0
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.suffix != ".jsonl":
-        raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
-    if out.exists() and not overwrite:
-        with locked(out):  # which removes what a run that was killed at its very end has left
-            raise ValueError(f"{str(out)!r} exists already: give another name, or --overwrite")
 
 
 def _queries(given: Sequence[str] | None, file: str | None, column: str) -> list[str]:

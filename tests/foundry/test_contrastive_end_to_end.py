@@ -19,9 +19,7 @@ pytestmark = pytest.mark.slow
 
 YAML = "yamls/finetune/retrieval/m2-bert-quickstart.yaml"
 SMALL = {
-    "variables.start": "null",
     "variables.tokenizer": TOKENIZER,
-    "model.pretrained": "false",  # from random weights
     "variables.max_seq_len": 32,
     "model.config_overrides.hidden_size": 32,
     "model.config_overrides.intermediate_size": 64,
