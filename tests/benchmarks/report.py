@@ -607,6 +607,44 @@ def learning() -> str:
     return f"{intro}{table(header, rows, 1)}\n\n{picture}"
 
 
+def choices() -> str:
+    if not (RESULTS / "choices.json").exists():
+        return "Not measured yet: run `bench_choices.py`."
+    report = load("choices")
+    found = report["choices"]
+    recipe = statistics.mean(found["recipe"]["loss"])
+    rows = []
+    for name, row in found.items():
+        if "unpadded" not in row:
+            ends = " and ".join(f"{loss:.3f}" for loss in row["loss"])
+            change = statistics.mean(row["loss"]) - recipe
+            rows.append([name, ends, NONE if name == "recipe" else f"{change:+.3f}"])
+    intro = (
+        f"What the choices of a recipe change: the held-out loss of M2-BERT of the quickstart's "
+        f"size after {report['batches']:,} batches of 8 × 128 tokens, as in the section above (the "
+        f"same text, samples, schedule, and learning rate, {report['lr']}), with one choice "
+        f"changed; two seeds, {report['date']} (`bench_choices.py`). The loss is that of 15% of "
+        f"the tokens masked, whatever the training masks.\n\n"
+    )
+    texts = (
+        "\n\nOn texts of different lengths (paragraphs of Wikipedia, one a sample, padded to 128 "
+        "tokens in training), the held-out loss on the same masked tokens, with that padding and "
+        "without it:\n\n"
+    )
+    padded = [
+        [name.removeprefix("padded texts, ").replace("padded texts", "no mask"), *ends]
+        for name, row in found.items()
+        if "unpadded" in row
+        for ends in [[" and ".join(f"{x:.3f}" for x in row[k]) for k in ("padded", "unpadded")]]
+    ]
+    return (
+        intro
+        + table(["choice", "held-out loss", "change of the mean"], rows, text_columns=1)
+        + texts
+        + table(["", "padded", "not padded"], padded, text_columns=1)
+    )
+
+
 def import_cost() -> str:
     report = load("import_cost")
     intro = (
@@ -824,45 +862,38 @@ def serving() -> str:
     return intro + table(header, rows)
 
 
-RETRIEVERS = {  # by the benchmark's names
-    "random": "random order",
-    "start, no pooler": "the quickstart's model, mean of its last hidden states",
-    "start, random pooler": "the same through a pooler with random weights",
-    "infonce": "fine-tuned, `infonce`",
-    "bm25": "BM25",
-}
-
-
 def retrieval() -> str:
     report = load("retrieval")
-    sets = report["sets"]
+    sets, changes = report["sets"], report["changes"]
     counts = "; ".join(
-        f"{name}: {found['train_pairs']:,} pairs to train on, {found['test_pairs']:,} to test on"
+        f"{name}: {found['train_pairs']:,} to train on, {found['test_pairs']:,} to test on"
         for name, found in sets.items()
     )
-
-    def gain(name: str) -> str:
-        found = sets[name]["ndcg"]
-        return f"from {found['start, random pooler']:.3f} to {found['infonce']:.3f}"
-
-    minutes = [value for found in sets.values() for value in found["minutes"].values()]
     intro = (
-        f"The quickstart's model, fine-tuned by the small recipe (up to {max(minutes):.0f} "
-        f"minutes on one core): nDCG@10 on held-out pairs, {report['date']} "
-        f"(`bench_retrieval.py`). A query is a passage of about 80 tokens of a web page of C4, or "
-        f"the beginning of a Wikipedia article; it is to find the passage that follows it among "
-        f"all of the test split ({counts}; no page or article is in both; one seed). With "
-        f"`infonce` the score goes {gain('c4')} on C4 and {gain('wikipedia')} on Wikipedia. BM25, "
-        f"which knows every rare word, is far ahead.\n\n"
+        f"The retrieval quickstart ({max(f['minutes'] for f in sets.values()):.0f} minutes on one "
+        f"core): nDCG@10 on held-out pairs, {report['date']} (`bench_retrieval.py`). A query is a "
+        f"passage of about 80 tokens of a web page of C4, or the beginning of a Wikipedia article; "
+        f"it is to find the passage that follows it among all of the test split (pairs of {counts};"
+        f" no page or article is in both; one seed). BM25, which knows every rare word, is "
+        f"ahead.\n\n"
     )
-    rows = [
-        [
-            title,
-            *(f"{found['ndcg'][n]:.3f}" if n in found["ndcg"] else NONE for found in sets.values()),
-        ]
-        for n, title in RETRIEVERS.items()
+    titles = {"random": "random order", "recipe": "the quickstart", "bm25": "BM25"}
+    rows = [[t, *(f"{f[key]:.3f}" for f in sets.values())] for key, t in titles.items()]
+    short = (
+        "\n\nWhat its choices do, by runs on Wikipedia for a third of the batches, each with one "
+        "choice changed:\n\n"
+    )
+    changed = [
+        [name, f"{found['model']:.3f}", f"{found['minutes']:.1f}"]
+        for name, found in changes.items()
     ]
-    return intro + table(["", *sets], rows, text_columns=1)
+    header = ["", "nDCG@10", "minutes on one core"]
+    return (
+        intro
+        + table(["", *sets], rows, text_columns=1)
+        + short
+        + table(header, changed, text_columns=1)
+    )
 
 
 def adapt() -> str:
@@ -906,7 +937,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             conversion,
             quickstart,
         ),
-        *(kills, kill_commands, cluster, learning, glue_quickstart),
+        *(kills, kill_commands, cluster, learning, choices, glue_quickstart),
         *(retrieval, adapt, extension, import_cost, serving, gpt, scaling),
     ),
 }
