@@ -48,8 +48,6 @@ def choices(rate: float) -> dict[str, dict[str, Any]]:
         "15% masked": {MASKS: 0.15},
         "intended groups": {GROUPS: groups(rate * 1.25, rate / 80, 1e-4)},
         "filters' rate / 3": {GROUPS: groups(rate / 3, rate / 3, 1e-5)},
-        "filters' rate × 3": {GROUPS: groups(rate * 3, rate * 3, 1e-5)},
-        "filters fixed": {GROUPS: groups(0.0, 0.0, 0.0)},
         "padded texts": {"mds": "paragraphs", "model.config_overrides.mask_padding": False},
         "padded texts, mask_padding": {
             "mds": "paragraphs",

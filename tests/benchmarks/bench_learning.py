@@ -117,10 +117,10 @@ def train(
     run([COMPOSER, "train.py", str(yaml)], folder.with_suffix(".log"))
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
+def losses(folder: Path, curve: str = "eval") -> list[tuple[int, float]]:
     """The batch and the held-out loss of each evaluation."""
     with open(folder / "loss_curve.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["curve"] == "eval"]
+        rows = [row for row in csv.DictReader(file) if row["curve"] == curve]
     return [(int(row["batch"]), float(row["loss"])) for row in rows]
 
 
@@ -175,14 +175,20 @@ def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
 # --- times ---
 
 
-def batch_seconds(out: Path, name: str) -> float:
-    """The median of a short run's batches, as Composer's speed monitor sees them."""
+def short_run(out: Path, name: str) -> tuple[float, float]:
+    """The median seconds of a batch, as Composer's speed monitor sees them, and the unigram loss.
+
+    That is the held-out loss of a model that knows only how often each word occurs.
+    """
     from m2_plugin.train_report.readers import read_logs
 
     folder = out / "timing" / f"{name}-{time.time_ns()}"
-    train(out, folder, name, RATES[0], SEEDS[0], TIMED_BATCHES)
+    changes = {"callbacks.loss_curve.unigram_baseline": True}
+    train(out, folder, name, RATES[0], SEEDS[0], TIMED_BATCHES, changes=changes)
     (log,) = [log for log in read_logs(folder) if "throughput/batches_per_sec" in log.series]
-    return 1 / statistics.median(log.series["throughput/batches_per_sec"].values)
+    seconds = 1 / statistics.median(log.series["throughput/batches_per_sec"].values)
+    ((_, unigram),) = losses(folder, "unigram_cross_entropy")
+    return seconds, unigram
 
 
 def step(model: Any, masked_only: bool) -> Callable[[], None]:
@@ -227,11 +233,13 @@ def measure(out: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}
     for _ in range(TURNS):
         for name in MODELS:
-            seconds[name].append(batch_seconds(out, name))
+            second, unigram = short_run(out, name)
+            seconds[name].append(second)
             print(f"{name}: {seconds[name][-1]:.4f} s a batch", flush=True)
     saved = saved_by_masked_decoding()
     low, middle, high = statistics.quantiles(saved, n=4)
     times: dict[str, Any] = {
+        "unigram_loss": unigram,
         "seconds_of_a_batch": seconds,
         "saved_by_masked_decoding": {"median": middle, "quartiles": [low, high]},
     }
@@ -263,6 +271,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 axes.plot(x, middle, line, marker="o", color=color, label=name)
                 low, high = [min(end) for end in ends], [max(end) for end in ends]
                 axes.fill_between(x, low, high, color=color, alpha=0.3)
+            if timed:
+                label = "word frequencies only"
+                axes.axhline(report["unigram_loss"], linestyle=":", color=LIGHT.ink, label=label)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.3g}")
         panels[0].set(xlabel="million tokens", ylabel="held-out loss, nats")

@@ -575,9 +575,9 @@ def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
 
 
 def learning() -> str:
-    if not (RESULTS / "learning.json").exists():
-        return "Not measured yet: run `bench_learning.py`."
-    report = load("learning")
+    report = load("learning") if (RESULTS / "learning.json").exists() else {}
+    if "seconds_of_a_batch" not in report:
+        return "Not measured yet: run `bench_learning.py`, then again with `--time`."
     seconds = seconds_of_a_batch(report)
     rates = "; ".join(
         f"{name} {model['lr']} (of {', '.join(model['loss_by_lr'])})"
@@ -600,7 +600,8 @@ def learning() -> str:
         f"{rates}. Minutes are batches times the seconds of a batch on one core, measured on a "
         f"quiet machine: M2-BERT {seconds['M2-BERT']:.3f}, BERT {seconds['BERT']:.3f}. "
         f"transformers' BERT decodes all positions, which is most of that difference; if it "
-        f"decoded the masked ones only, it would take {seconds[MASKED_ONLY]:.3f} s.\n\n"
+        f"decoded the masked ones only, it would take {seconds[MASKED_ONLY]:.3f} s. A model that "
+        f"knows only how often each word occurs has {report['unigram_loss']:.3f} nats.\n\n"
     )
     header = ["model", "million tokens", "minutes", "held-out loss"]
     picture = "![Held-out loss over tokens and time](results/learning.png)"
@@ -642,6 +643,40 @@ def choices() -> str:
         + table(["choice", "held-out loss", "change of the mean"], rows, text_columns=1)
         + texts
         + table(["", "padded", "not padded"], padded, text_columns=1)
+    )
+
+
+def learned() -> str:
+    """Write the README's paragraph on what the models learn."""
+    report = load("learning") if (RESULTS / "learning.json").exists() else {}
+    if "seconds_of_a_batch" not in report:
+        return NONE
+    seconds = seconds_of_a_batch(report)
+    ends = {
+        name: {int(n): statistics.mean(point["loss"]) for n, point in model["batches"].items()}
+        for name, model in report["models"].items()
+    }
+    ours, theirs = ends["M2-BERT"], ends["BERT"]
+    same, longest = max(ours.keys() & theirs.keys()), {name: max(e) for name, e in ends.items()}
+    minutes = {n: longest[n.split(",")[0]] * second / 60 for n, second in seconds.items()}
+    spread = max(
+        max(point["loss"]) - min(point["loss"])
+        for model in report["models"].values()
+        for point in model["batches"].values()
+    )
+    return (
+        f"What do they learn? Two models of the quickstart's size (4 million parameters), one "
+        f"core, {report['corpus_mb']} MB of Wikipedia and novels, batches of 8 × 128 tokens, each "
+        f"model at the best of three learning rates, two seeds (at most {spread:.2f} apart): after "
+        f"{same * report['tokens_of_a_batch'] / 1e6:.1f} million tokens the held-out loss of "
+        f"M2-BERT is {ours[same]:.2f} nats, of BERT {theirs[same]:.2f}. After "
+        f"{minutes['M2-BERT']:.0f} minutes M2-BERT has {ours[longest['M2-BERT']]:.2f}, after "
+        f"{minutes['BERT']:.0f} minutes BERT has {theirs[longest['BERT']]:.2f} (it would take "
+        f"{minutes[MASKED_ONLY]:.0f} if it decoded masked tokens only, as M2-BERT does). Word "
+        f"frequencies alone give {report['unigram_loss']:.2f}. So at this size M2-BERT begins to "
+        f"use the context much sooner. This does not show which model is better at base size, in "
+        f"large batches, after days: nobody trained that here. "
+        f"([Picture](tests/benchmarks/README.md#what-m2-bert-and-bert-learn).)"
     )
 
 
@@ -870,7 +905,7 @@ def retrieval() -> str:
         for name, found in sets.items()
     )
     intro = (
-        f"The retrieval quickstart ({max(f['minutes'] for f in sets.values()):.0f} minutes on one "
+        f"The retrieval quickstart ({max(f['minutes'] for f in sets.values()):.0f} minutes of one "
         f"core): nDCG@10 on held-out pairs, {report['date']} (`bench_retrieval.py`). A query is a "
         f"passage of about 80 tokens of a web page of C4, or the beginning of a Wikipedia article; "
         f"it is to find the passage that follows it among all of the test split (pairs of {counts};"
@@ -887,7 +922,7 @@ def retrieval() -> str:
         [name, f"{found['model']:.3f}", f"{found['minutes']:.1f}"]
         for name, found in changes.items()
     ]
-    header = ["", "nDCG@10", "minutes on one core"]
+    header = ["", "nDCG@10", "minutes of one core"]
     return (
         intro
         + table(["", *sets], rows, text_columns=1)
@@ -925,7 +960,7 @@ def adapt() -> str:
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they stand in
-    "README.md": (quickstart_line, measured),
+    "README.md": (quickstart_line, measured, learned),
     "tests/benchmarks/README.md": (
         *(
             model_cpu,
