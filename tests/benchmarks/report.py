@@ -558,13 +558,30 @@ def glue_quickstart() -> str:
     if longer:
         intro += (
             f"The columns *longer* are of models of the section above, of the same size and "
-            f"pretrained for about the same time ({sizes(longer)}); {longer['date']}.\n\n"
+            f"pretrained for about the same time ({sizes(longer)}); {longer['date']}. "
+            f"{pairs_of_sentences(longer)}\n\n"
         )
         names += [f"{name}, longer" for name in names]
     header = ["task", "metric", "samples × epochs", "most common answer", *names]
     pictures = ["glue_quickstart", "glue_longer"][: len(runs)]
     drawn = "\n\n".join(f"![GLUE dev sets](results/{picture}.png)" for picture in pictures)
     return f"{intro}{table(header, rows)}\n\n{drawn}"
+
+
+def pairs_of_sentences(report: dict[str, Any]) -> str:
+    """Say where no model of a table of GLUE reaches the commonest answer."""
+    below = [
+        row["task"]
+        for row in report["tasks"]
+        if all(
+            model["metrics"][metric] <= commonest
+            for model in row["models"].values()
+            for metric, commonest in row["commonest"].items()
+        )
+    ]
+    if not below:
+        return "In each task a model is better than the commonest answer."
+    return f"On {' and '.join(below)} still no model reaches the commonest answer."
 
 
 def seconds_of_a_batch(report: dict[str, Any]) -> dict[str, float]:
@@ -633,7 +650,7 @@ def choices() -> str:
         "without it:\n\n"
     )
     padded = [
-        [name.removeprefix("padded texts, ").replace("padded texts", "no mask"), *ends]
+        [f"with{'' if 'mask_padding' in name else 'out'} `mask_padding`", *ends]
         for name, row in found.items()
         if "unpadded" in row
         for ends in [[" and ".join(f"{x:.3f}" for x in row[k]) for k in ("padded", "unpadded")]]
