@@ -211,7 +211,7 @@ def draw(report: dict, path: Path) -> None:
         axes.hlines([], 0, 0, color=LIGHT.ink, linestyle="--", label="the commonest answer")
         axes.set_xticks(range(len(rows)), [f"{row['task']}\n{row['metric']}" for row in rows])
         axes.grid(visible=False, axis="x")
-        axes.set_title(f"GLUE dev sets, {report['benchmark'].removeprefix('glue_')}'s models")
+        axes.set_title(f"GLUE dev sets ({report['benchmark'].removeprefix('glue_')})")
         figure.legend(loc="outside lower left", ncols=3)
         write_atomically(path, to_png(figure))
 
