@@ -17,7 +17,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from pairs import pages, pieces, split_of
+from pairs import SAMPLE, pieces, read, split_of
 
 from m2_plugin.files import write_atomically
 
@@ -37,11 +37,11 @@ def kind(url: str) -> str | None:
 def rows() -> dict[str, list[tuple[str, str]]]:
     """Return the rows of each file, without the header line."""
     files: dict[str, list[tuple[str, str]]] = {file: [] for file in FILES.values()}
-    for page in pages():
+    for page in read(SAMPLE):
         label = kind(page["url"])
         if label is None:
             continue
-        file = FILES[split_of(page)]
+        file = FILES[split_of(page["url"])]
         second = page["url"] if file == "new.csv" else label
         files[file] += [(text, second) for text in islice(pieces(page["text"]), MOST)]
     return files
