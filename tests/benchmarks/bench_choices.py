@@ -13,7 +13,6 @@ evaluated without that padding. What is finished is not run again. Writes result
 import argparse
 import datetime
 import json
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,7 +143,6 @@ def main() -> None:
         "torch": torch.__version__,
         "batches": BATCHES,
         "lr": rate,
-        "spread_of_seeds": max(statistics.pstdev(row["loss"]) for row in found.values()),
         "choices": found,
     }
     write_atomically(RESULTS / "choices.json", json.dumps(report, indent=1) + "\n")
