@@ -46,7 +46,8 @@ def choices(rate: float) -> dict[str, dict[str, Any]]:
         "recipe": {},
         "15% masked": {MASKS: 0.15},
         "intended groups": {GROUPS: groups(rate * 1.25, rate / 80, 1e-4)},
-        "filters' rate / 3": {GROUPS: groups(rate / 3, rate / 3, 1e-5)},
+        "a third of the filters' rate": {GROUPS: groups(rate / 3, rate / 3, 1e-5)},
+        "three times the filters' rate": {GROUPS: groups(rate * 3, rate * 3, 1e-5)},
         "padded texts": {"mds": "paragraphs", "model.config_overrides.mask_padding": False},
         "padded texts, mask_padding": {
             "mds": "paragraphs",

@@ -5,9 +5,10 @@
 
 Both are pretrained by the quickstart's recipe on the same text, but with the schedule
 `warmup_stable_decay`: a run of 2,000 batches continues the constant part of the run of 1,000, and
-so on. So each length ends with its own decay. The learning rate is the best of three (or more, if
-the best is at an end) after the first length, by the held-out loss; then all lengths are trained
-with two seeds, which change the weights, the masks and the order of the samples.
+so on. So each length ends with its own decay. Three learning rates are compared after the first
+length (or more, if the best is at an end), and the two best of them again after four times that,
+since a long run may want another rate. Then all lengths are trained with two seeds, which change
+the weights, the masks and the order of the samples.
 
 Losses do not depend on how busy the machine is, but times do. So `--time`, on a quiet machine and
 after the training, measures the seconds of a batch by short runs that take turns; a loss's time is
@@ -38,7 +39,11 @@ from report import MASKED_ONLY, seconds_of_a_batch
 from report import main as write_tables
 
 YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
-LENGTHS = {"M2-BERT": (1000, 2000, 4000, 8000), "BERT": (1000, 2000, 4000)}  # batches
+LENGTHS = {  # batches
+    "M2-BERT": (1000, 2000, 4000, 8000, 16000),
+    "BERT": (1000, 2000, 4000, 8000),
+}
+TUNED = (1000, 4000)  # after so many batches, the learning rates are compared
 BATCH, SEQUENCE = 8, 128
 HELD_OUT = 2048  # samples
 RATES = (7.5e-4, 1.5e-3, 3e-3)
@@ -145,17 +150,25 @@ def trained(out: Path, name: str, rate: float, seed: int, batches: int) -> Path:
     return folder
 
 
-def best_rate(out: Path, name: str) -> tuple[float, dict[float, float]]:
-    """The best learning rate after the first length, with the losses of those tried."""
-    tried: dict[float, float] = {}
+def best_rate(out: Path, name: str) -> tuple[float, dict[str, dict[str, float]]]:
+    """The best learning rate, and the losses of those tried after each of TUNED.
+
+    If the best is the lowest or the highest so far, one beyond it is tried as well.
+    """
+    tried: dict[str, dict[str, float]] = {}
+    known: set[float] = set()
     wanted = list(RATES)
-    while wanted:
-        for rate in wanted:
-            tried[rate] = losses(trained(out, name, rate, SEEDS[0], LENGTHS[name][0]))[-1][1]
-        best = min(tried, key=lambda rate: tried[rate])
-        beyond = {min(tried): best / 2, max(tried): best * 2}  # a best one at an end is no best
-        wanted = [beyond[best]] if best in beyond else []
-    return best, dict(sorted(tried.items()))
+    for batches in TUNED:
+        found: dict[float, float] = {}
+        while wanted:
+            for rate in wanted:
+                found[rate] = losses(trained(out, name, rate, SEEDS[0], batches))[-1][1]
+            known |= found.keys()
+            best = min(found, key=lambda rate: found[rate])
+            wanted = [rate for rate in (best / 2, best * 2) if not min(known) <= rate <= max(known)]
+        tried[str(batches)] = {str(rate): found[rate] for rate in sorted(found)}
+        wanted = sorted(found, key=lambda rate: found[rate])[:2]
+    return best, tried
 
 
 def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
             "loss": [end[batches] for end in ends],
             "before_decay": [end[round(batches * (1 - DECAY))] for end in ends],
         }
-    return {"lr": rate, "loss_by_lr": {str(k): v for k, v in tried.items()}, "batches": points}
+    return {"lr": rate, "loss_by_lr": tried, "batches": points}
 
 
 # --- times ---

@@ -95,6 +95,17 @@ def quickstart_line() -> str:
     )
 
 
+def retrieval_line() -> str:
+    report = load("quickstart")
+    scores = report["ndcg_at_10"]
+    return (
+        f"On {report['cores']} CPU cores the training takes {report['retrieval_s'] / 60:.0f} "
+        f"minutes, these measurements included. On held-out pages of the web the model then has "
+        f"an nDCG@10 of {scores['model']:.2f}, BM25 {scores['BM25']:.2f} ([more of "
+        f"it](tests/benchmarks/README.md#retrieval-at-the-quickstarts-size))."
+    )
+
+
 def quickstart() -> str:
     report = load("quickstart")
     return (
@@ -596,10 +607,12 @@ def learning() -> str:
     if "seconds_of_a_batch" not in report:
         return "Not measured yet: run `bench_learning.py`, then again with `--time`."
     seconds = seconds_of_a_batch(report)
-    rates = "; ".join(
-        f"{name} {model['lr']} (of {', '.join(model['loss_by_lr'])})"
-        for name, model in report["models"].items()
-    )
+    rates = []
+    for name, model in report["models"].items():
+        found = model["loss_by_lr"]
+        for rate in sorted({rate for tried in found.values() for rate in tried}, key=float):
+            ends = [f"{tried[rate]:.3f}" if rate in tried else NONE for tried in found.values()]
+            rates.append([name, f"**{rate}**" if float(rate) == model["lr"] else rate, *ends])
     rows = []
     for name, second in seconds.items():
         for batches, point in report["models"][name.split(",")[0]]["batches"].items():
@@ -613,8 +626,8 @@ def learning() -> str:
         f"`warmup_stable_decay`: each length ends with its own decay ({report['decay']:.0%} of "
         f"it). Held-out loss in nats for each masked token (15% of {report['held_out_samples']:,} "
         f"samples of 128 tokens, the same for all), with {report['seeds']} seeds; {report['date']} "
-        f"(`bench_learning.py`). Each has the learning rate that was best after 1,000 batches: "
-        f"{rates}. Minutes are batches times the seconds of a batch on one core, measured on a "
+        f"(`bench_learning.py`). Each has the learning rate that is best by the second table. "
+        f"Minutes are batches times the seconds of a batch on one core, measured on a "
         f"quiet machine: M2-BERT {seconds['M2-BERT']:.3f}, BERT {seconds['BERT']:.3f}. "
         f"transformers' BERT decodes all positions, which is most of that difference; if it "
         f"decoded the masked ones only, it would take {seconds[MASKED_ONLY]:.3f} s. A model that "
@@ -622,7 +635,12 @@ def learning() -> str:
     )
     header = ["model", "million tokens", "minutes", "held-out loss"]
     picture = "![Held-out loss over tokens and time](results/learning.png)"
-    return f"{intro}{table(header, rows, 1)}\n\n{picture}"
+    tuning = (
+        "Held-out loss at each learning rate, one seed. The two best after the first length ran on; "
+        "where the best was the lowest or the highest, one beyond it was tried:"
+    )
+    tuned = ["model", "learning rate", *(f"{int(n):,} batches" for n in found)]
+    return f"{intro}{table(header, rows, 1)}\n\n{picture}\n\n{tuning}\n\n{table(tuned, rates, 1)}"
 
 
 def choices() -> str:
@@ -977,7 +995,7 @@ def adapt() -> str:
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they stand in
-    "README.md": (quickstart_line, measured, learned),
+    "README.md": (quickstart_line, retrieval_line, measured, learned),
     "tests/benchmarks/README.md": (
         *(
             model_cpu,
