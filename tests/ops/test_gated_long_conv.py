@@ -105,10 +105,10 @@ def test_kernel(shape, residual, masked, causal, p_bias, dtype):
 
 def test_auto_leaves_long_fp32_sequences_to_torch(monkeypatch):
     monkeypatch.setattr(backend, "use_kernel", lambda backend, name, x: True)
-    assert not use_long_conv_kernel("auto", torch.empty(1, 1025, 3))
-    assert use_long_conv_kernel("auto", torch.empty(1, 1025, 3, dtype=torch.bfloat16))
-    assert use_long_conv_kernel("auto", torch.empty(1, 1024, 3))
-    assert use_long_conv_kernel("triton", torch.empty(1, 1025, 3))
+    assert not use_long_conv_kernel("auto", torch.empty(1, 513, 3))
+    assert use_long_conv_kernel("auto", torch.empty(1, 513, 3, dtype=torch.bfloat16))
+    assert use_long_conv_kernel("auto", torch.empty(1, 512, 3))
+    assert use_long_conv_kernel("triton", torch.empty(1, 513, 3))
 
 
 def test_algorithm_is_measured_where_it_is_close(monkeypatch):
