@@ -6,8 +6,8 @@
 Both are pretrained by the quickstart's recipe on the same text, but with the schedule
 `warmup_stable_decay`: a run of 2,000 batches continues the constant part of the run of 1,000, and
 so on. So each length ends with its own decay. Three learning rates are compared after the first
-length (or more, if the best is at an end), and the two best of them again after four times that,
-since a long run may want another rate. Then all lengths are trained with two seeds, which change
+length (or more, if the best is at an end), and the two best again after four times that, since a
+long run may want another rate. Then all lengths are trained with two seeds, which change
 the weights, the masks and the order of the samples.
 
 Losses do not depend on how busy the machine is, but times do. So `--time`, on a quiet machine and
@@ -41,7 +41,7 @@ from report import main as write_tables
 YAML = ROOT / "yamls/pretrain/m2-bert-quickstart.yaml"
 LENGTHS = {  # batches
     "M2-BERT": (1000, 2000, 4000, 8000, 16000),
-    "BERT": (1000, 2000, 4000, 8000),
+    "BERT": (1000, 2000, 4000, 6000),
 }
 TUNED = (1000, 4000)  # after so many batches, the learning rates are compared
 BATCH, SEQUENCE = 8, 128
@@ -138,37 +138,36 @@ def is_finished(folder: Path) -> bool:
 
 
 def trained(out: Path, name: str, rate: float, seed: int, batches: int) -> Path:
-    """The finished run of a length, which continues that of half the length."""
+    """The finished run of a length, which continues the constant part of the one before."""
     folder = place(out, name, rate, seed, batches)
     if not is_finished(folder):
         load = None
         if batches > LENGTHS[name][0]:
-            half = trained(out, name, rate, seed, batches // 2)
-            load = half / f"ep0-ba{round(batches // 2 * (1 - DECAY))}-rank0.pt"
+            shorter = max(length for length in LENGTHS[name] if length < batches)
+            before = trained(out, name, rate, seed, shorter)
+            load = before / f"ep0-ba{round(shorter * (1 - DECAY))}-rank0.pt"
         train(out, folder, name, rate, seed, batches, load=load)
         print(f"{name}, {rate}, seed {seed}, {batches}: {losses(folder)[-1][1]:.4f}", flush=True)
     return folder
 
 
 def best_rate(out: Path, name: str) -> tuple[float, dict[str, dict[str, float]]]:
-    """The best learning rate, and the losses of those tried after each of TUNED.
-
-    If the best is the lowest or the highest so far, one beyond it is tried as well.
-    """
-    tried: dict[str, dict[str, float]] = {}
-    known: set[float] = set()
+    """The best learning rate, and the losses of those tried after each of TUNED."""
+    found: dict[float, float] = {}
     wanted = list(RATES)
-    for batches in TUNED:
-        found: dict[float, float] = {}
-        while wanted:
-            for rate in wanted:
-                found[rate] = losses(trained(out, name, rate, SEEDS[0], batches))[-1][1]
-            known |= found.keys()
-            best = min(found, key=lambda rate: found[rate])
-            wanted = [rate for rate in (best / 2, best * 2) if not min(known) <= rate <= max(known)]
-        tried[str(batches)] = {str(rate): found[rate] for rate in sorted(found)}
-        wanted = sorted(found, key=lambda rate: found[rate])[:2]
-    return best, tried
+    while wanted:
+        for rate in wanted:
+            found[rate] = losses(trained(out, name, rate, SEEDS[0], TUNED[0]))[-1][1]
+        best = min(found, key=lambda rate: found[rate])
+        beyond = {min(found): best / 2, max(found): best * 2}  # a best one at an end is no best
+        wanted = [beyond[best]] if best in beyond else []
+    two = sorted(found, key=lambda rate: found[rate])[:2]
+    longer = {rate: losses(trained(out, name, rate, SEEDS[0], TUNED[1]))[-1][1] for rate in two}
+    tried = {
+        str(batches): {str(rate): tried[rate] for rate in sorted(tried)}
+        for batches, tried in zip(TUNED, (found, longer), strict=True)
+    }
+    return min(longer, key=lambda rate: longer[rate]), tried
 
 
 def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:

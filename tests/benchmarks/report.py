@@ -636,8 +636,7 @@ def learning() -> str:
     header = ["model", "million tokens", "minutes", "held-out loss"]
     picture = "![Held-out loss over tokens and time](results/learning.png)"
     tuning = (
-        "Held-out loss at each learning rate, one seed. The two best after the first length ran on; "
-        "where the best was the lowest or the highest, one beyond it was tried:"
+        "Held-out loss at each learning rate, one seed; the two best after the first length ran on:"
     )
     tuned = ["model", "learning rate", *(f"{int(n):,} batches" for n in found)]
     return f"{intro}{table(header, rows, 1)}\n\n{picture}\n\n{tuning}\n\n{table(tuned, rates, 1)}"
