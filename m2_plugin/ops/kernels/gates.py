@@ -12,6 +12,9 @@ from torch import Tensor
 
 from m2_plugin.ops.kernels.launch import empty_sequence_last, strides, tile
 
+# Numbers of a tile of `short_conv_grad_kernel`.
+TILE = 8192
+
 
 class Inputs(NamedTuple):
     """The tensors of `gated_long_conv_op`."""
@@ -411,8 +414,9 @@ def short_conv_backward(
     batch_size, length, channels = p.shape
     grad_p = empty_sequence_last(p, channels)
     unit = unit_of(grad, p, grad_p)
-    positions = tile(length, 256)
-    batch = min(tile(batch_size, 64), 8192 // positions)
+    batch = triton.next_power_of_2(batch_size)
+    positions = tile(length, TILE // min(batch, 32))
+    batch = min(batch, 64, TILE // positions)
     tiles = triton.cdiv(length, positions), triton.cdiv(batch_size, batch)
     sums = torch.empty(tiles[0] * tiles[1], channels, 5, dtype=torch.float32, device=p.device)
     short_conv_grad_kernel[(*tiles, channels)](
