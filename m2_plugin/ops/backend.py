@@ -11,8 +11,9 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores, and asynchronous copies
 # Longest sequence that `gated_long_conv` convolves by Toeplitz products where nothing is measured.
 # Their operations per token grow with the length, those of an FFT hardly; at length 768 both need
-# the same number. At 512 the product is predicted to be faster in a model on an A100, H100 and H200,
-# since it reads and writes less; at 1,024 the FFT is, there and on a B200 (`step_model.py`).
+# the same number. At 512 the product, which reads and writes less, is predicted to be about as fast
+# in a model; at 1,024 the FFT is faster on all GPUs for which there is a prediction
+# (`step_model.py`).
 MAX_TOEPLITZ_LENGTH = 512
 
 _failed: dict[str, str] = {}

@@ -29,10 +29,21 @@ def small_fft(monkeypatch):
         ((4, 150, 2), True, True, False),
         ((1, 256, 1), False, False, True),
         ((3, 300, 2), True, True, False),
+        ((3, 701, 2), True, True, False),
         ((2, 701, 1), False, True, False),
+        ((1, 1100, 2), True, False, True),
         ((1, 1, 2), True, False, True),
     ],
-    ids=["padded", "two_passes", "causal", "folded", "folded_no_residual", "one_position"],
+    ids=[
+        "padded",
+        "two_passes",
+        "causal",
+        "folded",
+        "folded_before",
+        "folded_before_no_residual",
+        "half_of_the_classes",
+        "one_position",
+    ],
 )
 def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
     # PyTorch transforms in fp32 what these multiply in half precision: gradients of taps, which

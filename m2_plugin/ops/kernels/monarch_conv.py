@@ -15,6 +15,8 @@ two near its largest number, and each spectrum of a filter likewise; `Plan.guard
 between. Rows have scales of their own, so that no row of a batch changes another's result.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ from m2_plugin.ops.kernels.gates import (
 from m2_plugin.ops.kernels.launch import empty_sequence_last, sequence_last, strides, tile
 from m2_plugin.ops.kernels.monarch_plan import Plan, plan_for
 from m2_plugin.ops.kernels.monarch_spectra import (
+    ABSOLUTE_BITS,
     SPECTRUM_BYTES,
     chunks,
     largest_bits,
@@ -39,9 +42,11 @@ from m2_plugin.ops.kernels.monarch_spectra import (
     taps_of,
 )
 
-# Memory for residue classes, small enough to stay in the L2 cache between two launches. As many
-# channels as fit are convolved at a time.
-WORKSPACE_BYTES = 32 << 20
+# Memory for residue classes; as many channels as fit are convolved at a time. This is enough for
+# 32,768 tokens of the base size. Less would stay in the L2 cache between two launches, but take
+# more of them, and an H200 waited for the host: at 8,192 positions and 434 launches a pass took 29
+# ms, and its kernels 19.
+WORKSPACE_BYTES = 256 << 20
 # Numbers of a tile of the kernels that go through memory once.
 TILE = 2048
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -338,34 +343,88 @@ def _load_rows(ptr, stride, at, length, second):
 
 
 @triton.jit
-def _scales(
-    ptr, stride, at, length, second, segments, M: tl.constexpr
-):  # fmt: skip
-    """Return the scales, reciprocals and poisons of both rows of a pair."""
-    a, b = _load_rows(ptr, stride, at, length, second)
-    largest_a, largest_b = largest_bits(a), largest_bits(b)
-    for s in range(1, segments):
-        a, b = _load_rows(ptr, stride, at + s * M, length, second)
-        largest_a = tl.maximum(largest_a, largest_bits(a))
-        largest_b = tl.maximum(largest_b, largest_bits(b))
-    return scale_of(largest_a), scale_of(largest_b)
+def _unpoisoned(scale):
+    """Undo the sum of a scale and a poison."""
+    fine = scale == scale
+    return tl.where(fine, scale, 1.0), tl.where(fine, 0.0, scale)
 
 
 @triton.jit
-def _folded(
-    ptr, stride, at, length, second, segments, phase_ptr, inverse_a, poison_a, inverse_b, poison_b,
-    M: tl.constexpr,
-):  # fmt: skip
-    """Compute z_r[t] = Σ_s e^{−2πi·rs/R} x[t + M·s], where x is a pair of scaled rows."""
-    a, b = _load_rows(ptr, stride, at, length, second)
-    re, im = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
-    for s in range(1, segments):
-        a, b = _load_rows(ptr, stride, at + s * M, length, second)
-        a, b = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
-        cos, sin = tl.load(phase_ptr + 2 * s), tl.load(phase_ptr + 2 * s + 1)
-        re += a * cos - b * sin
-        im += a * sin + b * cos
-    return re, im
+def _load_class(z_ptr, at, M: tl.constexpr):
+    """Load one residue class that `fold_kernel` wrote."""
+    return tl.load(z_ptr + at).to(tl.float32), tl.load(z_ptr + M + at).to(tl.float32)
+
+
+@triton.jit
+def fold_kernel(
+    x_ptr,
+    z_ptr,
+    scale_ptr,
+    other_scale_ptr,
+    matrix_ptr,
+    first_channel,
+    batch_size,
+    length,
+    classes,
+    segments,
+    points,
+    stride_xb,
+    stride_xc,
+    JOINT: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Fold one channel of two batch rows into all residue classes, as a product of matrices.
+
+    z is (channel, pair, C, real and imaginary, M). What it has to be multiplied by, one number for
+    each row, is in `scale`, (channel, pair, 2). If `JOINT`, z is to be multiplied by other folded
+    rows, whose scales are given: then products of both rows have one scale, twice in `scale`.
+    """
+    channel = tl.program_id(1).to(tl.int64)
+    batch = 2 * tl.program_id(0).to(tl.int64)
+    pair = channel * tl.num_programs(0) + tl.program_id(0)
+    x_ptr += (first_channel + channel) * stride_xc + batch * stride_xb
+    second = batch + 1 < batch_size
+    bits_a = tl.zeros((WHOLE,), tl.int32)
+    bits_b = tl.zeros((WHOLE,), tl.int32)
+    for first in range(0, length, WHOLE):
+        a, b = _load_rows(x_ptr, stride_xb, first + tl.arange(0, WHOLE), length, second)
+        bits_a = tl.maximum(bits_a, a.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
+        bits_b = tl.maximum(bits_b, b.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
+    scale_a, factor_a, poison_a = scale_of(tl.max(bits_a))
+    scale_b, factor_b, poison_b = scale_of(tl.max(bits_b))
+    if JOINT:
+        other_a, other_poison_a = _unpoisoned(tl.load(other_scale_ptr + 2 * pair))
+        other_b, other_poison_b = _unpoisoned(tl.load(other_scale_ptr + 2 * pair + 1))
+        scale = tl.maximum(tl.maximum(scale_a * other_a, scale_b * other_b), SMALLEST_NORMAL)
+        factor_a, factor_b = other_a / scale, other_b / scale
+        scale += (poison_a + poison_b) + (other_poison_a + other_poison_b)
+        tl.store(scale_ptr + 2 * pair, scale)
+        tl.store(scale_ptr + 2 * pair + 1, scale)
+    else:
+        tl.store(scale_ptr + 2 * pair, scale_a + poison_a)
+        tl.store(scale_ptr + 2 * pair + 1, scale_b + poison_b)
+    out = tl.program_id(2) * OUT + tl.arange(0, OUT)[:, None]
+    z_ptr += (pair * classes * 2 + out) * points
+    for first in range(0, points, BLOCK):
+        t = first + tl.arange(0, BLOCK)[None, :]
+        z = tl.zeros((OUT, BLOCK), tl.float32)
+        for k in range(0, IN, DEPTH):
+            i = k + tl.arange(0, DEPTH)
+            matrix = tl.load(matrix_ptr + out * IN + i[None, :])
+            row, s = i[:, None] % 2, i[:, None] // 2
+            here = t + s * points
+            inside = (s < segments) & (here < length) & ((row == 0) | second)
+            x = tl.load(x_ptr + row * stride_xb + here, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.where(row == 0, factor_a, factor_b)
+            x = _operand(scaled(x, factor, tl.where(row == 0, poison_a, poison_b)), HALF)
+            z = tl.dot(matrix, x, z, input_precision=PRECISION)
+        tl.store(z_ptr + t, z.to(z_ptr.dtype.element_ty), mask=out < 2 * classes)
 
 
 @triton.jit
@@ -378,14 +437,13 @@ def cyclic_conv_kernel(
     f1_ptr,
     f2_ptr,
     twiddle_ptr,
-    phase_ptr,
     first_channel,
     batch_size,
     length,
-    segments,
     stride_xb,
     stride_xc,
     CONJUGATE: tl.constexpr,
+    FOLDED: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     WARPS: tl.constexpr,
@@ -395,7 +453,7 @@ def cyclic_conv_kernel(
     """Convolve one residue class of one channel and two batch rows, backwards if `CONJUGATE`.
 
     z is (channel, pair, C, real and imaginary, M), and has to be multiplied by the two scales of
-    its rows, (channel, pair, 2).
+    its rows, (channel, pair, 2). If `FOLDED`, both are what `fold_kernel` wrote.
     """
     M: tl.constexpr = N1 * N2
     r = tl.program_id(0)
@@ -405,49 +463,47 @@ def cyclic_conv_kernel(
     at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     x_ptr += (first_channel + channel) * stride_xc + batch * stride_xb
     second = batch + 1 < batch_size
-    phase_ptr += 2 * segments * r
-    scales_a, scales_b = _scales(x_ptr, stride_xb, at, length, second, segments, M)
-    re, im = _folded(
-        x_ptr, stride_xb, at, length, second, segments, phase_ptr,
-        scales_a[1], scales_a[2], scales_b[1], scales_b[2], M,
-    )  # fmt: skip
+    pair = channel * tl.num_programs(1) + tl.program_id(1)
+    z_ptr += (pair * classes + r) * 2 * M
+    scale_ptr += 2 * pair
+    if FOLDED:
+        re, im = _load_class(z_ptr, at, M)
+    else:
+        a, b = _load_rows(x_ptr, stride_xb, at, length, second)
+        scale_a, inverse_a, poison_a = scale_of(largest_bits(a))
+        scale_b, inverse_b, poison_b = scale_of(largest_bits(b))
+        re, im = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
+        scale_a, scale_b = scale_a + poison_a, scale_b + poison_b
     f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * N1, N1, N1), _load_matrix(f2_ptr, N2, N2)
     twiddle_ptr += r * 2 * M
     re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
     k_ptr += (channel * classes + r) * 2 * M
     re, im = _product(re, im, k_ptr, CONJUGATE, HALF, WARPS, N1, N2)
     re, im = _signal(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N1, N2)
-    pair = channel * tl.num_programs(1) + tl.program_id(1)
-    z_ptr += (pair * classes + r) * 2 * M
     tl.store(z_ptr + at, re.to(z_ptr.dtype.element_ty))
     tl.store(z_ptr + M + at, im.to(z_ptr.dtype.element_ty))
     if r == 0:
         k_scale = tl.load(k_scale_ptr + channel)
-        tl.store(scale_ptr + 2 * pair, k_scale * (scales_a[0] + scales_a[2]))
-        tl.store(scale_ptr + 2 * pair + 1, k_scale * (scales_b[0] + scales_b[2]))
+        if FOLDED:
+            scale_a, scale_b = tl.load(scale_ptr), tl.load(scale_ptr + 1)
+        tl.store(scale_ptr, k_scale * scale_a)
+        tl.store(scale_ptr + 1, k_scale * scale_b)
 
 
 @triton.jit
 def _unfolded(
-    z_ptr, scale_ptr, phase_ptr, pair, t, classes, segments, points,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, scale_ptr, matrix_ptr, pair, out, t, classes, points, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the adjoint of the fold: both rows, (SEGMENTS, BLOCK) each, multiplied by scales."""
-    s = tl.arange(0, SEGMENTS)[:, None]
-    a = tl.zeros((SEGMENTS, BLOCK), tl.float32)
-    b = tl.zeros((SEGMENTS, BLOCK), tl.float32)
-    z_ptr += pair * classes * 2 * points
-    phase_ptr += 2 * s
-    for _ in range(classes):
-        re = tl.load(z_ptr + t).to(tl.float32)
-        im = tl.load(z_ptr + points + t).to(tl.float32)
-        cos = tl.load(phase_ptr, mask=s < segments, other=0.0)
-        sin = tl.load(phase_ptr + 1, mask=s < segments, other=0.0)
-        a += re * cos + im * sin
-        b += im * cos - re * sin
-        z_ptr += 2 * points
-        phase_ptr += 2 * segments
-    return a * tl.load(scale_ptr + 2 * pair), b * tl.load(scale_ptr + 2 * pair + 1)
+    """Compute the adjoint of the fold, (OUT, BLOCK), multiplied by the scales of the rows."""
+    y = tl.zeros((OUT, BLOCK), tl.float32)
+    z_ptr += pair * classes * 2 * points + t
+    for k in range(0, IN, DEPTH):
+        i = k + tl.arange(0, DEPTH)
+        matrix = tl.load(matrix_ptr + out * IN + i[None, :])
+        z = tl.load(z_ptr + i[:, None] * points, mask=i[:, None] < 2 * classes, other=0.0)
+        y = tl.dot(matrix, z, y, input_precision=PRECISION)
+    return y * tl.load(scale_ptr + 2 * pair + out % 2)
 
 
 @triton.jit
@@ -458,7 +514,7 @@ def unfold_kernel(
     other_scale_ptr,
     gate_ptr,
     y_ptr,
-    phase_ptr,
+    matrix_ptr,
     first_channel,
     batch_size,
     length,
@@ -471,38 +527,36 @@ def unfold_kernel(
     stride_yc,
     GATED: tl.constexpr,
     OTHER: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Put residue classes together to a sequence, and write y = gate · sequence + other sequence.
-
-    The phases here are those of the fold, twice for classes that stand for two.
-    """
+    """Put residue classes together to a sequence, and write y = gate · sequence + other one."""
     channel = tl.program_id(2).to(tl.int64)
     batch = 2 * tl.program_id(1).to(tl.int64)
     pair = channel * tl.num_programs(1) + tl.program_id(1)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    s = tl.arange(0, SEGMENTS)[:, None]
+    tiles = (2 * segments + OUT - 1) // OUT
+    t = tl.program_id(0) // tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
+    out = tl.program_id(0) % tiles * OUT + tl.arange(0, OUT)[:, None]
+    row, s = out % 2, out // 2
     here = t + s * points
-    ok = (s < segments) & (here < length)
-    second = ok & (batch + 1 < batch_size)
-    a, b = _unfolded(
-        z_ptr, scale_ptr, phase_ptr, pair, t, classes, segments, points, SEGMENTS, BLOCK
-    )
+    ok = (s < segments) & (here < length) & (batch + row < batch_size)
+    y = _unfolded(
+        z_ptr, scale_ptr, matrix_ptr, pair, out, t, classes, points, PRECISION,
+        OUT, IN, DEPTH, BLOCK,
+    )  # fmt: skip
     if GATED:
-        gate_ptr += (first_channel + channel) * stride_gc + batch * stride_gb
-        a *= tl.load(gate_ptr + here, mask=ok, other=0.0)
-        b *= tl.load(gate_ptr + stride_gb + here, mask=second, other=0.0)
+        gate_ptr += (first_channel + channel) * stride_gc + (batch + row) * stride_gb
+        y *= tl.load(gate_ptr + here, mask=ok, other=0.0)
     if OTHER:
-        other_a, other_b = _unfolded(
-            other_ptr, other_scale_ptr, phase_ptr, pair, t, classes, segments, points,
-            SEGMENTS, BLOCK,
+        y += _unfolded(
+            other_ptr, other_scale_ptr, matrix_ptr, pair, out, t, classes, points, PRECISION,
+            OUT, IN, DEPTH, BLOCK,
         )  # fmt: skip
-        a += other_a
-        b += other_b
-    y_ptr += (first_channel + channel) * stride_yc + batch * stride_yb
-    tl.store(y_ptr + here, a.to(y_ptr.dtype.element_ty), mask=ok)
-    tl.store(y_ptr + stride_yb + here, b.to(y_ptr.dtype.element_ty), mask=second)
+    y_ptr += (first_channel + channel) * stride_yc + (batch + row) * stride_yb
+    tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -510,18 +564,18 @@ def correlation_kernel(
     x_ptr,
     grad_ptr,
     grad_k_ptr,
+    scale_ptr,
     f1_ptr,
     f2_ptr,
     twiddle_ptr,
-    phase_ptr,
     first_channel,
     batch_size,
     length,
-    segments,
     stride_xb,
     stride_xc,
     stride_gb,
     stride_gc,
+    FOLDED: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     WARPS: tl.constexpr,
@@ -532,41 +586,50 @@ def correlation_kernel(
     """Compute the gradient Σ conj(x) · grad of a filter's spectrum, for one residue class.
 
     The sum is over pairs of batch rows. Products of the two rows of a pair only reach the imaginary
-    part of the filter's gradient, which is not used.
+    part of the filter's gradient, which is not used. If `FOLDED`, x and grad are residue classes
+    that `fold_kernel` wrote, and `scale` is that of their products.
     """
     M: tl.constexpr = N1 * N2
     r = tl.program_id(0)
     classes = tl.num_programs(0)
     channel = tl.program_id(1).to(tl.int64)
     at = tl.arange(0, ROWS)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    x_ptr += (first_channel + channel) * stride_xc
-    grad_ptr += (first_channel + channel) * stride_gc
-    phase_ptr += 2 * segments * r
+    pairs = (batch_size + 1) // 2
+    if not FOLDED:
+        x_ptr += (first_channel + channel) * stride_xc
+        grad_ptr += (first_channel + channel) * stride_gc
     f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * ROWS, N1, ROWS), _load_matrix(f2_ptr, N2, N2)
     twiddle_ptr += r * 2 * M
     sum_re = tl.zeros((N1, N2), tl.float32)
     sum_im = tl.zeros((N1, N2), tl.float32)
-    for i in range((batch_size + 1) // 2):
-        batch = 2 * tl.cast(i, tl.int64)
-        second = batch + 1 < batch_size
-        x, grad = x_ptr + batch * stride_xb, grad_ptr + batch * stride_gb
-        grad_a, grad_b = _scales(grad, stride_gb, at, length, second, segments, M)
-        re, im = _folded(
-            grad, stride_gb, at, length, second, segments, phase_ptr,
-            grad_a[1], grad_a[2], grad_b[1], grad_b[2], M,
-        )  # fmt: skip
+    for i in range(pairs):
+        if FOLDED:
+            pair = channel * pairs + i
+            here = (pair * classes + r) * 2 * M
+            re, im = _load_class(grad_ptr + here, at, M)
+        else:
+            batch = 2 * tl.cast(i, tl.int64)
+            second = batch + 1 < batch_size
+            x, grad = x_ptr + batch * stride_xb, grad_ptr + batch * stride_gb
+            a, b = _load_rows(grad, stride_gb, at, length, second)
+            grad_a, grad_b = scale_of(largest_bits(a)), scale_of(largest_bits(b))
+            re, im = scaled(a, grad_a[1], grad_a[2]), scaled(b, grad_b[1], grad_b[2])
         grad_re, grad_im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
         tl.debug_barrier()  # loading x earlier would take registers that there are not
-        # Products of both rows are added in the spectrum: x is scaled so that they have one scale.
-        x_a, x_b = _scales(x, stride_xb, at, length, second, segments, M)
-        scale = tl.maximum(tl.maximum(x_a[0] * grad_a[0], x_b[0] * grad_b[0]), SMALLEST_NORMAL)
-        re, im = _folded(
-            x, stride_xb, at, length, second, segments, phase_ptr,
-            grad_a[0] / scale, x_a[2], grad_b[0] / scale, x_b[2], M,
-        )  # fmt: skip
+        if FOLDED:
+            re, im = _load_class(x_ptr + here, at, M)
+            scale = tl.load(scale_ptr + 2 * pair)
+        else:
+            # Products of both rows are added in the spectrum: x is scaled so that they have one
+            # scale.
+            a, b = _load_rows(x, stride_xb, at, length, second)
+            x_a, x_b = scale_of(largest_bits(a)), scale_of(largest_bits(b))
+            scale = tl.maximum(tl.maximum(x_a[0] * grad_a[0], x_b[0] * grad_b[0]), SMALLEST_NORMAL)
+            re = scaled(a, grad_a[0] / scale, x_a[2])
+            im = scaled(b, grad_b[0] / scale, x_b[2])
+            scale += (x_a[2] + x_b[2]) + (grad_a[2] + grad_b[2])
         tl.debug_barrier()  # loads the twiddles again, instead of keeping them
         re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
-        scale += (x_a[2] + x_b[2]) + (grad_a[2] + grad_b[2])
         sum_re += scale * (re * grad_re + im * grad_im)
         sum_im += scale * (re * grad_im - im * grad_re)
     grad_k_ptr += (channel * classes + r) * 2 * M + tl.arange(0, M)
@@ -707,6 +770,56 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     return w, gate
 
 
+def _empty_classes(x: Tensor, channels: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return memory for residue classes and their scales, (channels, pairs, …)."""
+    shape = channels, triton.cdiv(x.shape[0], 2)
+    z = torch.empty(
+        *shape, plan.classes, 2, plan.config.points, dtype=plan.operand, device=x.device
+    )
+    return z, torch.empty(*shape, 2, dtype=torch.float32, device=x.device)
+
+
+def _fold_tiles(matrix: Tensor, plan: Plan) -> dict[str, Any]:
+    """Return the compile-time arguments of a product with a matrix that folds or unfolds."""
+    rows, columns = (min(size, 32) for size in matrix.shape)
+    block = (256 if rows == columns == 16 else 64) // (plan.operand.itemsize // 2)
+    return {
+        "PRECISION": plan.constants["PRECISION"],
+        "OUT": rows,
+        "IN": matrix.shape[1],
+        "DEPTH": columns,
+        "BLOCK": min(plan.config.points, block),
+    }
+
+
+def _fold(
+    x: Tensor, chunk: slice, plan: Plan, other_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fold some channels of x (B, L, D) into residue classes; see `fold_kernel`."""
+    z, scale = _empty_classes(x, chunk.stop - chunk.start, plan)
+    tiles = _fold_tiles(plan.tables.fold, plan)
+    fold_kernel[z.shape[1], z.shape[0], triton.cdiv(2 * plan.classes, tiles["OUT"])](
+        x,
+        z,
+        scale,
+        scale if other_scale is None else other_scale,
+        plan.tables.fold,
+        chunk.start,
+        x.shape[0],
+        x.shape[1],
+        plan.classes,
+        plan.segments,
+        plan.config.points,
+        *strides(x),
+        JOINT=other_scale is not None,
+        HALF=plan.dtype != torch.float32,
+        **tiles,
+        WHOLE=TILE,
+        num_warps=4,
+    )
+    return z, scale
+
+
 def _classes(
     x: Tensor, filters: tuple[Tensor, Tensor], chunk: slice, plan: Plan, conjugate: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -716,10 +829,8 @@ def _classes(
     """
     k, k_scale = filters[0][chunk], filters[1][chunk]
     channels, pairs = k.shape[0], triton.cdiv(x.shape[0], 2)
-    z = torch.empty(
-        channels, pairs, plan.classes, 2, plan.config.points, dtype=plan.operand, device=x.device
-    )
-    scale = torch.empty(channels, pairs, 2, dtype=torch.float32, device=x.device)
+    folded = plan.segments > 1
+    z, scale = _fold(x, chunk, plan) if folded else _empty_classes(x, channels, plan)
     cyclic_conv_kernel[plan.classes, pairs, channels](
         x,
         k,
@@ -729,13 +840,12 @@ def _classes(
         plan.tables.f1,
         plan.tables.f2,
         plan.tables.twiddle,
-        plan.tables.fold,
         chunk.start,
         x.shape[0],
         x.shape[1],
-        plan.segments,
         *strides(x),
         CONJUGATE=conjugate,
+        FOLDED=folded,
         **plan.constants,
     )
     return z, scale
@@ -752,9 +862,9 @@ def _unfold(
     """Write channels of y (B, L, D): the sequences in residue classes, times gate, plus others."""
     batch_size, length, _ = y.shape
     points, (z, scale) = plan.config.points, classes
-    segments = triton.next_power_of_2(plan.segments)
-    block = min(points, TILE // segments)
-    unfold_kernel[triton.cdiv(points, block), z.shape[1], z.shape[0]](
+    tiles = _fold_tiles(plan.tables.unfold, plan)
+    programs = triton.cdiv(points, tiles["BLOCK"]) * triton.cdiv(2 * plan.segments, tiles["OUT"])
+    unfold_kernel[programs, z.shape[1], z.shape[0]](
         z,
         scale,
         *(other or classes),
@@ -771,8 +881,7 @@ def _unfold(
         *strides(y),
         GATED=gate is not None,
         OTHER=other is not None,
-        SEGMENTS=segments,
-        BLOCK=block,
+        **tiles,
         num_warps=4,
     )
 
@@ -837,23 +946,31 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     """
     batch_size, length, channels = grad.shape
     points, grads = plan.config.points, []
-    for chunk in chunks(channels, 8 * plan.classes * points, SPECTRUM_BYTES):
+    folded = plan.segments > 1
+    each, pairs = 8 * plan.classes * points, triton.cdiv(batch_size, 2)
+    if folded:
+        each += 4 * plan.operand.itemsize * plan.classes * points * pairs
+    for chunk in chunks(channels, each, SPECTRUM_BYTES + WORKSPACE_BYTES):
         shape = chunk.stop - chunk.start, plan.classes, 2, points
         grad_k = torch.empty(shape, dtype=torch.float32, device=grad.device)
+        given, scale = (x, grad), grad_k
+        if folded:
+            grad_z, grad_scale = _fold(grad, chunk, plan)
+            x_z, scale = _fold(x, chunk, plan, grad_scale)
+            given = x_z, grad_z
         correlation_kernel[plan.classes, shape[0]](
-            x,
-            grad,
+            *given,
             grad_k,
+            scale,
             plan.tables.f1,
             plan.tables.f2,
             plan.tables.twiddle,
-            plan.tables.fold,
             chunk.start,
             batch_size,
             length,
-            plan.segments,
             *strides(x),
             *strides(grad),
+            FOLDED=folded,
             ROWS=plan.rows,
             **plan.constants,
         )

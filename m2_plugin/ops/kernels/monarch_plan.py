@@ -18,12 +18,11 @@ from m2_plugin.ops.kernels.launch import device_class, dot_precision
 
 @dataclass(frozen=True)
 class Config:
-    """The two factors of a transform, the number of warps, and how many registers each takes."""
+    """The two factors of a transform, and the number of warps."""
 
     n1: int
     n2: int
     num_warps: int
-    registers: int | None = None
 
     @property
     def points(self) -> int:
@@ -58,16 +57,8 @@ CONFIGS = {
     ("correlate", "small", 2): ((None, Config(n1=32, n2=32, num_warps=4)),),
     ("convolve", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
     ("convolve", "small", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
-    ("correlate", "large", 4): (
-        (128, Config(n1=16, n2=16, num_warps=4)),
-        (2048, Config(n1=16, n2=16, num_warps=4, registers=168)),
-        (None, Config(n1=16, n2=16, num_warps=4)),
-    ),
-    ("correlate", "small", 4): (
-        (128, Config(n1=16, n2=16, num_warps=4)),
-        (2048, Config(n1=16, n2=16, num_warps=4, registers=168)),
-        (None, Config(n1=16, n2=16, num_warps=4)),
-    ),
+    ("correlate", "large", 4): ((None, Config(n1=16, n2=16, num_warps=4)),),
+    ("correlate", "small", 4): ((None, Config(n1=16, n2=16, num_warps=4)),),
 }
 
 
@@ -81,8 +72,8 @@ class Tables:
     f1: Tensor  # (R, 3, N1, ROWS): real, imaginary, negated imaginary part
     f2: Tensor  # (3, N2, N2)
     twiddle: Tensor  # (R, 2, M), fp32, in the order of `order`
-    fold: Tensor  # (C, S, 2), fp32: e^{−2πi·rs/R}
-    unfold: Tensor  # (C, S, 2), fp32: the same, twice where a class stands for two
+    fold: Tensor  # (2C, 2S): what folds a pair of rows, padded with zeros for `tl.dot`
+    unfold: Tensor  # (2S, 2C): its adjoint, twice for classes that stand for two
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,6 @@ class Plan:
             "N2": self.config.n2,
             "num_warps": self.config.num_warps,
             "num_stages": 1,
-            "maxnreg": self.config.registers,
         }
 
     @property
@@ -225,14 +215,27 @@ def _new_tables(
     # Class r also stands for class R − r, if that is not computed and not r itself.
     r = torch.arange(classes)
     missing = (residues - r) % residues >= classes
+    doubled = phases * (1 + missing.double())[:, None, None]
     twiddle = torch.stack(turn(shifted[..., None] * ramp(n2) / config.points), 1)
     return Tables(
         f1=matrix(shifted[..., None] * ramp(rows) / n1, 1),
         f2=matrix(ramp(n2)[:, None] * ramp(n2) / n2, 0),
         twiddle=order(twiddle, config, 16 // operand.itemsize).to(device, torch.float32),
-        fold=phases.to(device, torch.float32),
-        unfold=(phases * (1 + missing.double())[:, None, None]).to(device, torch.float32),
+        fold=_pairs_matrix(phases).to(device, operand),
+        unfold=_pairs_matrix(doubled).T.to(device, operand).contiguous(),
     )
+
+
+def _pairs_matrix(phases: Tensor) -> Tensor:
+    """Return what folds pairs of rows by phases (C, S, 2), as a matrix for `tl.dot`.
+
+    Columns are (segment, row of the pair), rows (class, real and imaginary part).
+    """
+    cos, sin = phases.unbind(-1)
+    parts = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
+    matrix = parts.flatten(2).flatten(0, 1)
+    pads = [max(16, triton.next_power_of_2(size)) - size for size in matrix.shape]
+    return torch.nn.functional.pad(matrix, (0, pads[1], 0, pads[0]))
 
 
 def order(table: Tensor, config: Config, vector: int) -> Tensor:
