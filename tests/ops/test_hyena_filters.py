@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,14 @@ def test_kept_taps_have_a_limit(few_flags):
     assert {where[0].length for where in case.keeper.kept} == {9, 5}
     case.keeper.clear()
     assert not case.keeper.kept
+
+
+def test_the_default_limit_is_a_share_of_the_memory(monkeypatch):
+    some = SimpleNamespace(total_memory=64 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: some)
+    keeper, cpu, gpu = TapsKeeper(), torch.device("cpu"), torch.device("cuda")
+    assert keeper._has_room(4 << 30, 9, gpu) and not keeper._has_room((4 << 30) + 1, 9, gpu)
+    assert keeper._has_room(1 << 30, 9, cpu) and not keeper._has_room((1 << 30) + 1, 9, cpu)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
