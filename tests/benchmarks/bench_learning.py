@@ -17,7 +17,7 @@ only. That is most of the difference at this size, so a third time is that of BE
 masked ones only: its batch, less what that saves in a training step of the same sizes.
 
 What is finished below --out is not run again. Writes results/learning.json and .png; with
-`--finished`, of the lengths that are finished, without training.
+`--finished`, of the runs that are finished, without training.
 """
 
 import argparse
@@ -174,9 +174,11 @@ def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
     rate, tried = best_rate(out, name)
     points: dict[str, dict[str, list[float]]] = {}
     for batches in LENGTHS[name]:
-        if finished and not all(is_finished(place(out, name, rate, s, batches)) for s in SEEDS):
+        places = {seed: place(out, name, rate, seed, batches) for seed in SEEDS}
+        seeds = [seed for seed in SEEDS if is_finished(places[seed]) or not finished]
+        if not seeds:
             break
-        ends = [dict(losses(trained(out, name, rate, seed, batches))) for seed in SEEDS]
+        ends = [dict(losses(trained(out, name, rate, seed, batches))) for seed in seeds]
         points[str(batches)] = {
             "loss": [end[batches] for end in ends],
             "before_decay": [end[round(batches * (1 - DECAY))] for end in ends],

@@ -625,7 +625,7 @@ def learning() -> str:
         f"on {report['corpus_mb']} MB of Wikipedia and novels by the quickstart's recipe with "
         f"`warmup_stable_decay`: each length ends with its own decay ({report['decay']:.0%} of "
         f"it). Held-out loss in nats for each masked token (15% of {report['held_out_samples']:,} "
-        f"samples of 128 tokens, the same for all), with {report['seeds']} seeds; {report['date']} "
+        f"samples of 128 tokens, the same for all), a number for each seed; {report['date']} "
         f"(`bench_learning.py`). Each has the learning rate that is best by the second table. "
         f"Minutes are batches times the seconds of a batch on one core, measured on a "
         f"quiet machine: M2-BERT {seconds['M2-BERT']:.3f}, BERT {seconds['BERT']:.3f}. "
@@ -698,10 +698,18 @@ def learned() -> str:
         for model in report["models"].values()
         for point in model["batches"].values()
     )
+    alone = " and ".join(
+        name
+        for name, model in report["models"].items()
+        if len(model["batches"][str(longest[name])]["loss"]) == 1
+    )
+    seeds = f"at most {spread:.2f} apart" + (
+        f"; one for the longest run of {alone}" if alone else ""
+    )
     return (
         f"What do they learn? Two models of the quickstart's size (4 million parameters), one "
         f"core, {report['corpus_mb']} MB of Wikipedia and novels, batches of 8 × 128 tokens, each "
-        f"model at the best of three learning rates, two seeds (at most {spread:.2f} apart): after "
+        f"model at the best of three learning rates, two seeds ({seeds}): after "
         f"{same * report['tokens_of_a_batch'] / 1e6:.1f} million tokens the held-out loss of "
         f"M2-BERT is {ours[same]:.2f} nats, of BERT {theirs[same]:.2f}. After "
         f"{minutes['M2-BERT']:.0f} minutes M2-BERT has {ours[longest['M2-BERT']]:.2f}, after "
