@@ -174,8 +174,11 @@ def learn(out: Path, name: str, finished: bool) -> dict[str, Any]:
     rate, tried = best_rate(out, name)
     points: dict[str, dict[str, list[float]]] = {}
     for batches in LENGTHS[name]:
-        places = {seed: place(out, name, rate, seed, batches) for seed in SEEDS}
-        seeds = [seed for seed in SEEDS if is_finished(places[seed]) or not finished]
+        seeds = [
+            seed
+            for seed in SEEDS
+            if not finished or is_finished(place(out, name, rate, seed, batches))
+        ]
         if not seeds:
             break
         ends = [dict(losses(trained(out, name, rate, seed, batches))) for seed in seeds]
@@ -318,7 +321,6 @@ def main() -> None:
         "corpus_mb": round(sum(path.stat().st_size for path in args.corpus) / 1e6),
         "held_out_samples": HELD_OUT,
         "tokens_of_a_batch": BATCH * SEQUENCE,
-        "seeds": len(SEEDS),
         "decay": DECAY,
         "models": models,
     }

@@ -770,6 +770,12 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     return w, gate
 
 
+def _class_bytes(plan: Plan, batch_size: int) -> int:
+    """Return the memory that the residue classes of one channel take."""
+    pairs = triton.cdiv(batch_size, 2)
+    return pairs * plan.classes * 2 * plan.config.points * plan.operand.itemsize
+
+
 def _empty_classes(x: Tensor, channels: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return memory for residue classes and their scales, (channels, pairs, …)."""
     shape = channels, triton.cdiv(x.shape[0], 2)
@@ -812,7 +818,7 @@ def _fold(
         plan.config.points,
         *strides(x),
         JOINT=other_scale is not None,
-        HALF=plan.dtype != torch.float32,
+        HALF=plan.constants["HALF"],
         **tiles,
         WHOLE=TILE,
         num_warps=4,
@@ -829,8 +835,7 @@ def _classes(
     """
     k, k_scale = filters[0][chunk], filters[1][chunk]
     channels, pairs = k.shape[0], triton.cdiv(x.shape[0], 2)
-    folded = plan.segments > 1
-    z, scale = _fold(x, chunk, plan) if folded else _empty_classes(x, channels, plan)
+    z, scale = _fold(x, chunk, plan) if plan.folded else _empty_classes(x, channels, plan)
     cyclic_conv_kernel[plan.classes, pairs, channels](
         x,
         k,
@@ -845,7 +850,7 @@ def _classes(
         x.shape[1],
         *strides(x),
         CONJUGATE=conjugate,
-        FOLDED=folded,
+        FOLDED=plan.folded,
         **plan.constants,
     )
     return z, scale
@@ -888,10 +893,7 @@ def _unfold(
 
 def _parts(channels: int, plan: Plan, batch_size: int, convolutions: int) -> list[slice]:
     """Cut the channels into slices whose residue classes fit in the workspace."""
-    each = (
-        2 * plan.operand.itemsize * plan.classes * plan.config.points * triton.cdiv(batch_size, 2)
-    )
-    return chunks(channels, convolutions * each, WORKSPACE_BYTES)
+    return chunks(channels, convolutions * _class_bytes(plan, batch_size), WORKSPACE_BYTES)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -946,15 +948,14 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     """
     batch_size, length, channels = grad.shape
     points, grads = plan.config.points, []
-    folded = plan.segments > 1
-    each, pairs = 8 * plan.classes * points, triton.cdiv(batch_size, 2)
-    if folded:
-        each += 4 * plan.operand.itemsize * plan.classes * points * pairs
+    each = 8 * plan.classes * points
+    if plan.folded:
+        each += 2 * _class_bytes(plan, batch_size)
     for chunk in chunks(channels, each, SPECTRUM_BYTES + WORKSPACE_BYTES):
         shape = chunk.stop - chunk.start, plan.classes, 2, points
         grad_k = torch.empty(shape, dtype=torch.float32, device=grad.device)
         given, scale = (x, grad), grad_k
-        if folded:
+        if plan.folded:
             grad_z, grad_scale = _fold(grad, chunk, plan)
             x_z, scale = _fold(x, chunk, plan, grad_scale)
             given = x_z, grad_z
@@ -970,7 +971,7 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
             length,
             *strides(x),
             *strides(grad),
-            FOLDED=folded,
+            FOLDED=plan.folded,
             ROWS=plan.rows,
             **plan.constants,
         )

@@ -89,6 +89,11 @@ class Plan:
     tables: Tables
 
     @property
+    def folded(self) -> bool:
+        """Whether a sequence is longer than one transform."""
+        return self.segments > 1
+
+    @property
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the kernels."""
         return {
