@@ -303,8 +303,8 @@ def taps_of_filters(
     before: int,
     keeper: TapsKeeper | None = None,
     group: int = 0,
-) -> Tensor:
-    """Compute taps of filters of equal settings from their weights, (G, D, before + L)."""
+) -> tuple[Tensor, ...]:
+    """Compute taps of filters of equal settings from their weights, each (D, before + L)."""
     first, z = filters[0], weights[0].z
     dtype, device = z.dtype, z.device
     scale, rates = first.decay_scale(length, dtype, device), first.decay_rates(dtype, device)
@@ -537,7 +537,7 @@ def batched_taps(
     filters = [conv.filter for conv in convs]
     if torch.is_grad_enabled():
         keeper = None
-    return list(taps_of_filters(filters, weights, length, length - 1, keeper, group).unbind(0))
+    return list(taps_of_filters(filters, weights, length, length - 1, keeper, group))
 
 
 FILTER_MODULES = (LongConv, FilterMLP, FilterLinear, nn.ModuleList)  # and HyenaFilter's kinds

@@ -414,10 +414,12 @@ class M2BertModel(M2BertPreTrainedModel):
         if checkpointing and count * size > TAPS_BYTES:
             return alone
         number = max(1, -(-count // -(-count * size // TAPS_BYTES)))
+        keeper = None if self.training else self._keeper
+        if keeper is not None and keeper.fits(count * size, x.device):
+            number = count  # all stay anyway, and one comparison is quicker than many
         group = self.layers[first : first + number]
         if not all(is_plain(layer, M2BertLayer) for layer in group):
             return alone
-        keeper = None if self.training else self._keeper
         taps = taps_of_mixers([layer.mixer for layer in group], x, keeper, first)
         return alone[: len(group)] if taps is None else [*taps]
 

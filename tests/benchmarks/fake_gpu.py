@@ -161,6 +161,9 @@ if os.environ.get(LOADED):
             space, _, name = func._schema.name.partition("::")
             if name in ("_local_scalar_dense", "is_nonzero", "item"):
                 return True  # whatever is asked of values: `all(mask == 1)` and the like
+            if name == "equal":
+                self.launches.append(Launch(name, self.within, [operand(t) for t in args], []))
+                return True
             if name == "nonzero":
                 return self.positions(args[0])
             definition = OPDEFS.get(func._schema.name)

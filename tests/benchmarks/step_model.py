@@ -110,7 +110,7 @@ WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "random_"}
 # Ops that are several kernels.
 SEVERAL = {"native_layer_norm_backward": 3, "embedding_dense_backward": 4, "nonzero": 3}
 SEVERAL |= {"index_put": 4, "_scaled_dot_product_flash_attention_backward": 3, "_fft_c2c": 3}
-SEVERAL |= {"_fft_r2c": 2, "_fft_c2r": 2}
+SEVERAL |= {"_fft_r2c": 2, "_fft_c2r": 2, "equal": 3}
 FOREACH_TENSORS, FOREACH_ELEMENTS = 36, 320 << 16  # of one launch of several tensors
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from m2_plugin.ops import backend
+from m2_plugin.ops.fixed import declare_fixed
+from m2_plugin.ops.gated_long_conv import gated_long_conv
 from tests.ops.test_gated_long_conv import check_kernels, inputs, run
 from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, relative_error
 
@@ -129,6 +131,28 @@ def test_gradient_of_taps_adds_rows_of_any_size(length, small_fft):
     exact = run(tensors, dy, "torch", torch.float64)
     for name, i in (("dtaps", 4), ("dres_taps", 6)):
         assert relative_error(actual[i], exact[i]) < 2e-3, name
+
+
+def test_spectra_of_fixed_taps_are_computed_once(small_fft, monkeypatch):
+    transforms, rfft = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda *a, **k: transforms.append(1) or rfft(*a, **k))
+    tensors = [t.to(KERNEL_DEVICE) for t in inputs(2, 300, 2)]
+    p, weight, bias, taps, u, res_taps = tensors
+
+    def core(rows):
+        with torch.no_grad():
+            x = p[:rows].half(), weight, bias, taps, u[:rows].half(), res_taps
+            return gated_long_conv(*x, backend="triton")
+
+    expected = {rows: core(rows) for rows in (1, 2)}  # one row has half of the residue classes
+    assert len(transforms) == 2
+    declare_fixed(taps)
+    core(2), core(2)
+    assert len(transforms) == 4  # the other filter may change
+    declare_fixed(res_taps)
+    for rows in (2, 2, 1, 1, 2):
+        assert torch.equal(core(rows), expected[rows])
+    assert len(transforms) == 7
 
 
 def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from m2_plugin.ops import backend
+from m2_plugin.ops.fixed import is_fixed
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels.check import Case, WrongKernelError, draws, register
 from m2_plugin.ops.kernels.gates import Gradients, Inputs
@@ -52,7 +53,8 @@ def algorithm(
     names = [n for n in names if problems[n] is None]
     if not names:
         raise WrongKernelError(problems[usual])
-    given = inputs.u is not None, inputs.mask is not None, causal
+    # Of fixed taps the spectra are there.
+    given = inputs.u is not None, inputs.mask is not None, causal, is_fixed(inputs.taps)
     key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype, *given)
     name = tuning.best(
         f"gated_long_conv {direction}",

@@ -57,22 +57,6 @@ POSITIONS_PER_SPLIT = 256  # at least
 WEIGHT_SCALE = 64.0
 
 
-FLAGS = 512  # programs that compare weights
-
-
-class KeptTaps(NamedTuple):
-    """Taps between calls, and the values that they were computed from."""
-
-    packed: Tensor
-    changed: Tensor  # (FLAGS,) int32, of the last comparison
-    taps: Tensor  # (G, D, before + L)
-
-    @property
-    def nbytes(self) -> int:
-        """All bytes that this keeps."""
-        return sum(t.nbytes for t in self)
-
-
 def precision() -> str:
     """Return the precision of `tl.dot`; the interpreter multiplies in fp32 anyway."""
     return "ieee" if interpreted() else "tf32x3"
@@ -171,7 +155,6 @@ def taps_kernel(
     out_ptr,
     scale_ptr,
     rates_ptr,
-    changed_ptr,
     taps_ptr,
     hidden_ptr,
     w_mod,
@@ -187,7 +170,6 @@ def taps_kernel(
     POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    FLAGS: tl.constexpr,
     WEIGHT_SCALE: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
@@ -196,9 +178,6 @@ def taps_kernel(
     With `HIDDEN` no taps, but what the backward pass needs: `hidden` (5, N, L, O), the outputs of
     the hidden layers, and what the sines of the second and third get, without its factor freq.
     """
-    if FLAGS > 0:  # noqa: SIM102 (not at run time); taps that are kept: is there anything to do?
-        if tl.max(tl.load(changed_ptr + tl.arange(0, FLAGS)), axis=0) == 0:
-            return
     tiles = tl.cdiv(length, POSITIONS)
     n = tl.program_id(1).to(tl.int64)
     g = n // DIRECTIONS
@@ -432,32 +411,11 @@ def filter_weight_grad_kernel(
     )
 
 
-@triton.jit
-def refresh_kernel(new_ptr, kept_ptr, changed_ptr, size, per_program, BLOCK: tl.constexpr):
-    """Replace what differs in a copy of numbers, and flag whether anything did."""
-    first = tl.program_id(0) * per_program
-    end = tl.minimum(first + per_program, size)
-    changed = tl.zeros((BLOCK,), tl.int32)
-    for start in range(first, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        new = tl.load(new_ptr + i, mask=i < end, other=0)
-        differs = (new != tl.load(kept_ptr + i, mask=i < end, other=0)) & (i < end)
-        tl.store(kept_ptr + i, new, mask=differs)
-        changed |= differs.to(tl.int32)
-    tl.store(changed_ptr + tl.program_id(0), tl.max(changed, axis=0))
-
-
 # --- launches -------------------------------------------------------------------------------------
 
 
 def compute_taps(
-    packed: Tensor,
-    scale: Tensor,
-    rates: Tensor,
-    sizes: Sizes,
-    w_mod: float,
-    taps: Tensor | None = None,
-    changed: Tensor | None = None,
+    packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
 ) -> Tensor:
     """Launch the kernel for the taps (G, D, before + L).
 
@@ -467,13 +425,9 @@ def compute_taps(
         rates: (D,).
         sizes: What `pack` gives beside them.
         w_mod: Constant factor on the frequencies.
-        taps: Where to write, or None for a new tensor. Negative lags of causal filters are zero.
-        changed: int32 flags, as many as a power of two. If all are 0, nothing is written.
     """
-    if taps is None:
-        taps = new_taps(packed, sizes)
-    with torch.cuda.device_of(packed):
-        _launch_taps(packed, scale, rates, sizes, w_mod, taps, changed, None)
+    taps = new_taps(packed, sizes)
+    _launch_taps(packed, scale, rates, sizes, w_mod, taps, None)
     return taps
 
 
@@ -484,7 +438,6 @@ def _launch_taps(
     sizes: Sizes,
     w_mod: float,
     taps: Tensor | None,
-    changed: Tensor | None,
     hidden: Tensor | None,
 ) -> None:
     """Write taps, or the hidden layers."""
@@ -511,7 +464,6 @@ def _launch_taps(
         w.out,
         scale,
         rates,
-        scale if changed is None else changed,
         packed if taps is None else taps,
         packed if hidden is None else hidden,
         w_mod,
@@ -527,53 +479,16 @@ def _launch_taps(
         POSITIONS=positions,
         CHUNK=min(config.chunk, order),
         CHANNELS=channels,
-        FLAGS=0 if changed is None else changed.numel(),
         WEIGHT_SCALE=WEIGHT_SCALE,
         HIDDEN=hidden is not None,
         num_warps=config.num_warps,
     )
 
 
-def kept_taps(
-    kept: KeptTaps | None,
-    packed: Tensor,
-    scale: Tensor,
-    rates: Tensor,
-    sizes: Sizes,
-    w_mod: float,
-) -> KeptTaps:
-    """Compute taps, or let those that are kept stand if the weights' values are the same.
-
-    The device compares the values, and the kernel for the taps returns at once if none differs: the
-    host does not wait. So all that reads and writes `kept` must be on one stream, and one call at a
-    time. A new `KeptTaps` holds `packed` itself.
-    """
-    if kept is None:
-        changed = packed.new_empty(FLAGS, dtype=torch.int32)
-        return KeptTaps(packed, changed, compute_taps(packed, scale, rates, sizes, w_mod))
-    per_program = triton.cdiv(packed.numel(), FLAGS)
-    with torch.cuda.device_of(packed):
-        refresh_kernel[(FLAGS,)](
-            packed.view(torch.int32),  # NaNs are equal to themselves
-            kept.packed.view(torch.int32),
-            kept.changed,
-            packed.numel(),
-            per_program,
-            BLOCK=1024,
-            num_warps=4,
-        )
-    compute_taps(packed, scale, rates, sizes, w_mod, kept.taps, kept.changed)
-    return kept
-
-
 def new_taps(packed: Tensor, sizes: Sizes) -> Tensor:
     """Return memory for taps, with the zeros that the kernel does not write."""
     shape = sizes.filters, sizes.channels, sizes.before + sizes.length
     return packed.new_zeros(shape) if sizes.directions == 1 else packed.new_empty(shape)
-
-
-def _forward(packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float) -> Tensor:
-    return compute_taps(packed, scale, rates, sizes, w_mod)
 
 
 def _weight_grad(
@@ -673,20 +588,14 @@ def _layer_grad(
 def _backward(
     grad: Tensor, packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
 ) -> Tensor:
-    with torch.cuda.device_of(packed):
-        return _launch_backward(grad.contiguous(), packed, scale, rates, sizes, w_mod)
-
-
-def _launch_backward(
-    grad: Tensor, packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float
-) -> Tensor:
+    grad = grad.contiguous()
     w = unpack(packed, sizes)
     result = torch.empty_like(packed)
     grads = unpack(result, sizes)
     hidden = packed.new_empty(5, sizes.mlps, sizes.length, sizes.order)
     grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
     h1, h2, h3, x2, x3 = hidden
-    _launch_taps(packed, scale, rates, sizes, w_mod, None, None, hidden)
+    _launch_taps(packed, scale, rates, sizes, w_mod, None, hidden)
     rest = w, scale, rates, sizes, w_mod
     sums3 = _layer_grad(3, *rest, grad, w.out, x3, grad_z)
     sums2 = _layer_grad(2, *rest, x3, w.w3, x2, grad_z)  # x3 is now a gradient; now x2, too
@@ -723,7 +632,7 @@ def hyena_filters_op(
 ) -> Tensor:
     """Map packed weights, fp32, to taps (G, D, before + L); `sizes` are those of `Sizes`."""
     args = packed, scale, rates, Sizes(*sizes), w_mod
-    return run_kernel(OP, strict, _forward, hyena_filters_torch, *args)
+    return run_kernel(OP, strict, compute_taps, hyena_filters_torch, *args)
 
 
 @hyena_filters_op.register_fake
@@ -763,27 +672,14 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 hyena_filters_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _refreshed(packed: Tensor, scale: Tensor, rates: Tensor, sizes: Sizes, w_mod: float) -> Tensor:
-    """Return kept taps after one weight changed; what they were before is arbitrary."""
-    other = packed.clone()
-    other[0] += 1
-    changed = packed.new_empty(FLAGS, dtype=torch.int32)
-    kept = KeptTaps(other, changed, new_taps(packed, sizes))
-    return kept_taps(kept, packed, scale, rates, sizes, w_mod).taps
-
-
 @register(OP, always_fp32=True)
 def _cases(dtype: torch.dtype) -> Iterator[Case]:
     """Compare filters of the published order, and odd causal ones with several partial sums.
 
-    Kernels take seconds to compile here, so each of the two kinds of forward pass has one case.
     The sines' arguments reach about 30, with a frequency that hardly amplifies errors.
     """
     normal = draws(dtype)
-    for sizes, forward, what in (
-        (Sizes(1, 2, 70, 48, 5, 128, 69), _forward, "forward"),
-        (Sizes(2, 1, 300, 17, 3, 20, 299), _refreshed, "kept taps"),
-    ):
+    for sizes in (Sizes(1, 2, 70, 48, 5, 128, 69), Sizes(2, 1, 300, 17, 3, 20, 299)):
         narrow = sizes.order**-0.5
         deviations = (narrow, narrow, narrow, 1.0, 3.0, 1.0, 1.0, 0.5, 1.0, 1.0)
         shapes = packed_shapes(sizes)
@@ -793,6 +689,6 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         rates = torch.linspace(3, 15, sizes.channels, dtype=dtype)
         args = packed, scale, rates, sizes, 1.0
         name = f"of order {sizes.order}"
-        yield Case(f"{what} {name}", forward, hyena_filters_torch, args)
+        yield Case(f"forward {name}", compute_taps, hyena_filters_torch, args)
         grad = normal(sizes.filters, sizes.channels, sizes.before + sizes.length)
         yield Case(f"backward {name}", _backward, _torch_backward, (grad, *args))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2_plugin.ops.fixed import derived
 from m2_plugin.ops.kernels.monarch_plan import Plan
 
 # Memory for spectra in fp32; channels are transformed in turn.
@@ -163,8 +164,16 @@ def order_frequencies_kernel(
     tl.store(half_ptr + 1, im * share, mask=inside)
 
 
-def spectra(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Tensor]]:
-    """Transform filters' taps (D, 2L − 1), fp32, to (D, C, 2, M), divided by N and scales (D,)."""
+def spectra(filters: Sequence[Tensor], plan: Plan) -> Sequence[tuple[Tensor, Tensor]]:
+    """Transform filters' taps (D, 2L − 1), fp32, to (D, C, 2, M), divided by N and scales (D,).
+
+    Spectra of fixed taps are kept.
+    """
+    key = plan.config, plan.residues, plan.classes, plan.operand
+    return derived(filters, key, lambda: _transformed(filters, plan))
+
+
+def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Tensor]]:
     channels, length = filters[0].shape[0], (filters[0].shape[1] + 1) // 2
     device, count, points = filters[0].device, len(filters), plan.points
     shape = count, channels, plan.classes, 2, plan.config.points

@@ -1,0 +1,43 @@
+"""Tensors that nobody writes to any more, and what is computed from them.
+
+Results live as long as the tensors do. A tensor is one Python object here: a view of it is another.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_results = WeakTensorKeyDictionary()  # by fixed tensor: a key, and the result for it
+
+
+def declare_fixed(x: Tensor) -> None:
+    """Declare that x has its final values: `derived` keeps what is computed from it."""
+    _results[x] = {}
+
+
+def is_fixed(x: Tensor) -> bool:
+    """Return whether x was declared fixed."""
+    return x in _results
+
+
+def derived(
+    tensors: Sequence[Tensor], key: Hashable, compute: Callable[[], Sequence[Any]]
+) -> Sequence[Any]:
+    """Return what `compute` returns; if all tensors are fixed, what it returned before.
+
+    Args:
+        tensors: What the results are computed from.
+        key: All else that the results depend on. A fixed tensor keeps the result of one key.
+        compute: Returns one result for each tensor, of that tensor alone.
+    """
+    found = [_results.get(x) for x in tensors]
+    kept: list[dict[Hashable, Any]] = [results for results in found if results is not None]
+    if len(kept) < len(found):
+        return compute()
+    if not all(key in results for results in kept):
+        for results, new in zip(kept, compute(), strict=True):
+            results.clear()
+            results[key] = new
+    return [results[key] for results in kept]
