@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,9 +27,10 @@ from triton.runtime.jit import JITFunction
 from m2_plugin.ops.block_diagonal_linear import block_shape
 from m2_plugin.ops.kernels import add_layer_norm as norm_kernels
 from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
-from m2_plugin.ops.kernels import hyena_filters, monarch_conv, toeplitz_conv, tuning
+from m2_plugin.ops.kernels import hyena_filters, tuning
 from m2_plugin.ops.kernels import linear_cross_entropy as loss_kernels
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
+from m2_plugin.ops.kernels.gated_long_conv import ALGORITHMS
 from m2_plugin.ops.kernels.gates import Inputs
 from m2_plugin.ops.reference.hyena_filters import Sizes, packed_shapes
 
@@ -47,19 +47,20 @@ MLPS = [
     (768, 2, True, 0.1),
     (128, 4, True, 0.1),
 ]
-# Kernels, length, batch rows: each configuration of the FFTs, lengths that 16 divides and others,
+# Algorithm, length, batch rows: each configuration of the FFTs, lengths that 16 divides and others,
 # and one row or one position, which Triton compiles anew.
 LONG_CONVS = [
-    (toeplitz_conv, 128, 64),
-    (toeplitz_conv, 500, 64),
-    (monarch_conv, 1, 1),
-    (monarch_conv, 500, 64),
-    (monarch_conv, 1024, 64),
-    (monarch_conv, 1500, 64),
-    (monarch_conv, 2048, 64),
-    (monarch_conv, 4096, 64),
-    (monarch_conv, 16384, 64),
-    (monarch_conv, 32768, 1),
+    ("toeplitz", 128, 64),
+    ("toeplitz", 500, 64),
+    ("fft", 1, 1),
+    ("fft", 500, 64),
+    ("fft", 1024, 64),
+    ("fft", 1500, 64),
+    ("fft", 2048, 64),
+    ("fft", 4096, 64),
+    ("fft", 16384, 64),
+    ("fft", 32768, 1),
+    ("largest fft", 8192, 64),
 ]
 # Filters, directions, length, order.
 FILTERS = [(24, 2, 128, 128), (2, 2, 2000, 128), (1, 1, 128, 64), (1, 2, 1, 16), (1, 2, 2, 16)]
@@ -143,9 +144,9 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             found.append((text, lambda h=hidden, d=dtype: add_layer_norm(h, d)))
         found.append((f"loss V30528 {name}", lambda d=dtype: loss(30528, d)))
         found.append((f"loss V30521 {name}", lambda d=dtype: loss(30521, d)))
-        for kernels, length, batch in LONG_CONVS:
-            text = f"{kernels.__name__.split('.')[-1]} L{length} B{batch} {name}"
-            args = (kernels, length, batch, dtype)
+        for algorithm, length, batch in LONG_CONVS:
+            text = f"{algorithm} L{length} B{batch} {name}"
+            args = (algorithm, length, batch, dtype)
             found.append((text, lambda a=args: gated_long_conv(*a)))
         for hidden, nblocks, glu, dropout in MLPS:
             blocks = hidden // nblocks, 4 * hidden // nblocks
@@ -220,7 +221,8 @@ def filters(number: int, directions: int, length: int, order: int) -> None:
     hyena_filters._backward(hyena_filters.compute_taps(*args), *args)
 
 
-def gated_long_conv(kernels: ModuleType, length: int, batch: int, dtype: torch.dtype) -> None:
+def gated_long_conv(algorithm: str, length: int, batch: int, dtype: torch.dtype) -> None:
+    by = ALGORITHMS[algorithm]
     channels = 32
     p = meta(3 * channels, batch, length, dtype=dtype).permute(1, 2, 0)
     u = meta(batch, length, channels, dtype=dtype)
@@ -232,8 +234,8 @@ def gated_long_conv(kernels: ModuleType, length: int, batch: int, dtype: torch.d
     mask = meta(batch, length, dtype=dtype)
     for args in ((p, u, weight, bias, taps, taps, mask), (p, None, weight, bias, taps, None, None)):
         inputs = Inputs(*args)
-        kernels.forward(inputs, causal=inputs.mask is None)
-        kernels.backward(u, inputs)
+        by.forward(inputs, causal=inputs.mask is None)
+        by.backward(u, inputs)
 
 
 if __name__ == "__main__":

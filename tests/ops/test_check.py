@@ -343,11 +343,10 @@ def test_our_kernels_pass_and_another_process_knows(tmp_path):
         assert out.stdout.splitlines() == [f"{op} None" for op in SHORT], out.stdout + out.stderr
 
 
-@pytest.mark.parametrize("name", ["toeplitz", "fft"])
+@pytest.mark.parametrize("name", ["toeplitz", "fft", "largest fft"])
 def test_our_long_convolutions_pass(name):
-    module = gated_long_conv.ALGORITHMS[name]
     # shorter than the real ones
-    cases = partial(gated_long_conv._cases, module, ((5, 18), (5, 15)))
+    cases = partial(gated_long_conv._cases, gated_long_conv.ALGORITHMS[name], ((5, 18), (5, 15)))
     check.register("op")(cases)
     device = torch.device(KERNEL_DEVICE)
     assert check.recheck("op", device, torch.float16, False) is None
@@ -355,7 +354,9 @@ def test_our_long_convolutions_pass(name):
 
 def test_the_other_algorithm_runs_if_one_is_wrong(monkeypatch):
     """And PyTorch if no other is to be considered at this length."""
-    wrong = {"gated_long_conv by toeplitz": "wrong"}
+    wrong = dict.fromkeys(
+        ("gated_long_conv by toeplitz", "gated_long_conv by largest fft"), "wrong"
+    )
     monkeypatch.setattr(gated_long_conv, "kernel_problem", lambda op, x: wrong.get(op))
 
     def chosen(length):
@@ -363,6 +364,7 @@ def test_the_other_algorithm_runs_if_one_is_wrong(monkeypatch):
         inputs = gated_long_conv.Inputs(p, *[None] * 6)
         return gated_long_conv.algorithm("forward", inputs, False, lambda module: None)
 
-    assert chosen(512) is chosen(2048) is gated_long_conv.ALGORITHMS["fft"]
+    fft = gated_long_conv.ALGORITHMS["fft"]
+    assert chosen(512) is chosen(2048) is chosen(8192) is fft
     with pytest.raises(WrongKernelError, match="wrong"):
         chosen(128)

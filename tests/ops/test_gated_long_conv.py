@@ -127,13 +127,16 @@ def test_algorithm_is_measured_where_it_is_close(monkeypatch):
         (512, torch.bfloat16, "fft"),
         (2048, torch.bfloat16, "toeplitz"),
         (8192, torch.bfloat16, "fft"),
+        (8192, torch.float32, "fft"),
+        (16384, torch.bfloat16, "fft"),
         (512, torch.float32, "toeplitz"),
     ):
         some = torch.empty(0)
         given = Inputs(torch.empty(2, length, 3, dtype=dtype), None, some, some, some, None, None)
         found = kernels.algorithm("forward", given, False, lambda kernels: None)
         assert found is kernels.ALGORITHMS[chosen]
-    assert asked["gated_long_conv forward", "fft"] == ["fft"]  # the last to ask had 8192
+    assert asked["gated_long_conv forward", "fft"] == ["fft"]  # the last to ask had 16384
+    assert asked["gated_long_conv forward", "largest fft"] == ["largest fft", "fft"]
 
 
 def test_kernel_takes_channels_last_and_sequence_last():

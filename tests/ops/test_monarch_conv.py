@@ -54,8 +54,9 @@ def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
     check_kernels(shape, residual, masked, causal, dtype, atol)
 
 
-def test_fft_kernel_with_its_own_configurations():
-    batch, length, channels = 1, 2100, 1
+@pytest.mark.parametrize("length", [2100, 8192])
+def test_fft_kernel_with_its_own_configurations(length):
+    batch, channels = 1, 1
     tensors = [t.half().float() for t in inputs(batch, length, channels)]
     dy = torch.randn(batch, length, channels).half()
     for name, actual, exact in zip(

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +14,7 @@ from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels.check import Case, WrongKernelError, draws, register
 from m2_plugin.ops.kernels.gates import Gradients, Inputs
 from m2_plugin.ops.kernels.launch import empty_sequence_last, torch_gradients
+from m2_plugin.ops.kernels.monarch_plan import has_largest
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import kernel_problem, run_kernel
 from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
@@ -22,37 +22,55 @@ from m2_plugin.ops.reference.gated_long_conv import gated_long_conv_torch
 OP = "gated_long_conv"
 
 
-ALGORITHMS: dict[str, ModuleType] = {"toeplitz": toeplitz_conv, "fft": monarch_conv}
-# Lengths at which either may be faster. Outside this range the number of operations decides.
+class Algorithm(NamedTuple):
+    """A way to compute the op and its gradients."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Gradients]
+
+
+ALGORITHMS = {
+    "toeplitz": Algorithm(toeplitz_conv.forward, toeplitz_conv.backward),
+    "fft": Algorithm(monarch_conv.forward, monarch_conv.backward),
+    "largest fft": Algorithm(
+        partial(monarch_conv.forward, largest=True), partial(monarch_conv.backward, largest=True)
+    ),
+}
+# Lengths at which Toeplitz products or FFTs may be faster; at others, their operations decide.
 CROSSOVER = range(257, 4097)
 
 
+def _candidates(x: Tensor) -> list[str]:
+    """Return the algorithms that may be fastest for sequences x, the predicted one first."""
+    length = x.shape[1]
+    found = ["fft", "toeplitz"] if length > backend.MAX_TOEPLITZ_LENGTH else ["toeplitz", "fft"]
+    if has_largest(x):
+        return ["largest fft", "fft"]
+    return found if length in CROSSOVER and x.dtype != torch.float32 else found[:1]
+
+
 def algorithm(
-    direction: str, inputs: Inputs, causal: bool, run: Callable[[ModuleType], object]
-) -> ModuleType:
-    """Choose kernels by the sequences' length, or by measurement within `CROSSOVER`.
+    direction: str, inputs: Inputs, causal: bool, run: Callable[[Algorithm], object]
+) -> Algorithm:
+    """Choose an algorithm by the sequences' length, or by measurement if several may be fastest.
 
     Args:
         direction: `forward` or `backward`.
         inputs: The op's tensors.
         causal: Whether the kernels may leave out half of the work.
-        run: A function that runs one of the two modules; both compute the same.
+        run: A function that runs an algorithm; all compute the same.
 
     Raises:
         WrongKernelError: If the kernels did not pass their comparison with PyTorch.
     """
     x = inputs.p
     batch_size, length, channels = x.shape
-    usual, other = "toeplitz", "fft"
-    if length > backend.MAX_TOEPLITZ_LENGTH:
-        usual, other = other, usual
-    close = length in CROSSOVER and x.dtype != torch.float32
-    rows = tuning.row_class(batch_size * length)
-    names = [n for n in (usual, other) if close or n == usual]
+    usual, *_ = names = _candidates(x)
     problems = {n: kernel_problem(f"{OP} by {n}", x) for n in names}
     names = [n for n in names if problems[n] is None]
     if not names:
         raise WrongKernelError(problems[usual])
+    rows = tuning.row_class(batch_size * length)
     # Of fixed taps the spectra are there.
     given = inputs.u is not None, inputs.mask is not None, causal, is_fixed(inputs.taps)
     key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype, *given)
@@ -67,17 +85,15 @@ def algorithm(
 
 
 def _forward(inputs: Inputs, causal: bool) -> Tensor:
-    def run(kernels: ModuleType) -> Tensor:
-        y: Tensor = kernels.forward(inputs, causal)
-        return y
+    def run(by: Algorithm) -> Tensor:
+        return by.forward(inputs, causal)
 
     return run(algorithm("forward", inputs, causal, run))
 
 
 def _backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    def run(kernels: ModuleType) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = kernels.backward(grad, inputs)
-        return grads
+    def run(by: Algorithm) -> tuple[Tensor, ...]:
+        return by.backward(grad, inputs)
 
     return run(algorithm("backward", inputs, False, run))
 
@@ -179,7 +195,7 @@ gated_long_conv_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _cases(
-    kernels: ModuleType, sizes: tuple[tuple[int, int], ...], dtype: torch.dtype
+    kernels: Algorithm, sizes: tuple[tuple[int, int], ...], dtype: torch.dtype
 ) -> Iterator[Case]:
     """Compare batches and lengths: with a residual and a mask, and causal without either."""
     normal = draws(dtype)
@@ -205,5 +221,8 @@ def _cases(
 
 # Each kind of launch: whole tiles, a length that 8 does not divide, and several tiles with a rest;
 # by FFT one transform of either size, and residue classes. The second of each is causal.
-register(f"{OP} by toeplitz")(partial(_cases, toeplitz_conv, ((16, 128), (5, 113), (5, 272))))
-register(f"{OP} by fft")(partial(_cases, monarch_conv, ((5, 1536), (5, 700), (5, 9000))))
+register(f"{OP} by toeplitz")(
+    partial(_cases, ALGORITHMS["toeplitz"], ((16, 128), (5, 113), (5, 272)))
+)
+register(f"{OP} by fft")(partial(_cases, ALGORITHMS["fft"], ((5, 1536), (5, 700), (5, 9000))))
+register(f"{OP} by largest fft")(partial(_cases, ALGORITHMS["largest fft"], ((3, 8000), (3, 5000))))

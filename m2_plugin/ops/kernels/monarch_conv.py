@@ -990,11 +990,11 @@ def _convolve(x: Tensor, filters: tuple[Tensor, Tensor], plan: Plan, conjugate: 
     return y
 
 
-def forward(inputs: Inputs, causal: bool) -> Tensor:
-    """Compute `gated_long_conv_op` for any length."""
+def forward(inputs: Inputs, causal: bool, largest: bool = False) -> Tensor:
+    """Compute `gated_long_conv_op` for any length; `largest` as in `plan_for`."""
     inputs = inputs._replace(p=sequence_last(inputs.p))
     taps, res_taps, mask = inputs.taps, inputs.res_taps, inputs.mask
-    plan = plan_for("convolve", inputs.p)
+    plan = plan_for("convolve", inputs.p, largest)
     y = empty_sequence_last(inputs.p, inputs.p.shape[2] // 3)
     filters = spectra([taps] if res_taps is None else [taps, res_taps], plan)
     residual = inputs.u is not None and res_taps is not None
@@ -1012,13 +1012,13 @@ def forward(inputs: Inputs, causal: bool) -> Tensor:
     return y
 
 
-def backward(grad: Tensor, inputs: Inputs) -> Gradients:
-    """Compute `backward_op` for any length, bitwise reproducibly."""
+def backward(grad: Tensor, inputs: Inputs, largest: bool = False) -> Gradients:
+    """Compute `backward_op` for any length, bitwise reproducibly; `largest` as in `plan_for`."""
     grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
     p, u, weight, _, taps, res_taps, mask, _ = inputs
     batch_size, length, channels = grad.shape
     grad_u, grad_res_taps = p.new_empty(0), taps.new_empty(0)
-    plan, correlation = plan_for("convolve", p), plan_for("correlate", p)
+    plan, correlation = plan_for("convolve", p, largest), plan_for("correlate", p)
     whole = plan.residues == 1
     filters = spectra([taps] if res_taps is None else [taps, res_taps], plan)
     if u is not None and res_taps is not None:

@@ -60,6 +60,11 @@ CONFIGS = {
     ("correlate", "large", 4): ((None, Config(n1=16, n2=16, num_warps=4)),),
     ("correlate", "small", 4): ((None, Config(n1=16, n2=16, num_warps=4)),),
 }
+# The largest transform, by device class and bytes per element. It takes all registers of a
+# multiprocessor and spills up to 40 numbers of a thread, once in a launch. But sequences of these
+# lengths need no residue classes then, which would pass through memory.
+LARGEST = {("large", 2): Config(n1=128, n2=128, num_warps=8)}
+LARGEST_FOR = range(4097, 8193)
 
 
 @dataclass(frozen=True)
@@ -145,15 +150,28 @@ class Plan:
         return 2.0 ** min(0, math.floor(math.log2(65504 / bound)))
 
 
+def has_largest(x: Tensor) -> bool:
+    """Return whether there is a plan with the largest transform for sequences x (B, L, D)."""
+    return x.shape[1] in LARGEST_FOR and (device_class(x.device), x.element_size()) in LARGEST
+
+
 def config_for(what: str, x: Tensor) -> Config:
-    """Return the configuration for sequences x (B, L, D)."""
+    """Return the usual configuration for sequences x (B, L, D)."""
     configs = CONFIGS[what, device_class(x.device), x.element_size()]
     return next(c for longest, c in configs if longest is None or x.shape[1] <= longest)
 
 
-def plan_for(what: str, x: Tensor) -> Plan:
-    """Return the plan for sequences x (B, L, D)."""
-    config, (batch_size, length, _) = config_for(what, x), x.shape
+def plan_for(what: str, x: Tensor, largest: bool = False) -> Plan:
+    """Return the plan for sequences x (B, L, D); if `largest`, with that transform if there is one.
+
+    Args:
+        what: `convolve` or `correlate`.
+        x: (B, L, D).
+        largest: Whether to take the transform of `LARGEST`, which must hold 2L − 1 points.
+    """
+    batch_size, length, _ = x.shape
+    special = LARGEST.get((device_class(x.device), x.element_size())) if largest else None
+    config = special or config_for(what, x)
     residues = triton.cdiv(2 * length - 1, config.points)
     segments = triton.cdiv(length, config.points)
     whole = residues == 1
