@@ -78,15 +78,24 @@ class M2BertEmbeddings(nn.Module):
     ) -> Tensor:
         """Map (B, L) token ids, or (B, L, D) word embeddings, to (B, L, D)."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:
-            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
         # All but the words first: usually they are the same in every row of the batch.
-        others = self.token_type_embeddings(token_type_ids)
+        others = _embedded(self.token_type_embeddings, token_type_ids, 1, x.device)
         if self.position_embeddings is not None:
-            if position_ids is None:
-                position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            others = others + self.position_embeddings(position_ids)
+            others = others + _embedded(
+                self.position_embeddings, position_ids, x.shape[1], x.device
+            )
         return self.dropout(add_norm(self.norm, x, others, self.sequence_last, self.backend))
+
+
+def _embedded(
+    embedding: nn.Embedding, ids: Tensor | None, number: int, device: torch.device
+) -> Tensor:
+    """Return the embeddings of ids; if None, of 0 … number − 1, (1, number, D)."""
+    if ids is not None:
+        return embedding(ids)
+    if is_plain(embedding, nn.Embedding) and embedding.max_norm is None:
+        return embedding.weight.narrow(0, 0, number)[None]  # nothing is copied
+    return embedding(torch.arange(number, device=device)[None])
 
 
 class ExtendedFilter(HyenaFilter):
@@ -414,7 +423,8 @@ class M2BertModel(M2BertPreTrainedModel):
         if checkpointing and count * size > TAPS_BYTES:
             return alone
         number = max(1, -(-count // -(-count * size // TAPS_BYTES)))
-        keeper = None if self.training else self._keeper
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        keeper = None if self.training or torch.is_grad_enabled() or traced else self._keeper
         if keeper is not None and keeper.fits(count * size, x.device):
             number = count  # all stay anyway, and one comparison is quicker than many
         group = self.layers[first : first + number]

@@ -451,6 +451,26 @@ def test_a_layer_that_is_not_plain_computes_its_own_filters(filter_launches):
     assert filter_launches == [2 * layers] + layers * [2]
 
 
+def test_embeddings_of_consecutive_ids_are_those_of_a_lookup():
+    """Also where somebody listens to the embedding."""
+    model = M2BertModel(small(hidden_dropout_prob=0.0))
+    x = torch.randint(5, 100, (2, 7))
+    positions, types = torch.arange(7)[None], torch.zeros(2, 7, dtype=torch.int64)
+    calls = []
+    for hooked in (False, True):
+        if hooked:
+            model.embeddings.position_embeddings.register_forward_hook(lambda *_: calls.append(1))
+        results = []
+        for ids in ({}, {"position_ids": positions, "token_type_ids": types}):
+            model.zero_grad()
+            y = model(x, **ids).last_hidden_state
+            y.square().sum().backward()
+            results.append([y, *(p.grad for p in model.embeddings.parameters())])
+        for actual, expected in zip(*results, strict=True):
+            assert max_error(actual, expected) < 1e-5
+    assert len(calls) == 2
+
+
 def test_kept_taps_follow_the_model(filter_launches):
     model = small_with_kernels().eval()
     x = torch.randint(5, 100, (1, 6), device=KERNEL_DEVICE)
