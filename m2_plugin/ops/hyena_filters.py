@@ -145,7 +145,7 @@ class TapsKeeper:
                 del kept, self.kept[where]
             together = compute()
             taps = together.unbind(0)
-            size = packed.nbytes + 2 * together.nbytes  # spectra are as large
+            size = packed.nbytes + 2 * together.nbytes  # spectra are about as large
             if self._make_room(size, sizes.length, device):
                 for t in taps:
                     declare_fixed(t)
