@@ -12,6 +12,7 @@ kernels by name.
 A kernel's time is that of its slowest part: memory (each tensor once a launch), matrix units,
 instructions (as many as the warps that a multiprocessor can hold keep going), loads and stores; and
 the last wave of programs may leave multiprocessors idle. Launches follow one another after a gap.
+Where a GPU would time several configurations, the one of the shortest predicted time runs.
 
 Everything printed is predicted, and may be wrong by 40%. The host is taken to be ahead of the GPU;
 where it is not, a step takes longer. Writes results/step_model.json, in which rows stay that are
@@ -29,7 +30,7 @@ import functools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,13 +324,35 @@ def cost_of(x: Launch, device: Device) -> tuple[Cost, dict[str, Any]]:
     return kernel_cost(x, device) if x.kernel is not None else (torch_cost(x, device), {})
 
 
+def tuner(recorder: Any, device: Device) -> Callable[..., Any]:
+    """What takes the place of `tuning.best`: the candidate of the shortest predicted time."""
+    chosen: dict[tuple[Any, ...], Any] = {}
+
+    def best(op: str, key: tuple, candidates: Sequence[Any], run: Callable, _: Any) -> Any:
+        if len(candidates) > 1 and (op, key) not in chosen:
+            before, seconds = recorder.launches, []
+            for config in candidates:
+                for _ in range(2):  # what the first run keeps, the second need not compute
+                    recorder.launches = []
+                    run(config)
+                seconds.append(sum(cost_of(x, device)[0].seconds for x in recorder.launches))
+            recorder.launches = before
+            chosen[op, key] = candidates[seconds.index(min(seconds))]
+        return chosen.get((op, key), candidates[0])
+
+    return best
+
+
 @functools.cache
-def record(name: str, what: str, length: int, capability: int, layers: int | None) -> list[Launch]:
+def record(name: str, what: str, length: int, device: Device, layers: int | None) -> list[Launch]:
     """The launches of a forward pass or of a training step, as `bench_model.py` times them."""
     import torch
     from bench_model import BASE, SCALES, TRAINED, build
 
-    recorder = fake_gpu.recorder(capability)
+    from m2_plugin.ops.kernels import tuning
+
+    recorder = fake_gpu.recorder(device.capability)
+    tuning.best = tuner(recorder, device)
     batch = max(1, TOKENS // length)
     if layers:
         for family in ("m2_bert", "bert"):
@@ -461,13 +484,13 @@ def main() -> None:
                 row: dict[str, Any] = {"device": device.name, "what": what, "length": length}
                 for name in args.models:
                     # Those of BERT are PyTorch's, the same on every device.
-                    capability = device.capability if name == "m2_bert" else DEVICES[0].capability
-                    launches = record(name, what, length, capability, args.layers)
+                    place = device if name == "m2_bert" else DEVICES[0]
+                    launches = record(name, what, length, place, args.layers)
                     row[name] = predict(launches, device)
                     found = row[name]
-                    place = f"{device.name} {what:<8}{length:>6} {name:<10}"
                     print(
-                        f"{place} predicted {found['ms']:8.2f} ms, {found['launches']:5d} launches,"
+                        f"{device.name} {what:<8}{length:>6} {name:<10}"
+                        f" predicted {found['ms']:8.2f} ms, {found['launches']:5d} launches,"
                         f" {found['bytes_per_token'] / 1e3:8.1f} KB and "
                         f"{found['operations_per_token'] / 1e6:7.1f} MFLOP a token",
                         flush=True,
