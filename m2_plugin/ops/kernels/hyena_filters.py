@@ -8,7 +8,7 @@ Dimension key: G filters, N MLPs (one or two per filter), L sequence, D channels
 features, O order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.backend import interpreted
+from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
 from m2_plugin.ops.kernels.launch import device_class, tile
 from m2_plugin.ops.kernels.op import kernel_op
@@ -41,12 +42,16 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# None spills registers.
-FORWARD = {"large": Config(64, 16, 64, 4), "small": Config(32, 16, 16, 4)}
+# None spills registers. Of two, a GPU takes the faster one. The first reads each weight and splits
+# it into a pair half as often, but makes half as many programs.
+FORWARD = {
+    "large": (Config(128, 16, 32, 8), Config(64, 16, 64, 4)),
+    "small": (Config(32, 16, 16, 4),),
+}
 HIDDEN = Config(32, 16, 16, 8)
 BACKWARD = {"large": Config(64, 32, 0, 8), "small": Config(32, 16, 0, 4)}
-# Rows and positions at a time of the kernel for the weights' gradients, and its warps.
-WEIGHT_GRAD = {"large": (64, 32, 4), "small": (64, 16, 4)}
+# Rows and positions at a time of the kernel for the weights' gradients, and its warps; likewise.
+WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
 # Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have the same
 # order on every GPU.
 BUSY = 256
@@ -55,6 +60,11 @@ POSITIONS_PER_SPLIT = 256  # at least
 # difference that matters, 5e-10, above float16's smallest number, and weights of 1,000 below its
 # largest.
 WEIGHT_SCALE = 64.0
+
+
+def by_programs(configs: Sequence[Any], programs: int) -> Sequence[Any]:
+    """Return configurations, the first one first only if it makes enough programs."""
+    return configs if programs >= BUSY else configs[::-1]
 
 
 def precision() -> str:
@@ -311,7 +321,8 @@ def layer_grad_kernel(
         w = matrix(weight_ptr, m[:, None], o[None, :], num_rows, ORDER)
         acc = tl.dot(grad, w, acc, input_precision=PRECISION)
     freq = w_mod * tl.load(freq_ptr + g * ORDER + o, mask=o < ORDER, other=0.0)[None, :]
-    at = n * length * ORDER + t[:, None] * ORDER + o[None, :]
+    x_ptr += n * length * ORDER
+    at = t[:, None] * ORDER + o[None, :]
     if LAYER == 1:
         z_ptr += g * length * EMB_DIM
         w1_ptr += n * ORDER * EMB_DIM
@@ -426,9 +437,21 @@ def compute_taps(
         sizes: What `pack` gives beside them.
         w_mod: Constant factor on the frequencies.
     """
-    taps = new_taps(packed, sizes)
-    _launch_taps(packed, scale, rates, sizes, w_mod, taps, None)
+    taps, device = new_taps(packed, sizes), packed.device
+
+    def run(config: Config) -> None:
+        _launch_taps(packed, scale, rates, sizes, w_mod, taps, None, config)
+
+    configs: Sequence[Config] = FORWARD[device_class(device)]
+    configs = by_programs(configs, triton.cdiv(sizes.length, configs[0].positions) * sizes.mlps)
+    run(tuning.best(f"{OP} forward", shape_class(sizes), configs, run, device))
     return taps
+
+
+def shape_class(sizes: Sizes) -> tuple[int, ...]:
+    """Return what the choice of a configuration depends on."""
+    length = triton.next_power_of_2(sizes.length)
+    return sizes.mlps, sizes.directions, length, sizes.channels, sizes.emb_dim, sizes.order
 
 
 def _launch_taps(
@@ -439,10 +462,10 @@ def _launch_taps(
     w_mod: float,
     taps: Tensor | None,
     hidden: Tensor | None,
+    config: Config,
 ) -> None:
     """Write taps, or the hidden layers."""
     w = unpack(packed, sizes)
-    config = HIDDEN if taps is None else FORWARD[device_class(packed.device)]
     positions = tile(sizes.length, config.positions)
     channels = tile(sizes.channels, config.channels)
     order = tile(sizes.order, MAX_ORDER)
@@ -501,39 +524,43 @@ def _weight_grad(
     of_taps: bool,
 ) -> None:
     """Sum left · rightᵀ over positions into grad_weight (N, M, O)."""
-    rows, positions, num_warps = WEIGHT_GRAD[device_class(right.device)]
-    num_rows = grad_weight.shape[1]
-    rows = tile(num_rows, rows)
-    tiles = triton.cdiv(num_rows, rows)
-    splits = max(
-        1,
-        min(
-            triton.cdiv(BUSY, tiles * sizes.mlps),
-            triton.cdiv(sizes.length, POSITIONS_PER_SPLIT),
-        ),
-    )
-    per_split = triton.cdiv(triton.cdiv(sizes.length, splits), positions) * positions
+    num_rows, device = grad_weight.shape[1], right.device
+    configs: Sequence[tuple[int, int, int]] = WEIGHT_GRAD[device_class(device)]
+    # As many for each configuration, so that all add in the same order.
+    programs = triton.cdiv(num_rows, tile(num_rows, configs[0][0])) * sizes.mlps
+    most_splits = triton.cdiv(sizes.length, POSITIONS_PER_SPLIT)
+    splits = min(triton.cdiv(BUSY, programs), most_splits)
+    multiple = configs[0][1]
+    per_split = triton.cdiv(triton.cdiv(sizes.length, splits), multiple) * multiple
     splits = triton.cdiv(sizes.length, per_split)
     partial = grad_weight if splits == 1 else right.new_empty(splits, *grad_weight.shape)
-    filter_weight_grad_kernel[(tiles, sizes.mlps, splits)](
-        left,
-        right,
-        scale,
-        rates,
-        partial,
-        sizes.length,
-        num_rows,
-        sizes.before,
-        per_split,
-        DIRECTIONS=sizes.directions,
-        OF_TAPS=of_taps,
-        ORDER=sizes.order,
-        WIDTH=tile(sizes.order, MAX_ORDER),
-        ROWS=rows,
-        POSITIONS=positions,
-        PRECISION=precision(),
-        num_warps=num_warps,
-    )
+
+    def run(config: tuple[int, int, int]) -> None:
+        rows, positions, num_warps = config
+        rows = tile(num_rows, rows)
+        filter_weight_grad_kernel[(triton.cdiv(num_rows, rows), sizes.mlps, splits)](
+            left,
+            right,
+            scale,
+            rates,
+            partial,
+            sizes.length,
+            num_rows,
+            sizes.before,
+            per_split,
+            DIRECTIONS=sizes.directions,
+            OF_TAPS=of_taps,
+            ORDER=sizes.order,
+            WIDTH=tile(sizes.order, MAX_ORDER),
+            ROWS=rows,
+            POSITIONS=positions,
+            PRECISION=precision(),
+            num_warps=num_warps,
+        )
+
+    configs = by_programs(configs, programs * splits)
+    name = f"{OP} gradient of {'the last' if of_taps else 'hidden'} weights"
+    run(tuning.best(name, (num_rows, *shape_class(sizes)), configs, run, device))
     if splits > 1:
         torch.sum(partial, 0, out=grad_weight)
 
@@ -595,7 +622,7 @@ def _backward(
     hidden = packed.new_empty(5, sizes.mlps, sizes.length, sizes.order)
     grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
     h1, h2, h3, x2, x3 = hidden
-    _launch_taps(packed, scale, rates, sizes, w_mod, None, hidden)
+    _launch_taps(packed, scale, rates, sizes, w_mod, None, hidden, HIDDEN)
     rest = w, scale, rates, sizes, w_mod
     sums3 = _layer_grad(3, *rest, grad, w.out, x3, grad_z)
     sums2 = _layer_grad(2, *rest, x3, w.w3, x2, grad_z)  # x3 is now a gradient; now x2, too
