@@ -1,4 +1,4 @@
-"""Every kernel launch compiles for its GPUs without one, and fits; all but one spill nothing."""
+"""Every kernel launch compiles for its GPUs without one, fits, and spills nothing by default."""
 
 import json
 import os
@@ -25,8 +25,8 @@ def test_kernels_compile_without_spills(capability, tmp_path):
     assert len({row["kernel"] for row in rows}) >= 4
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[capability], row
-        largest = row["case"].startswith("largest fft") and row["kernel"] == "monarch_conv_kernel"
-        assert row["stack"] <= (160 if largest else 0), f"spills registers: {row}"
+        # What a machine takes only if it found it faster may spill a little.
+        assert row["stack"] <= (216 if row["alternative"] else 0), f"spills registers: {row}"
     if capability >= 90:  # Hopper's matrix unit is used where it counts
         products = ("mlp_forward_kernel", "product_kernel", "weight_grad_kernel")
         fused = [

@@ -41,11 +41,11 @@ CROSSOVER = range(257, 4097)
 
 
 def _candidates(x: Tensor) -> list[str]:
-    """Return the algorithms that may be fastest for sequences x, the predicted one first."""
+    """Return the algorithms that may be fastest for sequences x, the usual one first."""
     length = x.shape[1]
     found = ["fft", "toeplitz"] if length > backend.MAX_TOEPLITZ_LENGTH else ["toeplitz", "fft"]
     if has_largest(x):
-        return ["largest fft", "fft"]
+        return ["fft", "largest fft"]
     return found if length in CROSSOVER and x.dtype != torch.float32 else found[:1]
 
 

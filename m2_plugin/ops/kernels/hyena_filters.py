@@ -42,14 +42,18 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# None spills registers. Of two, a GPU takes the faster one. The first reads each weight and splits
-# it into a pair half as often, but makes half as many programs.
+# Of two, a GPU takes the faster one. The first reads each weight and splits it into a pair half as
+# often, but makes half as many programs.
 FORWARD = {
     "large": (Config(128, 16, 32, 8), Config(64, 16, 64, 4)),
     "small": (Config(32, 16, 16, 4),),
 }
 HIDDEN = Config(32, 16, 16, 8)
-BACKWARD = {"large": Config(64, 32, 0, 8), "small": Config(32, 16, 0, 4)}
+# With four warps, two programs share a multiprocessor; each spills registers, but not in its loop.
+BACKWARD = {
+    "large": (Config(64, 32, 0, 8), Config(64, 32, 0, 4)),
+    "small": (Config(32, 16, 0, 4),),
+}
 # Rows and positions at a time of the kernel for the weights' gradients, and its warps; likewise.
 WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
 # Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have the same
@@ -578,37 +582,45 @@ def _layer_grad(
     grad_z: Tensor,
 ) -> Tensor:
     """Launch `layer_grad_kernel`; return its partial sums, added up, (N, rows, O)."""
-    config = BACKWARD[device_class(x.device)]
-    positions = tile(sizes.length, config.positions)
+    configs = BACKWARD[device_class(x.device)]
+    positions = tile(sizes.length, configs[0].positions)
     tiles = triton.cdiv(sizes.length, positions)
     rows = 2 + (sizes.emb_dim if layer == 1 else 0)
     partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
-    layer_grad_kernel[(tiles, sizes.mlps)](
-        w.z,
-        w.freq,
-        w.w1,
-        w.b1,
-        weight,
-        scale,
-        rates,
-        grad,
-        x,
-        partial,
-        grad_z,
-        w_mod,
-        sizes.length,
-        weight.shape[1],
-        sizes.before,
-        DIRECTIONS=sizes.directions,
-        LAYER=layer,
-        EMB_DIM=sizes.emb_dim,
-        ORDER=sizes.order,
-        WIDTH=tile(sizes.order, MAX_ORDER),
-        POSITIONS=positions,
-        CHUNK=tile(weight.shape[1], config.chunk),
-        PRECISION=precision(),
-        num_warps=config.num_warps,
-    )
+
+    def run(config: Config, x: Tensor) -> None:
+        layer_grad_kernel[(tiles, sizes.mlps)](
+            w.z,
+            w.freq,
+            w.w1,
+            w.b1,
+            weight,
+            scale,
+            rates,
+            grad,
+            x,
+            partial,
+            grad_z,
+            w_mod,
+            sizes.length,
+            weight.shape[1],
+            sizes.before,
+            DIRECTIONS=sizes.directions,
+            LAYER=layer,
+            EMB_DIM=sizes.emb_dim,
+            ORDER=sizes.order,
+            WIDTH=tile(sizes.order, MAX_ORDER),
+            POSITIONS=positions,
+            CHUNK=tile(weight.shape[1], config.chunk),
+            PRECISION=precision(),
+            num_warps=config.num_warps,
+        )
+
+    def trial(config: Config) -> None:
+        run(config, x.clone())
+
+    key = layer, weight.shape[1], *shape_class(sizes)
+    run(tuning.best(f"{OP} gradient of a layer", key, configs, trial, x.device), x)
     return partial[:, 0] if tiles == 1 else partial.sum(1)
 
 
