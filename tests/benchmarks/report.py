@@ -299,9 +299,9 @@ def step_model() -> str:
         f"launched and compiled; torch {report['torch']}, Triton {report['triton']}, "
         f"{report['date']}. Rates of PyTorch's ops, and two constants of kernels, were fitted to "
         f"measurements at four lengths on an H200, before the kernels had their present form; a "
-        f"prediction may be wrong by 40%. Where a GPU would time several configurations, the fastest "
-        f"by prediction runs. Launches, KB and MFLOP of a token are those of M2-BERT "
-        f"and then of BERT. A pair is *predicted / measured*: the sum over kernels, and the whole "
+        f"prediction may be wrong by 40%. Where a GPU would time several configurations, the "
+        f"fastest by prediction runs. Launches, KB and MFLOP of a token are those of M2-BERT and "
+        f"then of BERT. A pair is *predicted / measured*: the sum over kernels, and the whole "
         f"pass, of which the host's time is not predicted.\n\n"
     )
     header = ["what", "L", "launches", "KB", "MFLOP", "BERT's", "KB", "MFLOP"]
