@@ -56,8 +56,8 @@ BACKWARD = {
 }
 # Rows and positions at a time of the kernel for the weights' gradients, and its warps; likewise.
 WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
-# Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have the same
-# order on every GPU.
+# Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have as many
+# parts on every GPU.
 BUSY = 256
 POSITIONS_PER_SPLIT = 256  # at least
 # Weights are multiplied by this before they become pairs of float16 numbers: it puts the smallest
@@ -530,7 +530,7 @@ def _weight_grad(
     """Sum left · rightᵀ over positions into grad_weight (N, M, O)."""
     num_rows, device = grad_weight.shape[1], right.device
     configs: Sequence[tuple[int, int, int]] = WEIGHT_GRAD[device_class(device)]
-    # As many for each configuration, so that all add in the same order.
+    # As many for each configuration, so that a sum has as many parts.
     programs = triton.cdiv(num_rows, tile(num_rows, configs[0][0])) * sizes.mlps
     most_splits = triton.cdiv(sizes.length, POSITIONS_PER_SPLIT)
     splits = min(triton.cdiv(BUSY, programs), most_splits)
