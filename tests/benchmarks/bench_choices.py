@@ -48,6 +48,7 @@ def choices(rate: float) -> dict[str, dict[str, Any]]:
         "intended groups": {GROUPS: groups(rate * 1.25, rate / 80, 1e-4)},
         "a third of the filters' rate": {GROUPS: groups(rate / 3, rate / 3, 1e-5)},
         "three times the filters' rate": {GROUPS: groups(rate * 3, rate * 3, 1e-5)},
+        "filters fixed": {GROUPS: groups(0.0, 0.0, 0.0)},
         "padded texts": {"mds": "paragraphs", "model.config_overrides.mask_padding": False},
         "padded texts, mask_padding": {
             "mds": "paragraphs",
