@@ -535,8 +535,6 @@ def batched_taps(
             return None
         weights.append(found)
     filters = [conv.filter for conv in convs]
-    if torch.is_grad_enabled():
-        keeper = None
     return list(taps_of_filters(filters, weights, length, length - 1, keeper, group))
 
 

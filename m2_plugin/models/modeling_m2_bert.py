@@ -36,7 +36,7 @@ from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv, taps_of_mixe
 from m2_plugin.layers.plain import is_plain
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.sentence_folder import read_modules, write_modules
-from m2_plugin.ops.hyena_filters import TapsKeeper
+from m2_plugin.ops.hyena_filters import TapsKeeper, may_keep
 from m2_plugin.ops.linear_cross_entropy import linear_cross_entropy
 
 log = logging.get_logger(__name__)
@@ -423,8 +423,7 @@ class M2BertModel(M2BertPreTrainedModel):
         if checkpointing and count * size > TAPS_BYTES:
             return alone
         number = max(1, -(-count // -(-count * size // TAPS_BYTES)))
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        keeper = None if self.training or torch.is_grad_enabled() or traced else self._keeper
+        keeper = None if self.training or not may_keep(x) else self._keeper
         if keeper is not None and keeper.fits(count * size, x.device):
             number = count  # all stay anyway, and one comparison is quicker than many
         group = self.layers[first : first + number]

@@ -98,7 +98,7 @@ class KeptTaps(NamedTuple):
 
     packed: Tensor
     taps: tuple[Tensor, ...]
-    nbytes: int  # of all that is kept
+    nbytes: int  # of taps and spectra
 
 
 class TapsKeeper:
@@ -145,7 +145,7 @@ class TapsKeeper:
                 del kept, self.kept[where]
             together = compute()
             taps = together.unbind(0)
-            size = packed.nbytes + 2 * together.nbytes  # spectra are about as large
+            size = _with_spectra(together.nbytes)
             if self._make_room(size, sizes.length, device):
                 for t in taps:
                     declare_fixed(t)
@@ -154,7 +154,7 @@ class TapsKeeper:
 
     def fits(self, taps_bytes: int, device: torch.device) -> bool:
         """Return whether so many bytes of taps may stay on a device, with their spectra."""
-        return 2 * taps_bytes <= self._most(device)
+        return _with_spectra(taps_bytes) <= self._most(device)
 
     def _most(self, device: torch.device) -> int:
         if self.limit is not None:
@@ -169,6 +169,11 @@ class TapsKeeper:
         while (full := sum(k.nbytes for k in self.kept.values()) + size > most) and others:
             del self.kept[others.pop(0)]
         return not full
+
+
+def _with_spectra(taps_bytes: int) -> int:
+    """Return the bytes of taps and of their spectra, which are about as large."""
+    return 2 * taps_bytes
 
 
 _LOCK = threading.Lock()
@@ -225,18 +230,18 @@ def hyena_filters(
             )
             return taps
 
-        if keeper is not None and _may_keep(packed):
+        if keeper is not None and may_keep(packed):
             return keeper.taps(key, packed, sizes, compute)
         return compute().unbind(0)
     return hyena_filters_torch(packed, scale, rates, sizes, w_mod).unbind(0)
 
 
-def _may_keep(packed: Tensor) -> bool:
-    """Return whether taps may outlive this call: not where a graph would refer to them."""
+def may_keep(x: Tensor) -> bool:
+    """Return whether taps may outlive a call with x: not where a graph would refer to them."""
     return not (
-        packed.requires_grad
-        or type(packed) is not Tensor  # a fake tensor has no values
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or (packed.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor  # a fake tensor has no values
+        or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

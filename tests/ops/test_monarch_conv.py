@@ -54,8 +54,13 @@ def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
     check_kernels(shape, residual, masked, causal, dtype, atol)
 
 
-@pytest.mark.parametrize("length", [2100, 8192])
-def test_fft_kernel_with_its_own_configurations(length):
+@pytest.mark.parametrize(
+    ("length", "algorithm"), [(2100, "fft"), (8192, "fft"), (8192, "largest fft")]
+)
+def test_fft_kernel_with_its_own_configurations(length, algorithm, monkeypatch):
+    from m2_plugin.ops.kernels import gated_long_conv as kernels
+
+    monkeypatch.setattr(kernels, "_candidates", lambda x: [algorithm])
     batch, channels = 1, 1
     tensors = [t.half().float() for t in inputs(batch, length, channels)]
     dy = torch.randn(batch, length, channels).half()
