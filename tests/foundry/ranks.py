@@ -2,11 +2,10 @@
 
     python -m tests.foundry.ranks jobs.json
 
-Each job has a `world_size`, and either the `config` of a training run or the arguments of a
-function of `sharding`: as `shard` those of `run`, as `contrast` those of `contrast`. `to_file`
-names a sharded checkpoint and a file: the one is converted to the other before the run. Successive
-jobs of one size share their ranks. Other tests cover the launcher, which needs an import in each
-rank.
+Each job has a `world_size`, and either the `config` of a training run or a `function` of
+`on_ranks` with its `arguments`. `to_file` names a sharded checkpoint and a file: the one is
+converted to the other before the run. Successive jobs of one size share their ranks. Other tests
+cover the launcher, which needs an import in each rank.
 """
 
 import json
@@ -25,14 +24,12 @@ def run_rank(rank: int, world_size: int, port: int, jobs: list[dict[str, Any]]) 
     from omegaconf import OmegaConf
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    from tests.foundry import sharding
+    from tests.foundry import on_ranks
 
     for job in jobs:
         os.environ |= rank_environment(rank, world_size, port)
-        if "shard" in job:
-            sharding.run(**job["shard"])
-        elif "contrast" in job:
-            sharding.contrast(**job["contrast"])
+        if "function" in job:
+            getattr(on_ranks, job["function"])(**job["arguments"])
         else:
             if "to_file" in job:
                 dcp_to_torch_save(*job["to_file"])

@@ -66,7 +66,7 @@ GPT_RUNS: dict[str, tuple[int, dict[str, Any] | None, dict[str, Any]]] = {
         {"model.init_device": "mixed"},
     ),
 }
-# By torch's FSDP: processes, and the arguments of `sharding.run`.
+# By torch's FSDP: processes, and the arguments of `on_ranks.shard`.
 SHARDINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "plain_bf16": (1, {"low_precision": True}),
@@ -80,7 +80,7 @@ SHARDINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2_bf16": (2, {"version": 2, "low_precision": True}),
     "fsdp2_bf16_reduce": (2, {"version": 2, "low_precision": True, "reduce_only": True}),
 }
-# The contrastive model: processes, and the arguments of `sharding.contrast`.
+# The contrastive model: processes, and the arguments of `on_ranks.contrast`.
 CONTRASTS: dict[str, tuple[int, dict[str, Any]]] = {
     "contrast_plain": (1, {}),
     "contrast_ddp": (2, {"kind": "ddp"}),
@@ -92,6 +92,8 @@ CONTRASTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"kind": "fsdp2", "mini_batch_size": 12, "checkpointing": True},
     ),
 }
+# A metric: processes, and the arguments of `on_ranks.entity_f1`.
+METRICS: dict[str, tuple[int, dict[str, Any]]] = {"entities": (2, {})}
 
 
 def config(
@@ -142,10 +144,11 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS))
         for name, (size, fsdp, keys) in wanted.items()
     ]
-    for name, (size, keys) in SHARDINGS.items():
-        jobs.append({"world_size": size, "shard": keys | {"out": str(root / name)}})
-    for name, (size, keys) in CONTRASTS.items():
-        jobs.append({"world_size": size, "contrast": keys | {"out": str(root / name)}})
+    functions = {"shard": SHARDINGS, "contrast": CONTRASTS, "entity_f1": METRICS}
+    for function, wanted in functions.items():
+        for name, (size, keys) in wanted.items():
+            arguments = keys | {"out": str(root / name)}
+            jobs.append({"world_size": size, "function": function, "arguments": arguments})
     for name, (source, size, fsdp) in LOADED.items():
         path = checkpoint(root / source, SAVED, source.startswith("sharded"))
         job = {"world_size": size}
@@ -165,7 +168,8 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         timeout=800,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return {name: root / name for name in [*GPT_RUNS, *RUNS, *SHARDINGS, *CONTRASTS, *LOADED]}
+    names = [*GPT_RUNS, *RUNS, *SHARDINGS, *CONTRASTS, *METRICS, *LOADED]
+    return {name: root / name for name in names}
 
 
 def curve(out: Path) -> dict[tuple[int, str], float]:
@@ -269,3 +273,11 @@ def test_contrastive_ranks_share_their_negatives(runs):
         assert weights[name].keys() == weights["contrast_plain"].keys()
         for key, value in weights["contrast_plain"].items():
             torch.testing.assert_close(weights[name][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_entity_f1_is_that_of_all_ranks_words(runs):
+    """Also if a sentence lies on two ranks, a word on both, or one rank has none."""
+    found = [json.loads((runs["entities"] / f"{rank}.json").read_text()) for rank in range(2)]
+    alone = found[0][0]
+    assert 0 < alone < 1
+    assert found == [[alone] * 3] * 2

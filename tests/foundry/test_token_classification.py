@@ -1,16 +1,12 @@
 """The dataloader, the metrics and the models of token classification."""
 
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from llmfoundry.utils.builders import build_composer_model, build_dataloader
 
 from m2_plugin.foundry.token_classification import TOKEN_METRICS, EntityF1
-from tests.benchmarks.kill import free_port
 from tests.utils import write_rows
 
 L = 16
@@ -188,47 +184,6 @@ def test_metrics_equal_seqevals(prefixes, kind):
 
 def test_a_metric_without_words_is_0():
     assert EntityF1(NAMES).compute() == 0
-
-
-def distributed(rank: int, port: int, out: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    values = []
-    for split in (7, 0):  # the words of rank 0, in the middle of a sentence; or none
-        metric = EntityF1(NAMES)
-        rows = distributed_rows()
-        own = rows[:split] if rank == 0 else rows[max(split - 2, 0) :]  # two words twice
-        if len(own):
-            metric.update(own)
-        values.append(metric.compute())
-    torch.save(values, out / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def distributed_rows() -> torch.Tensor:
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, (20, 2), generator=draw)
-    ids[:, 0] = torch.where(torch.arange(20) % 3 > 0, ids[:, 1], ids[:, 0])
-    return torch.cat([torch.tensor([(i // 5, i % 5) for i in range(20)]), ids], 1)
-
-
-def test_ranks_have_one_value(tmp_path):
-    port, pids = free_port(), []
-    for rank in range(2):
-        pid = os.fork()
-        if not pid:
-            try:
-                distributed(rank, port, tmp_path)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        pids.append(pid)
-    assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
-    metric = EntityF1(NAMES)
-    metric.update(distributed_rows())
-    expected = metric.compute()
-    assert 0 < expected < 1
-    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[expected] * 2] * 2
 
 
 def test_names_of_a_trained_model_are_kept(tokenizer, sentences, tmp_path):

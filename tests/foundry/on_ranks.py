@@ -1,7 +1,8 @@
-"""One rank that trains a small M2-BERT under torch's own FSDP or DDP; Composer's FSDP needs CUDA.
+"""What one rank of several does; `ranks.py` runs these functions.
 
-What Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parameters and
-`param_init_fn`, checkpointing by `activation_checkpointing_fn`. `ranks.py` runs it.
+It trains a small M2-BERT under torch's own FSDP or DDP, since Composer's FSDP needs CUDA. What
+Composer does, on the CPU: units by `fsdp_wrap_fn`, storage for meta parameters and
+`param_init_fn`, checkpointing by `activation_checkpointing_fn`. And it sums a metric over ranks.
 """
 
 import copy
@@ -42,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from m2_plugin.foundry.optimizers import DecoupledAdamW
+from m2_plugin.foundry.token_classification import EntityF1
 from m2_plugin.layers.long_conv import HyenaFilter
 from tests.utils import TOKENIZER
 
@@ -49,6 +51,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vo
 SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32, "hyena_filter_order": 8}
 SIZES |= {"hidden_dropout_prob": 0.0}
 STEPS, BATCH = 3, 4
+ENTITY_TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
 def give_storage(inner: Any, module: nn.Module) -> None:
@@ -137,7 +140,7 @@ def resume(model: Any, low_precision: bool) -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
-def run(
+def shard(
     out: str,
     version: int = 0,
     init_device: str = "cpu",
@@ -255,4 +258,36 @@ def contrast(
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"losses": losses}))
         torch.save(weights, folder / "weights.pt")
+    dist.barrier()
+
+
+def entity_rows() -> torch.Tensor:
+    """Return the rows of 20 words of 4 sentences, as `word_rows`; three tags in four are right."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(ENTITY_TAGS), (20, 2), generator=draw)
+    ids[:, 0] = torch.where(torch.arange(20) % 3 > 0, ids[:, 1], ids[:, 0])
+    return torch.cat([torch.tensor([(i // 5, i % 5) for i in range(20)]), ids], 1)
+
+
+def entity_f1(out: str) -> None:
+    """Write each rank's entity F1 to a folder: alone with all words, then with its part of them.
+
+    First both of two ranks have words, then one has none.
+    """
+    dist.initialize_dist("cpu")
+    rank = dist.get_global_rank()
+    alone = EntityF1(ENTITY_TAGS)
+    alone.sync_on_compute = False
+    alone.update(entity_rows())
+    values = [alone.compute().item()]
+    for split in (7, 0):  # the words of rank 0, in the middle of a sentence; or none
+        metric = EntityF1(ENTITY_TAGS)
+        rows = entity_rows()
+        own = rows[:split] if rank == 0 else rows[max(split - 2, 0) :]  # two words twice
+        if len(own):
+            metric.update(own)
+        values.append(metric.compute().item())
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{rank}.json").write_text(json.dumps(values))
     dist.barrier()
