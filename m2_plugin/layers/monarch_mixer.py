@@ -14,6 +14,7 @@ from m2_plugin.layers.add_norm import add_norm
 from m2_plugin.layers.long_conv import LongConv, batched_taps, taps_of
 from m2_plugin.layers.plain import is_plain
 from m2_plugin.ops.backend import autocast_dtype, check_backend, use_long_conv_kernel
+from m2_plugin.ops.cast import cast_together
 from m2_plugin.ops.gated_long_conv import gated_long_conv
 from m2_plugin.ops.hyena_filters import TapsKeeper
 from m2_plugin.ops.input_projection import input_projection
@@ -243,8 +244,17 @@ class MonarchMixer(nn.Module):
             res_taps = rest[0] if rest else None
         weight, bias = self.short_conv.weight, self.short_conv.bias
         u = u.to(autocast_dtype(u))  # once, for both readers
-        if is_plain(self.in_proj, nn.Linear):
-            p, u = input_projection(u, self.in_proj.weight.to(u.dtype))
+        reads_in, reads_out = (is_plain(m, nn.Linear) for m in (self.in_proj, self.out_proj))
+        in_weight, out_weight, out_bias = cast_together(
+            [
+                self.in_proj.weight if reads_in else None,
+                self.out_proj.weight if reads_out else None,
+                self.out_proj.bias if reads_out else None,
+            ],
+            u.dtype,
+        )
+        if in_weight is not None:
+            p, u = input_projection(u, in_weight)
             p_bias = self.in_proj.bias
         else:
             p, p_bias = self.in_proj(u), None
@@ -260,11 +270,11 @@ class MonarchMixer(nn.Module):
             backend=self.backend,
             p_bias=p_bias,
         )
-        if not is_plain(self.out_proj, nn.Linear):
+        if out_weight is None:
             return self.out_proj(y)
         # As a matrix, so that the product adds the bias: for three dimensions that are not
         # contiguous PyTorch adds it in a pass of its own.
-        rows = F.linear(y.flatten(0, 1), self.out_proj.weight, self.out_proj.bias)
+        rows = F.linear(y.flatten(0, 1), out_weight, out_bias)
         return rows.unflatten(0, y.shape[:2])
 
     def _use_kernel(self, u: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from m2_plugin.ops.backend import autocast_dtype, use_kernel
+from m2_plugin.ops.cast import cast_together
 from m2_plugin.ops.reference.block_diagonal_linear import (
     block_diagonal_linear_torch,
     check_sizes,
@@ -56,8 +57,7 @@ def block_diagonal_linear(
         dtype = autocast_dtype(x)
         y = block_diagonal_linear_op(
             x.reshape(-1, x.shape[-1]).to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            *cast_together([weight, bias], dtype),
             out_features,
             backend == "triton",
         )

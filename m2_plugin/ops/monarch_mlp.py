@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m2_plugin.ops.backend import autocast_dtype, use_kernel
 from m2_plugin.ops.block_diagonal_linear import block_diagonal_linear
+from m2_plugin.ops.cast import cast_together
 from m2_plugin.ops.reference.monarch_mlp import (
     blocks_fit,
     monarch_mlp_reference,
@@ -56,9 +57,7 @@ def monarch_mlp(
         if takes_blocks(*down_weight.shape[1:], x.device, dtype):
             y = monarch_mlp_op(
                 x.reshape(-1, x.shape[-1]).to(dtype),
-                up_weight.to(dtype),
-                down_weight.to(dtype),
-                None if down_bias is None else down_bias.to(dtype),
+                *cast_together([up_weight, down_weight, down_bias], dtype),
                 torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p else None,
                 glu,
                 dropout_p,

@@ -124,7 +124,8 @@ def order(x: Operand) -> tuple[int, ...]:
 def torch_cost(x: Launch, device: Device) -> Cost:
     """Cost of an op of PyTorch."""
     memory = functools.partial(_rate, device.bandwidth)
-    inputs = x.inputs[1:] if x.name in WRITE_ONLY else x.inputs
+    unread = 1 if x.name in WRITE_ONLY else len(x.outputs) if x.name == "_foreach_copy_" else 0
+    inputs = x.inputs[unread:]
     moved = sum(t.bytes for t in (*inputs, *x.outputs))
     if x.name.startswith("nll_loss"):  # one logit of a row is read; backward, zeros are written
         moved = sum(t.bytes for t in x.outputs)
