@@ -44,9 +44,11 @@ def cast_together(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[
         The tensors in `dtype`, in their order.
     """
     others = [x for x in tensors if x is not None and x.dtype != dtype]
-    if torch.compiler.is_compiling() or len({x.dtype for x in others}) != 1:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or len({x.dtype for x in others}) != 1:
         return [None if x is None else x.to(dtype) for x in tensors]
-    casts = iter(Casts.apply(dtype, *others))
+    grad = torch.is_grad_enabled()
+    casts = iter(Casts.apply(dtype, *others) if grad else _cast(others, dtype))
     return [x if x is None or x.dtype == dtype else next(casts) for x in tensors]
 
 

@@ -62,6 +62,14 @@ def test_one_copy_for_all():
     assert names.count("aten::_foreach_copy_") == 2 and "aten::_to_copy" not in names
 
 
+def test_without_gradients():
+    given = tensors(True, False, True)
+    with torch.no_grad():
+        found = cast_together(given, torch.bfloat16)
+    for own, x in zip(found, given, strict=True):
+        assert torch.equal(own, x.to(torch.bfloat16)) and not own.requires_grad
+
+
 def test_it_compiles():
     given, alone = tensors(True, True, True), tensors(True, True, True)
     compiled = torch.compile(
