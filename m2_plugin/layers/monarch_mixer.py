@@ -245,16 +245,16 @@ class MonarchMixer(nn.Module):
         weight, bias = self.short_conv.weight, self.short_conv.bias
         u = u.to(autocast_dtype(u))  # once, for both readers
         reads_in, reads_out = (is_plain(m, nn.Linear) for m in (self.in_proj, self.out_proj))
-        in_weight, out_weight, out_bias = cast_together(
-            [
-                self.in_proj.weight if reads_in else None,
-                self.out_proj.weight if reads_out else None,
-                self.out_proj.bias if reads_out else None,
-            ],
-            u.dtype,
-        )
+        weights = [
+            self.in_proj.weight if reads_in else None,
+            self.out_proj.weight if reads_out else None,
+            self.out_proj.bias if reads_out else None,
+        ]
+        if torch.is_autocast_enabled(u.device.type):  # it would cast each by itself
+            weights = cast_together(weights, u.dtype)
+        in_weight, out_weight, out_bias = weights
         if in_weight is not None:
-            p, u = input_projection(u, in_weight)
+            p, u = input_projection(u, in_weight.to(u.dtype))
             p_bias = self.in_proj.bias
         else:
             p, p_bias = self.in_proj(u), None
