@@ -51,6 +51,7 @@ MLPS = [
 # and one row or one position, which Triton compiles anew.
 LONG_CONVS = [
     ("toeplitz", 128, 64),
+    ("toeplitz", 512, 64),
     ("toeplitz", 500, 64),
     ("fft", 1, 1),
     ("fft", 500, 64),

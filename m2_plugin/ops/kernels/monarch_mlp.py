@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2_plugin.ops.backend import interpreted
+from m2_plugin.ops.backend import capability, interpreted
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.block_diagonal_linear import (
     batched_product,
@@ -29,6 +29,7 @@ from m2_plugin.ops.kernels.block_diagonal_linear import (
 )
 from m2_plugin.ops.kernels.check import Case, draws, register
 from m2_plugin.ops.kernels.launch import (
+    cdiv,
     device_class,
     dot_precision,
     rows_contiguous,
@@ -69,9 +70,9 @@ FORWARD_CONFIGS = {
         Config(128, rows=128, chunk=32, num_warps=8, num_stages=3),
         Config(128, rows=128, chunk=32, num_warps=8, num_stages=3, ahead=True),
         Config(128, rows=64, chunk=32, num_warps=4, num_stages=3),
-        Config(192, rows=128, chunk=32, num_warps=8, num_stages=2),
+        Config(192, rows=128, chunk=32, num_warps=8, num_stages=3),
         Config(192, rows=128, chunk=32, num_warps=8, num_stages=3, ahead=True),
-        Config(192, rows=128, chunk=32, num_warps=8, num_stages=2, ahead=True),
+        Config(192, rows=128, chunk=32, num_warps=8, num_stages=2),
         Config(192, rows=64, chunk=16, num_warps=4, num_stages=3),
         Config(256, rows=64, chunk=32, num_warps=8, num_stages=2),
         Config(256, rows=128, chunk=16, num_warps=8, num_stages=2),
@@ -132,7 +133,7 @@ def works_ahead(device: torch.device) -> bool:
     if interpreted():
         return True
     if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
+        major = capability(device)[0]
     else:  # compiling ahead of time
         major = triton.runtime.driver.active.get_current_target().arch // 10
     return major == 9 and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
@@ -623,7 +624,7 @@ def activation_grad_kernel(
 
 
 def _grid(config: Config, x: Tensor, down: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.shape[0], tile(x.shape[0], config.rows)) * down.shape[0],)
+    return (cdiv(x.shape[0], tile(x.shape[0], config.rows)) * down.shape[0],)
 
 
 def _constants(config: Config, x: Tensor, down: Tensor, glu: bool, p: float) -> dict[str, Any]:

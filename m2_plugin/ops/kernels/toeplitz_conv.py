@@ -6,8 +6,10 @@ Dimension key: B batch, L sequence, D channels, T = 2L − 1 taps of a two-sided
 p, u and y on the chip. Positions are contiguous in memory, as the input projection can write them.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.gates import (
     Gradients,
     Inputs,
@@ -33,11 +36,15 @@ from m2_plugin.ops.kernels.gates import (
     unmasked,
 )
 from m2_plugin.ops.kernels.launch import (
+    cdiv,
     dot_precision,
     empty_sequence_last,
+    next_power_of_2,
     sequence_last,
     tile,
 )
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,33 +56,41 @@ class Config:
     step: int  # of the inner loop over positions
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 # By launch, bytes per element, and what the launch's addresses are like: "one" if the length is a
 # multiple of 8 and fits in one tile of this configuration, "many" if it takes more, "any" if 8 does
-# not divide it. None of these spills registers (`tests/ops/aot.py`).
+# not divide it. The first of each spills no registers (`tests/ops/aot.py`). A second spills a few,
+# and was faster on an H200 (in the order below, 263 µs instead of 338 at 128 positions, 860 instead
+# of 1,335 and 356 instead of 600 at 512): tuning times both.
 CONFIGS = {
-    ("forward", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
-    ("forward", 2, "many"): Config(64, 128, 64, num_warps=8, num_stages=1),
-    ("forward", 2, "any"): Config(64, 64, 64, num_warps=8, num_stages=1),
-    ("backward", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
-    ("backward", 2, "many"): Config(64, 64, 64, num_warps=8, num_stages=1),
-    ("backward", 2, "any"): Config(32, 32, 32, num_warps=4, num_stages=1),
-    ("taps", 2, "one"): Config(64, 128, 64, num_warps=8, num_stages=1),
-    ("taps", 2, "many"): Config(64, 128, 64, num_warps=8, num_stages=1),
-    ("taps", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
-    # On an H200 at 512 positions, 147 µs instead of 353 with the tiles of the gated filter.
-    ("taps_res", 2, "one"): Config(32, 128, 64, num_warps=8, num_stages=3),
-    ("taps_res", 2, "many"): Config(64, 64, 64, num_warps=4, num_stages=2),
-    ("taps_res", 2, "any"): Config(32, 64, 64, num_warps=8, num_stages=1),
+    ("forward", 2, "one"): (Config(64, 128, 64, num_warps=8, num_stages=1),),
+    ("forward", 2, "many"): (Config(64, 128, 64, num_warps=8, num_stages=1),),
+    ("forward", 2, "any"): (Config(64, 64, 64, num_warps=8, num_stages=1),),
+    ("backward", 2, "one"): (
+        Config(64, 128, 64, num_warps=8, num_stages=1),
+        Config(64, 128, 64, num_warps=4, num_stages=1),
+    ),
+    ("backward", 2, "many"): (
+        Config(64, 64, 64, num_warps=8, num_stages=1),
+        Config(64, 128, 64, num_warps=8, num_stages=1),
+    ),
+    ("backward", 2, "any"): (Config(32, 32, 32, num_warps=4, num_stages=1),),
+    ("taps", 2, "one"): (Config(128, 128, 64, num_warps=8, num_stages=1),),
+    ("taps", 2, "many"): (
+        Config(64, 128, 64, num_warps=8, num_stages=1),
+        Config(32, 128, 64, num_warps=4, num_stages=1),
+    ),
+    ("taps", 2, "any"): (Config(32, 64, 64, num_warps=8, num_stages=1),),
+    ("taps_res", 2, "one"): (Config(128, 128, 64, num_warps=8, num_stages=3),),
+    ("taps_res", 2, "many"): (Config(64, 64, 64, num_warps=4, num_stages=2),),
+    ("taps_res", 2, "any"): (Config(32, 64, 64, num_warps=8, num_stages=1),),
 }
 for _kernel in ("forward", "backward", "taps", "taps_res"):  # fp32
+    _warps = 8 if _kernel == "backward" else 4
     for _kind in ("one", "many"):
-        CONFIGS[_kernel, 4, _kind] = Config(16, 32, 32, num_warps=4, num_stages=1)
-    CONFIGS[_kernel, 4, "any"] = Config(16, 16, 16, num_warps=4, num_stages=1)
-for _kind in ("one", "many", "any"):
-    CONFIGS["backward", 4, _kind] = replace(CONFIGS["backward", 4, _kind], num_warps=8)
+        CONFIGS[_kernel, 4, _kind] = (Config(16, 32, 32, num_warps=_warps, num_stages=1),)
+    CONFIGS[_kernel, 4, "any"] = (Config(16, 16, 16, num_warps=_warps, num_stages=1),)
 
 
 @triton.jit
@@ -459,32 +474,48 @@ class _Launch:
     def channels(self) -> int:
         return self.p.shape[2] // 3
 
-    def config(self, kernel: str) -> Config:
-        """Return the configuration of a launch, its tiles no larger than the sizes."""
+    def run(self, kernel: str, launch: Callable[[Config, dict[str, Any]], Result]) -> Result:
+        """Call `launch` with the configuration of a kernel, and its keyword arguments."""
         size = self.p.element_size()
-        one = self.length <= CONFIGS[kernel, size, "one"].positions
-        config = CONFIGS[kernel, size, "any" if self.unit == 1 else "one" if one else "many"]
-        return replace(
-            config,
-            batch=tile(self.batch_size, config.batch),
-            positions=tile(self.length, config.positions),
-            step=tile(self.length, config.step),
-        )
+        configs = _configs(kernel, size, self.unit, self.batch_size, self.length)
 
-    def options(self, config: Config) -> dict[str, Any]:
-        """Return the keyword arguments of a launch."""
-        return {
-            **self.constants,
-            "UNIT": self.unit,
-            "FULL": self.length % config.positions == self.batch_size % config.batch == 0,
-            "ONE_TILE": self.length <= config.positions,
+        def run(config: Config) -> Result:
+            return launch(config, self.constants | configs[config])
+
+        chosen, *others = configs
+        if others:
+            rows = tuning.row_class(self.batch_size * self.length)
+            key = rows, self.batch_size, self.length, self.channels, self.p.dtype
+            key = *key, self.u is not self.p, *self.constants.values()
+            chosen = tuning.best(f"toeplitz {kernel}", key, list(configs), run, self.p.device)
+        return run(chosen)
+
+
+@functools.lru_cache(1024)
+def _configs(
+    kernel: str, size: int, unit: int, batch_size: int, length: int
+) -> dict[Config, dict[str, Any]]:
+    """Return the configurations of a launch, with tiles no larger than the sizes, and constants."""
+    one = length <= CONFIGS[kernel, size, "one"][0].positions
+    found = {}
+    for config in CONFIGS[kernel, size, "any" if unit == 1 else "one" if one else "many"]:
+        config = replace(
+            config,
+            batch=tile(batch_size, config.batch),
+            positions=tile(length, config.positions),
+            step=tile(length, config.step),
+        )
+        found[config] = {
+            "UNIT": unit,
+            "FULL": length % config.positions == batch_size % config.batch == 0,
+            "ONE_TILE": length <= config.positions,
             "BATCH": config.batch,
             "POSITIONS": config.positions,
             "STEP": config.step,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
         }
+    return found
 
 
 def _launch(inputs: Inputs, *others: Tensor) -> _Launch:
@@ -510,11 +541,11 @@ def _copies(inputs: Inputs, dtype: torch.dtype, positions: int) -> tuple[Tensor,
     """Return the shifted copies of both filters' taps in `dtype`, and their width / 8."""
     taps, res_taps = inputs.taps, inputs.res_taps
     channels, length = taps.shape[0], taps.shape[1] // 2 + 1
-    width = 2 * triton.cdiv(length, positions) * positions
+    width = 2 * cdiv(length, positions) * positions
     filters = 1 if res_taps is None else 2
     copies = torch.empty(filters, channels, 8, width, dtype=dtype, device=taps.device)
-    block = min(triton.next_power_of_2(width), 256)
-    taps_copies_kernel[channels, filters, triton.cdiv(width, block)](
+    block = min(next_power_of_2(width), 256)
+    taps_copies_kernel[channels, filters, cdiv(width, block)](
         taps,
         taps if res_taps is None else res_taps,
         copies,
@@ -531,60 +562,67 @@ def forward(inputs: Inputs, causal: bool) -> Tensor:
     """Compute `gated_long_conv_op`."""
     y = empty_sequence_last(inputs.p, inputs.p.shape[2] // 3)
     launch = _launch(inputs, y)
-    config = launch.config("forward")
-    copies, width = _copies(inputs, launch.p.dtype, config.positions)
-    grid = (
-        triton.cdiv(launch.length, config.positions),
-        triton.cdiv(launch.batch_size, config.batch),
-        launch.channels,
-    )
-    toeplitz_forward_kernel[grid](
-        launch.p,
-        launch.u,
-        *launch.parameters,
-        copies,
-        launch.mask,
-        y,
-        launch.batch_size,
-        launch.length // launch.unit,
-        launch.channels,
-        width,
-        *in_units(launch.unit, launch.p, launch.u, y),
-        RESIDUAL=inputs.res_taps is not None,
-        CAUSAL=causal,
-        **launch.options(config),
-    )
-    return y
+
+    def run(config: Config, options: dict[str, Any]) -> Tensor:
+        copies, width = _copies(inputs, launch.p.dtype, config.positions)
+        grid = (
+            cdiv(launch.length, config.positions),
+            cdiv(launch.batch_size, config.batch),
+            launch.channels,
+        )
+        toeplitz_forward_kernel[grid](
+            launch.p,
+            launch.u,
+            *launch.parameters,
+            copies,
+            launch.mask,
+            y,
+            launch.batch_size,
+            launch.length // launch.unit,
+            launch.channels,
+            width,
+            *in_units(launch.unit, launch.p, launch.u, y),
+            RESIDUAL=inputs.res_taps is not None,
+            CAUSAL=causal,
+            **options,
+        )
+        return y
+
+    return launch.run("forward", run)
 
 
 def _taps_grad(grad: Tensor, launch: _Launch, is_gated: bool) -> Tensor:
     """Return the gradient (D, 2L − 1) of one filter's taps, fp32, bitwise reproducible."""
     length, channels = launch.length, launch.channels
-    config = launch.config("taps" if is_gated else "taps_res")
-    positions = config.positions
-    tiles = triton.cdiv(length, positions)
-    shape = (channels, 2 * length - 1) if tiles == 1 else (channels, 2 * tiles - 1, 2, positions)
-    out = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    taps_grad_kernel[2 * tiles - 1, channels](
-        grad,
-        launch.p,
-        launch.u,
-        *launch.parameters,
-        launch.mask,
-        out,
-        launch.batch_size,
-        length // launch.unit,
-        channels,
-        *in_units(launch.unit, grad, launch.p, launch.u),
-        GATED=is_gated,
-        **launch.options(config),
-    )
-    if tiles == 1:
+
+    def run(config: Config, options: dict[str, Any]) -> tuple[Tensor, int]:
+        positions = config.positions
+        tiles = cdiv(length, positions)
+        each = (2 * length - 1,) if tiles == 1 else (2 * tiles - 1, 2, positions)
+        out = torch.empty(channels, *each, dtype=torch.float32, device=grad.device)
+        taps_grad_kernel[2 * tiles - 1, channels](
+            grad,
+            launch.p,
+            launch.u,
+            *launch.parameters,
+            launch.mask,
+            out,
+            launch.batch_size,
+            length // launch.unit,
+            channels,
+            *in_units(launch.unit, grad, launch.p, launch.u),
+            GATED=is_gated,
+            **options,
+        )
+        return out, tiles * positions
+
+    out, end = launch.run("taps" if is_gated else "taps_res", run)
+    if out.ndim == 2:
         return out
     # The upper half of one program's lags is the lower half of the next program's.
     lags = F.pad(out[:, :, 0], (0, 0, 0, 1))
     lags[:, 1:] += out[:, :, 1]
-    first = tiles * positions - (length - 1)  # the lags begin at −tiles · positions
+    first = end - (length - 1)  # the lags begin at −end
     return lags.flatten(1)[:, first : first + 2 * length - 1].contiguous()
 
 
@@ -596,30 +634,33 @@ def backward(grad: Tensor, inputs: Inputs) -> Gradients:
     grad_u = empty_sequence_last(grad, grad.shape[2]) if residual else grad.new_empty(0)
     given_u = grad_u if residual else grad_p  # any tensor for a None
     launch = _launch(inputs, grad, grad_p, given_u)
-    config = launch.config("backward")
-    copies, width = _copies(inputs, launch.p.dtype, config.positions)
-    batch_tiles = triton.cdiv(launch.batch_size, config.batch)
-    tiles = triton.cdiv(launch.length, config.positions)
-    sums = torch.empty(
-        batch_tiles * tiles, 3 * launch.channels, 5, dtype=torch.float32, device=grad.device
-    )
-    toeplitz_backward_kernel[batch_tiles, launch.channels](
-        grad,
-        launch.p,
-        *launch.parameters,
-        copies,
-        launch.mask,
-        grad_p,
-        given_u,
-        sums,
-        launch.batch_size,
-        launch.length // launch.unit,
-        launch.channels,
-        width,
-        *in_units(launch.unit, grad, launch.p, grad_p, given_u),
-        RESIDUAL=residual,
-        **launch.options(config),
-    )
+
+    def run(config: Config, options: dict[str, Any]) -> Tensor:
+        copies, width = _copies(inputs, launch.p.dtype, config.positions)
+        batch_tiles = cdiv(launch.batch_size, config.batch)
+        parts = batch_tiles * cdiv(launch.length, config.positions)
+        shape = parts, 3 * launch.channels, 5
+        sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
+        toeplitz_backward_kernel[batch_tiles, launch.channels](
+            grad,
+            launch.p,
+            *launch.parameters,
+            copies,
+            launch.mask,
+            grad_p,
+            given_u,
+            sums,
+            launch.batch_size,
+            launch.length // launch.unit,
+            launch.channels,
+            width,
+            *in_units(launch.unit, grad, launch.p, grad_p, given_u),
+            RESIDUAL=residual,
+            **options,
+        )
+        return sums
+
+    sums = launch.run("backward", run)
     grad_weight, grad_bias, grad_p_bias = add_sums(sums, inputs.p_bias is not None)
     grad_taps = _taps_grad(grad, launch, is_gated=True)
     grad_res_taps = grad_taps.new_empty(0)
