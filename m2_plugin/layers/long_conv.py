@@ -249,16 +249,17 @@ class HyenaFilter(nn.Module):
         if "decay" in self.__dict__ or type(self).decay is not HyenaFilter.decay:
             return None
         pos_emb, freq = self.pos_emb, self.freq
+        fwd, rev = self.fwd, self.rev
         if skip is None:
             skip = freq.new_zeros(self.channels)
         order = freq.shape[0]
         mlps = [
             None if mlp is None else _mlp_weights(mlp, self.emb_dim, order, self.channels)
-            for mlp in (self.fwd, self.rev)
+            for mlp in (fwd, rev)
         ]
         if (
             mlps[0] is None
-            or (mlps[1] is None and self.rev is not None)
+            or (mlps[1] is None and rev is not None)
             or not _all_here((pos_emb, freq, skip))
             or pos_emb.shape != (self.max_length, self.emb_dim)
             or skip.shape != (self.channels,)
@@ -271,14 +272,19 @@ def _mlp_weights(mlp: nn.Module, emb_dim: int, order: int, channels: int) -> MLP
     """Return the weights of a `FilterMLP` that is nothing else."""
     if type(mlp) is not FilterMLP or "forward" in mlp.__dict__ or has_hooks(mlp):
         return None
-    layers = mlp.layers
+    # Dictionaries are quicker than attributes, and a model reads 384 weights of filters in a pass.
+    layers = mlp._modules["layers"]
     if type(layers) is not nn.ModuleList or has_hooks(layers):
         return None
     found: list[Tensor | None] = []
-    for layer in (*layers, mlp.out):
+    for layer in (*layers._modules.values(), mlp._modules["out"]):
         if type(layer) is not FilterLinear or "forward" in layer.__dict__ or has_hooks(layer):
             return None
-        found += layer.weight, layer.bias
+        own = layer._parameters
+        if "weight" in own and "bias" in own:
+            found += own["weight"], own["bias"]
+        else:  # attributes, as FSDP makes them
+            found += layer.weight, layer.bias
     vector, square = (order,), (order, order)
     shapes = ((order, emb_dim), vector, square, vector, square, vector, (channels, order))
     if len(found) != 8 or found.pop() is not None or not _all_here(found):
@@ -290,10 +296,13 @@ def _mlp_weights(mlp: nn.Module, emb_dim: int, order: int, channels: int) -> MLP
 
 def _all_here(tensors: Iterable[Tensor | None]) -> bool:
     """Return whether all are ordinary tensors in fp32: not missing, quantised or sharded."""
-    return all(
-        type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32  # type: ignore[union-attr]
-        for t in tensors
-    )
+    for t in tensors:  # noqa: SIM110, `all` takes twice the time
+        if type(t) not in _ORDINARY or t.dtype is not torch.float32:  # type: ignore[union-attr]
+            return False
+    return True
+
+
+_ORDINARY = (nn.Parameter, Tensor)
 
 
 def taps_of_filters(
@@ -528,13 +537,14 @@ def batched_taps(
         ValueError: If the sequence is longer than the filters.
     """
     weights = []
-    for conv in convs:
+    filters = [conv.filter for conv in convs]
+    settings = filters[0].settings()
+    for conv, filter in zip(convs, filters, strict=True):
         conv._check_length(length)
         found = conv.weights()
-        if found is None or conv.filter.settings() != convs[0].filter.settings():
+        if found is None or filter.settings() != settings:
             return None
         weights.append(found)
-    filters = [conv.filter for conv in convs]
     return list(taps_of_filters(filters, weights, length, length - 1, keeper, group))
 
 

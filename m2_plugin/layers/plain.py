@@ -16,21 +16,25 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         kind: The class that it must have; a subclass is something else.
     """
     own = module.__dict__
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and not has_hooks(module)
-        and all(type(p) in (nn.Parameter, Tensor, type(None)) for p in own["_parameters"].values())
-    )
+    if type(module) is not kind or "forward" in own or has_hooks(module):
+        return False
+    for parameter in own["_parameters"].values():  # noqa: SIM110, `all` takes twice the time
+        if type(parameter) not in _ORDINARY:
+            return False
+    return True
+
+
+_ORDINARY = (nn.Parameter, Tensor, type(None))
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks would run in a call of the module: its own, or those of all modules."""
+    own = module.__dict__  # quicker than its attributes; a model asks some hundred times in a pass
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
         or _module._global_forward_pre_hooks
         or _module._global_forward_hooks
         or _module._global_backward_pre_hooks

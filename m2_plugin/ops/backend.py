@@ -1,5 +1,6 @@
 """Decides which implementation of an op runs: plain PyTorch or a Triton kernel."""
 
+import functools
 import importlib.util
 import os
 
@@ -30,17 +31,31 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# What a process finds out once: a model asks a hundred times in a pass, and with short sequences a
+# GPU waits for its host.
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
 @torch.compiler.assume_constant_result
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why no Triton kernel can run on such tensors, or None if one can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed (pip install m2_plugin[gpu])"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {dtype}"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            return f"the GPU has compute capability {capability}, the kernels need 8.0 or more"
+        found = capability(device)
+        if found < MIN_CAPABILITY:
+            return f"the GPU has compute capability {found}, the kernels need 8.0 or more"
         return None
     if device.type == "cpu" and interpreted():
         if dtype == torch.bfloat16:

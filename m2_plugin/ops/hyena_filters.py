@@ -69,6 +69,8 @@ def pack(filters: Sequence[FilterWeights], length: int, before: int) -> tuple[Te
 
 def _shortened(parts: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
     """Return the parts with the features of the first L positions only."""
+    if len(parts[-1]) == sizes.length:
+        return list(parts)
     return [*parts[: -sizes.filters], *(z[: sizes.length] for z in parts[-sizes.filters :])]
 
 
@@ -78,7 +80,7 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sizes: Sizes, *parts: Tensor) -> Tensor:
         ctx.sizes, ctx.positions = sizes, len(parts[-1])
-        ctx.parts = [t.detach() for t in _shortened(parts, sizes)]  # of which only shapes are used
+        ctx.parts = _shortened(parts, sizes)  # of which the backward pass needs the shapes
         packed: Tensor = _flatten_dense_tensors(ctx.parts)
         return packed
 

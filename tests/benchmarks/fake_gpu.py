@@ -73,6 +73,7 @@ if os.environ.get(LOADED):
     from torch.utils._pytree import tree_leaves
     from triton.runtime.jit import JITFunction
 
+    from m2_plugin.ops.backend import capability
     from tests.ops.aot import NamedTarget
 
 
@@ -285,6 +286,7 @@ if os.environ.get(LOADED):
 
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
+        capability.cache_clear()
         JITFunction.__getitem__ = capture
         submit = ThreadPoolExecutor.submit
         ThreadPoolExecutor.submit = at_once  # type: ignore[assignment]
@@ -303,6 +305,7 @@ if os.environ.get(LOADED):
                 del module.type  # type: ignore[attr-defined]
             for name, function in usual.items():
                 setattr(torch.cuda, name, function)
+            capability.cache_clear()
 
     fake_tensor.init_gpu_context = lambda device: None  # it would allocate on the device
     FAKE = fake_tensor.FakeTensorMode(

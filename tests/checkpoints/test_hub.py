@@ -135,7 +135,7 @@ def test_the_code_stands_alone(tmp_path, capsys):
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] not in ("m2_plugin", "triton"), name
     gates = [s for s in sources.values() if "def why_no_kernel" in s]
-    assert len(gates) == 1 and "find_spec" not in gates[0]
+    assert len(gates) == 1 and "the kernels need 8.0 or more" not in gates[0]
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert main(["export", str(tmp_path), "--hub", str(tmp_path / "hub")]) == 1

@@ -83,10 +83,14 @@ def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
             events.append(("exit", self.x))
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    run_kernel("op", True, lambda pair, y: events.append("kernel"), None, (None, CPU), CPU + 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    elsewhere = torch.ones(1, device="meta")
+    run_kernel("op", True, lambda pair, y: events.append("kernel"), None, (None, elsewhere), CPU)
     assert events[1] == "kernel" and len(events) == 3
-    assert events[0] == ("enter", CPU) and events[2] == ("exit", CPU)
-    assert events[0][1] is CPU
+    assert events[0][0] == "enter" and events[2][0] == "exit"
+    assert events[0][1] is events[2][1] is elsewhere
+    run_kernel("op", True, lambda x: events.append("kernel"), None, CPU)
+    assert events[3:] == ["kernel"]
 
 
 def test_tf32_is_read_in_both_of_pytorchs_ways(monkeypatch):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import rows_contiguous
+from m2_plugin.ops.kernels.launch import cdiv, next_power_of_2, rows_contiguous
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.add_layer_norm import add_layer_norm_torch
@@ -148,7 +148,7 @@ def add_layer_norm_grad_kernel(
 
 def tile_cols(channels: int) -> int:
     """Return the width of a tile that holds all channels."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 def tile_rows(channels: int, elements: int, warps: int) -> int:
@@ -171,7 +171,7 @@ def _forward(
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     elements, warps = SEQUENCE_LAST_FORWARD if sequence_last else ROWS_FORWARD
     rows = tile_rows(channels, elements, warps)
-    add_layer_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    add_layer_norm_kernel[(cdiv(num_rows, rows),)](
         x,
         x if residual is None else residual,
         weight,
@@ -215,7 +215,7 @@ def _backward(
     if channels > 1024:  # registers would spill on an A100 (`tests/ops/aot.py`)
         warps *= 2
     rows = tile_rows(channels, elements, warps)
-    programs = triton.cdiv(num_rows, rows)
+    programs = cdiv(num_rows, rows)
     partial = x.new_empty(programs if sums else 0, 2, channels, dtype=torch.float32)
     add_layer_norm_grad_kernel[(programs,)](
         grad,

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import (
-    dot_precision,
-    rows_contiguous,
-    tile,
-    torch_gradients,
-)
+from m2_plugin.ops.kernels.launch import cdiv, dot_precision, rows_contiguous, tile, torch_gradients
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_torch
@@ -203,7 +198,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
     def launch(config: Config) -> None:
         # Rows are the first dimension of the grid, because the others are limited to 65,535.
         rows, cols = tile(num_rows, config.rows), tile(block_out, config.cols)
-        grid = (triton.cdiv(num_rows, rows), triton.cdiv(block_out, cols), num_blocks)
+        grid = (cdiv(num_rows, rows), cdiv(block_out, cols), num_blocks)
         product_kernel[grid](
             x,
             weight,
@@ -240,12 +235,12 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
     num_rows = x.shape[0]
     num_blocks, block_out, block_in = block_shape
     grad, x = rows_contiguous(grad), rows_contiguous(x)
-    splits = triton.cdiv(num_rows, ROWS_PER_SPLIT)
+    splits = cdiv(num_rows, ROWS_PER_SPLIT)
     partial = x.new_empty((splits, *block_shape), dtype=torch.float32)
 
     def launch(config: Config) -> None:
         rows, cols = tile(block_out, config.rows), tile(block_in, config.cols)
-        grid = (triton.cdiv(block_out, rows) * triton.cdiv(block_in, cols), num_blocks, splits)
+        grid = (cdiv(block_out, rows) * cdiv(block_in, cols), num_blocks, splits)
         weight_grad_kernel[grid](
             grad,
             x,

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from m2_plugin.ops import backend
@@ -13,7 +12,7 @@ from m2_plugin.ops.fixed import is_fixed
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels.check import Case, WrongKernelError, draws, register
 from m2_plugin.ops.kernels.gates import Gradients, Inputs
-from m2_plugin.ops.kernels.launch import empty_sequence_last, torch_gradients
+from m2_plugin.ops.kernels.launch import empty_sequence_last, next_power_of_2, torch_gradients
 from m2_plugin.ops.kernels.monarch_plan import has_largest
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import kernel_problem, run_kernel
@@ -73,7 +72,7 @@ def algorithm(
     rows = tuning.row_class(batch_size * length)
     # Of fixed taps the spectra are there.
     given = inputs.u is not None, inputs.mask is not None, causal, is_fixed(inputs.taps)
-    key = (usual, rows, triton.next_power_of_2(length), channels, x.dtype, *given)
+    key = (usual, rows, next_power_of_2(length), channels, x.dtype, *given)
     name = tuning.best(
         f"gated_long_conv {direction}",
         key,

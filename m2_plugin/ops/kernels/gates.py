@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import empty_sequence_last, strides, tile
+from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, next_power_of_2, strides, tile
 
 # Numbers of a tile of `short_conv_grad_kernel`.
 TILE = 8192
@@ -371,7 +371,7 @@ def add_sums(sums: Tensor, has_p_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     parts, channels, _ = sums.shape
     grad_weight, grad_bias = sums.new_empty(channels, 3), sums.new_empty(channels)
     grad_p_bias = sums.new_empty(channels if has_p_bias else 0)
-    add_sums_kernel[(triton.cdiv(channels, 16),)](
+    add_sums_kernel[(cdiv(channels, 16),)](
         sums,
         grad_weight,
         grad_bias,
@@ -414,10 +414,10 @@ def short_conv_backward(
     batch_size, length, channels = p.shape
     grad_p = empty_sequence_last(p, channels)
     unit = unit_of(grad, p, grad_p)
-    batch = triton.next_power_of_2(batch_size)
+    batch = next_power_of_2(batch_size)
     positions = tile(length, TILE // min(batch, 32))
     batch = min(batch, 64, TILE // positions)
-    tiles = triton.cdiv(length, positions), triton.cdiv(batch_size, batch)
+    tiles = cdiv(length, positions), cdiv(batch_size, batch)
     sums = torch.empty(tiles[0] * tiles[1], channels, 5, dtype=torch.float32, device=p.device)
     short_conv_grad_kernel[(*tiles, channels)](
         grad,

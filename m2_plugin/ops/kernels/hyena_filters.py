@@ -19,7 +19,7 @@ from torch import Tensor
 from m2_plugin.ops.backend import interpreted
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import device_class, tile
+from m2_plugin.ops.kernels.launch import cdiv, device_class, next_power_of_2, tile
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.hyena_filters import (
@@ -447,14 +447,14 @@ def compute_taps(
         _launch_taps(packed, scale, rates, sizes, w_mod, taps, None, config)
 
     configs: Sequence[Config] = FORWARD[device_class(device)]
-    configs = by_programs(configs, triton.cdiv(sizes.length, configs[0].positions) * sizes.mlps)
+    configs = by_programs(configs, cdiv(sizes.length, configs[0].positions) * sizes.mlps)
     run(tuning.best(f"{OP} forward", shape_class(sizes), configs, run, device))
     return taps
 
 
 def shape_class(sizes: Sizes) -> tuple[int, ...]:
     """Return what the choice of a configuration depends on."""
-    length = triton.next_power_of_2(sizes.length)
+    length = next_power_of_2(sizes.length)
     return sizes.mlps, sizes.directions, length, sizes.channels, sizes.emb_dim, sizes.order
 
 
@@ -473,11 +473,11 @@ def _launch_taps(
     positions = tile(sizes.length, config.positions)
     channels = tile(sizes.channels, config.channels)
     order = tile(sizes.order, MAX_ORDER)
-    tiles = triton.cdiv(sizes.length, positions)
+    tiles = cdiv(sizes.length, positions)
     # Each part of the channels computes the hidden layers again, a third of the work.
-    parts = max(1, min(BUSY // (tiles * sizes.mlps), triton.cdiv(sizes.channels, 4 * channels)))
-    per_program = triton.cdiv(triton.cdiv(sizes.channels, channels), parts) * channels
-    parts = 1 if taps is None else triton.cdiv(sizes.channels, per_program)
+    parts = max(1, min(BUSY // (tiles * sizes.mlps), cdiv(sizes.channels, 4 * channels)))
+    per_program = cdiv(cdiv(sizes.channels, channels), parts) * channels
+    parts = 1 if taps is None else cdiv(sizes.channels, per_program)
     taps_kernel[(tiles * parts, sizes.mlps)](
         w.z,
         w.freq,
@@ -531,18 +531,18 @@ def _weight_grad(
     num_rows, device = grad_weight.shape[1], right.device
     configs: Sequence[tuple[int, int, int]] = WEIGHT_GRAD[device_class(device)]
     # As many for each configuration, so that a sum has as many parts.
-    programs = triton.cdiv(num_rows, tile(num_rows, configs[0][0])) * sizes.mlps
-    most_splits = triton.cdiv(sizes.length, POSITIONS_PER_SPLIT)
-    splits = min(triton.cdiv(BUSY, programs), most_splits)
+    programs = cdiv(num_rows, tile(num_rows, configs[0][0])) * sizes.mlps
+    most_splits = cdiv(sizes.length, POSITIONS_PER_SPLIT)
+    splits = min(cdiv(BUSY, programs), most_splits)
     multiple = configs[0][1]
-    per_split = triton.cdiv(triton.cdiv(sizes.length, splits), multiple) * multiple
-    splits = triton.cdiv(sizes.length, per_split)
+    per_split = cdiv(cdiv(sizes.length, splits), multiple) * multiple
+    splits = cdiv(sizes.length, per_split)
     partial = grad_weight if splits == 1 else right.new_empty(splits, *grad_weight.shape)
 
     def run(config: tuple[int, int, int]) -> None:
         rows, positions, num_warps = config
         rows = tile(num_rows, rows)
-        filter_weight_grad_kernel[(triton.cdiv(num_rows, rows), sizes.mlps, splits)](
+        filter_weight_grad_kernel[(cdiv(num_rows, rows), sizes.mlps, splits)](
             left,
             right,
             scale,
@@ -584,7 +584,7 @@ def _layer_grad(
     """Launch `layer_grad_kernel`; return its partial sums, added up, (N, rows, O)."""
     configs = BACKWARD[device_class(x.device)]
     positions = tile(sizes.length, configs[0].positions)
-    tiles = triton.cdiv(sizes.length, positions)
+    tiles = cdiv(sizes.length, positions)
     rows = 2 + (sizes.emb_dim if layer == 1 else 0)
     partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
 

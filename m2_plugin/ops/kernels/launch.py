@@ -6,17 +6,28 @@ import torch
 import triton
 from torch import Tensor
 
-from m2_plugin.ops.backend import interpreted
+from m2_plugin.ops.backend import capability, interpreted
 
 # Compute capabilities whose multiprocessors have 227 KB of shared memory, the H100 and B200
 # classes. These devices are "large"; others, with as little as 99 KB, are "small".
 LARGE_CAPABILITIES = (9, 10)
 
 
+# Triton's own `cdiv` and `next_power_of_2` also work in kernels, and take microseconds here.
+def cdiv(x: int, y: int) -> int:
+    """Return x / y rounded up, for y > 0."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is n or more, for n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def device_class(device: torch.device) -> str:
     """Return which configurations fit a device: `large` or `small`."""
     if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
+        major = capability(device)[0]
     elif interpreted():
         return "large"
     else:  # compiling ahead of time
@@ -41,7 +52,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def tile(size: int, largest: int) -> int:
     """Return the tile for a dimension: a power of two, at least 16 as `tl.dot` needs."""
-    return min(max(16, triton.next_power_of_2(size)), largest)
+    return min(max(16, next_power_of_2(size)), largest)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

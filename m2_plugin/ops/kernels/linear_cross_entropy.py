@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import torch_gradients
+from m2_plugin.ops.kernels.launch import next_power_of_2, torch_gradients
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.linear_cross_entropy import (
@@ -77,7 +77,7 @@ def _losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
         logits.shape[1],
         IGNORE=IGNORE_INDEX,
         GRAD=needs_grad,
-        COLUMNS=min(COLUMNS, triton.next_power_of_2(logits.shape[1])),
+        COLUMNS=min(COLUMNS, next_power_of_2(logits.shape[1])),
         num_warps=8,
     )
     return losses

@@ -29,7 +29,7 @@ from m2_plugin.ops.kernels.gates import (
     gated_tile,
     short_conv_backward,
 )
-from m2_plugin.ops.kernels.launch import empty_sequence_last, sequence_last, strides, tile
+from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, sequence_last, strides, tile
 from m2_plugin.ops.kernels.monarch_plan import Plan, plan_for
 from m2_plugin.ops.kernels.monarch_spectra import (
     ABSOLUTE_BITS,
@@ -747,7 +747,7 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     gate = torch.empty_like(w)
     given = w if grad is None else grad
     positions = tile(length, TILE)
-    gates_kernel[triton.cdiv(length, positions), channels, batch_size](
+    gates_kernel[cdiv(length, positions), channels, batch_size](
         p,
         given,
         weight,
@@ -772,13 +772,13 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _class_bytes(plan: Plan, batch_size: int) -> int:
     """Return the memory that the residue classes of one channel take."""
-    pairs = triton.cdiv(batch_size, 2)
+    pairs = cdiv(batch_size, 2)
     return pairs * plan.classes * 2 * plan.config.points * plan.operand.itemsize
 
 
 def _empty_classes(x: Tensor, channels: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return memory for residue classes and their scales, (channels, pairs, …)."""
-    shape = channels, triton.cdiv(x.shape[0], 2)
+    shape = channels, cdiv(x.shape[0], 2)
     z = torch.empty(
         *shape, plan.classes, 2, plan.config.points, dtype=plan.operand, device=x.device
     )
@@ -804,7 +804,7 @@ def _fold(
     """Fold some channels of x (B, L, D) into residue classes; see `fold_kernel`."""
     z, scale = _empty_classes(x, chunk.stop - chunk.start, plan)
     tiles = _fold_tiles(plan.tables.fold, plan)
-    fold_kernel[z.shape[1], z.shape[0], triton.cdiv(2 * plan.classes, tiles["OUT"])](
+    fold_kernel[z.shape[1], z.shape[0], cdiv(2 * plan.classes, tiles["OUT"])](
         x,
         z,
         scale,
@@ -834,7 +834,7 @@ def _classes(
     Returns (channels, pairs, C, 2, M), and what multiplies it, (channels, pairs, 2).
     """
     k, k_scale = filters[0][chunk], filters[1][chunk]
-    channels, pairs = k.shape[0], triton.cdiv(x.shape[0], 2)
+    channels, pairs = k.shape[0], cdiv(x.shape[0], 2)
     z, scale = _fold(x, chunk, plan) if plan.folded else _empty_classes(x, channels, plan)
     cyclic_conv_kernel[plan.classes, pairs, channels](
         x,
@@ -868,7 +868,7 @@ def _unfold(
     batch_size, length, _ = y.shape
     points, (z, scale) = plan.config.points, classes
     tiles = _fold_tiles(plan.tables.unfold, plan)
-    programs = triton.cdiv(points, tiles["BLOCK"]) * triton.cdiv(2 * plan.segments, tiles["OUT"])
+    programs = cdiv(points, tiles["BLOCK"]) * cdiv(2 * plan.segments, tiles["OUT"])
     unfold_kernel[programs, z.shape[1], z.shape[0]](
         z,
         scale,
@@ -913,7 +913,7 @@ def _term(
     """Launch `monarch_conv_kernel`, which writes y (B, L, …) and, if given, source (B, L, D)."""
     p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
-    monarch_conv_kernel[triton.cdiv(batch_size, 2), channels](
+    monarch_conv_kernel[cdiv(batch_size, 2), channels](
         p,
         x,
         inputs.weight,
@@ -1054,7 +1054,7 @@ def _gates_grad(
     p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
     batch_size, length, channels = grad.shape
     positions = tile(length, TILE)
-    gates_grad_kernel[triton.cdiv(length, positions), channels, batch_size](
+    gates_grad_kernel[cdiv(length, positions), channels, batch_size](
         p,
         grad,
         inputs.weight,

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import device_class, dot_precision
+from m2_plugin.ops.kernels.launch import cdiv, device_class, dot_precision, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ def plan_for(what: str, x: Tensor, largest: bool = False) -> Plan:
     batch_size, length, _ = x.shape
     special = LARGEST.get((device_class(x.device), x.element_size())) if largest else None
     config = special or config_for(what, x)
-    residues = triton.cdiv(2 * length - 1, config.points)
-    segments = triton.cdiv(length, config.points)
+    residues = cdiv(2 * length - 1, config.points)
+    segments = cdiv(length, config.points)
     whole = residues == 1
     classes = residues // 2 + 1 if batch_size == 1 and not whole else residues
     rows = max(config.n1 // 2, 16) if whole else config.n1
@@ -257,7 +256,7 @@ def _pairs_matrix(phases: Tensor) -> Tensor:
     cos, sin = phases.unbind(-1)
     parts = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
     matrix = parts.flatten(2).flatten(0, 1)
-    pads = [max(16, triton.next_power_of_2(size)) - size for size in matrix.shape]
+    pads = [max(16, next_power_of_2(size)) - size for size in matrix.shape]
     return torch.nn.functional.pad(matrix, (0, pads[1], 0, pads[0]))
 
 

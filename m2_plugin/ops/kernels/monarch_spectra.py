@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.fixed import derived
+from m2_plugin.ops.kernels.launch import cdiv
 from m2_plugin.ops.kernels.monarch_plan import Plan
 
 # Memory for spectra in fp32; channels are transformed in turn.
@@ -184,7 +185,7 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
         for i, taps in enumerate(filters):
             low, high = max(rows.start, i * channels), min(rows.stop, (i + 1) * channels)
             if low < high:
-                circle_kernel[triton.cdiv(points, TILE), high - low](
+                circle_kernel[cdiv(points, TILE), high - low](
                     taps[low - i * channels :],
                     circle[low - rows.start :],
                     length,
@@ -212,7 +213,7 @@ def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
     """Transform the gradient (D, C, 2, M) of a spectrum back to taps (D, 2L − 1)."""
     channels, points = grad.shape[0], plan.points
     half = torch.empty(channels, points // 2 + 1, 2, dtype=torch.float32, device=grad.device)
-    order_frequencies_kernel[channels, triton.cdiv(points // 2 + 1, 1024)](
+    order_frequencies_kernel[channels, cdiv(points // 2 + 1, 1024)](
         grad,
         half,
         plan.residues,

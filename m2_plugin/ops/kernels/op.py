@@ -62,12 +62,17 @@ def kernel_op(name: str) -> Callable[[Callable[..., Any]], Op]:
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
     """Return whether a compiler or a mode of dispatch sees the call, or a class of tensors does."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
-    )
+    ):
+        return True
+    for arg in args:
+        kind = type(arg)
+        if kind not in _PLAIN and isinstance(arg, Tensor):
+            return True
+    return False
 
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, type(None), bool, int, float)

@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,11 +35,11 @@ def run_kernel(
         fallback: The function that computes the same in PyTorch.
         *args: The arguments of both. The first tensor has the dtype of the activations.
     """
-    if op in failures() and not strict:
+    if not strict and op in failures():
         return fallback(*args)
     x = _first_tensor(args)
     try:
-        with nullcontext() if x is None else torch.cuda.device_of(x):
+        with _device_of(x):
             if x is not None and (problem := kernel_problem(op, x)):
                 raise WrongKernelError(problem)
             return kernel(*args)
@@ -70,8 +70,18 @@ def run_kernel(
 
 def kernel_problem(op: str, x: Tensor) -> str | None:
     """Return what is wrong with an op's kernels for x, or None; see `check.problem`."""
-    tf32 = x.dtype == torch.float32 and allows_tf32()
+    tf32 = x.dtype is torch.float32 and allows_tf32()
     return check.problem(op, x.device, x.dtype, tf32)
+
+
+def _device_of(x: Tensor | None) -> AbstractContextManager[Any]:
+    """Return what makes the device of x the current one: nothing, where it is that already."""
+    if x is None or x.is_cpu or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(x)
+
+
+_NOTHING = nullcontext()
 
 
 def _first_tensor(args: Any) -> Tensor | None:

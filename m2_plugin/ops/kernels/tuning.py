@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
 from triton.testing import do_bench
 
 from m2_plugin.ops.kernels import cache, check
+from m2_plugin.ops.kernels.launch import next_power_of_2
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,7 @@ _chosen: dict[tuple[Any, ...], Any] = {}
 
 def row_class(num_rows: int) -> int:
     """Return the number of rows up to which a choice holds: one of seven powers of two."""
-    return min(max(triton.next_power_of_2(num_rows), FEWEST_ROWS), MOST_ROWS)
+    return min(max(next_power_of_2(num_rows), FEWEST_ROWS), MOST_ROWS)
 
 
 def best(
