@@ -275,7 +275,7 @@ class MonarchMixer(nn.Module):
         # As a matrix, so that the product adds the bias: for three dimensions that are not
         # contiguous PyTorch adds it in a pass of its own.
         rows = F.linear(y.flatten(0, 1), out_weight, out_bias)
-        return rows.unflatten(0, y.shape[:2])
+        return rows.view(*y.shape[:2], -1)
 
     def _use_kernel(self, u: Tensor) -> bool:
         if self.training and self.dropout.p > 0:

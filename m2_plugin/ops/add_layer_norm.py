@@ -42,11 +42,10 @@ def add_layer_norm(
     if _fits(x, residual) and use_kernel(backend, "add_layer_norm", x) and x.numel():
         from m2_plugin.ops.kernels.add_layer_norm import add_layer_norm_op
 
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        if sequence_last and torch.is_autocast_enabled(x.device.type):
-            dtype = autocast_dtype(x)
-        elif torch.is_autocast_enabled(x.device.type):
-            dtype = torch.float32
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = autocast_dtype(x) if sequence_last else torch.float32
+        else:
+            dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         y, _, _ = add_layer_norm_op(
             x.flatten(0, -2),
             None if residual is None else residual.flatten(0, -2),
@@ -57,7 +56,7 @@ def add_layer_norm(
             sequence_last,
             backend == "triton",
         )
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(x.shape)
     return add_layer_norm_torch(x, residual, weight, bias, eps)
 
 
@@ -65,6 +64,8 @@ def _fits(x: Tensor, residual: Tensor | None) -> bool:
     """Return whether the residual has a row for each of x, or rows that repeat."""
     if residual is None:
         return True
+    if residual.shape == x.shape:
+        return residual.ndim > 1 and residual.dtype in KERNEL_DTYPES
     shape = list(residual.shape)
     while len(shape) > 1 and shape[0] == 1:
         shape.pop(0)

@@ -41,7 +41,7 @@ class InputProjection(torch.autograd.Function):
                 grad = weight.t() @ columns
             else:  # nobody else has this gradient: it may be overwritten
                 grad = grad_u.flatten(0, 1).t().addmm_(weight.t(), columns)
-            grad = grad.unflatten(1, u.shape[:2]).permute(1, 2, 0)
+            grad = grad.view(-1, *u.shape[:2]).permute(1, 2, 0)
         if ctx.needs_input_grad[1]:
             grad_weight = columns @ u.flatten(0, 1)
         return grad, grad_weight
@@ -66,4 +66,4 @@ def input_projection(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _project(u: Tensor, weight: Tensor) -> Tensor:
     p = weight @ u.flatten(0, 1).t()  # (3D, B·L)
-    return p.unflatten(1, u.shape[:2]).permute(1, 2, 0)
+    return p.view(-1, *u.shape[:2]).permute(1, 2, 0)

@@ -276,8 +276,8 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
 def batched_product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Multiply rows (N, K·I), with consecutive columns, by blocks (K, O, I) into `out` (N, K·O)."""
     num_blocks = weight.shape[0]
-    blocks = x.unflatten(1, (num_blocks, -1)).transpose(0, 1)
-    into = out.unflatten(1, (num_blocks, -1)).transpose(0, 1)
+    blocks = x.view(len(x), num_blocks, -1).transpose(0, 1)
+    into = out.view(len(x), num_blocks, -1).transpose(0, 1)
     torch.bmm(blocks, weight.transpose(1, 2), out=into)
     return out
 
@@ -288,8 +288,8 @@ def batched_weight_grad(grad: Tensor, x: Tensor, num_blocks: int, scale: float =
     Returns:
         (K, O, I) in the dtype of `x`, times `scale`.
     """
-    outs = grad.unflatten(1, (num_blocks, -1)).permute(1, 2, 0)
-    ins = x.unflatten(1, (num_blocks, -1)).transpose(0, 1)
+    outs = grad.view(len(grad), num_blocks, -1).permute(1, 2, 0)
+    ins = x.view(len(x), num_blocks, -1).transpose(0, 1)
     if scale == 1.0:
         return torch.bmm(outs, ins)
     return torch.baddbmm(x.new_empty(1, 1, 1), outs, ins, beta=0, alpha=scale)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.fixed import derived
-from m2_plugin.ops.kernels.launch import cdiv
+from m2_plugin.ops.kernels.launch import cdiv, next_power_of_2
 from m2_plugin.ops.kernels.monarch_plan import Plan
 
 # Memory for spectra in fp32; channels are transformed in turn.
@@ -100,11 +100,14 @@ def order_spectrum_kernel(
     WARPS: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the spectrum of one channel by residue classes, scaled.
 
-    `half` has frequencies 0 … N / 2 of a real sequence, real and imaginary parts side by side.
+    `half` has frequencies 0 … N / 2 of a real sequence, real and imaginary parts side by side. The
+    same place in TOGETHER classes comes from as many neighbours in `half`; from their mirrors, in
+    reverse, beyond N / 2.
     """
     M: tl.constexpr = N1 * N2
     channel = tl.program_id(0).to(tl.int64)
@@ -118,25 +121,39 @@ def order_spectrum_kernel(
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
     scale, inverse, poison = scale_of(tl.max(largest))
     tl.store(scale_ptr + channel, scale / guard + poison)
-    at = tl.arange(0, M)
-    k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
-    for r in range(classes):
-        f = residues * (k1 + N1 * k2) + r
-        mirrored = 2 * f > points
-        f = tl.where(mirrored, points - f, f)
-        re, im = tl.load(half_ptr + 2 * f), tl.load(half_ptr + 2 * f + 1)
-        im = tl.where(mirrored, -im, im)
-        re, im = scaled(re, inverse * guard, poison), scaled(im, inverse * guard, poison)
-        tl.store(k_ptr + at, re.to(k_ptr.dtype.element_ty))
-        tl.store(k_ptr + M + at, im.to(k_ptr.dtype.element_ty))
-        k_ptr += 2 * M
+    TILE: tl.constexpr = 32 * VECTOR * WARPS  # rows k1 of all warps, and 2 · VECTOR columns k2
+    TILES: tl.constexpr = N2 // (2 * VECTOR)  # beside each other
+    i = tl.arange(0, 2 * TOGETHER)[None, :]
+    for tile in range(M // TILE):
+        at = tile * TILE + tl.arange(0, TILE)
+        k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
+        q = (k1 + N1 * k2)[:, None]
+        # Of several classes, all of a tile are mirrored or none is.
+        mirrored = 2 * q >= M
+        if TOGETHER > 1:
+            mirrored = tile % TILES * 2 >= TILES
+        for first in range(0, classes, TOGETHER):
+            f = residues * q + first
+            f = tl.where(mirrored, points - f - (TOGETHER - 1), f)
+            inside = (f + i // 2 >= 0) & (2 * (f + i // 2) <= points)
+            pairs = tl.load(half_ptr + 2 * f + i, mask=inside, other=0.0)
+            re, im = tl.split(tl.reshape(pairs, (TILE, TOGETHER, 2)))
+            im = tl.where(mirrored, -im, im)
+            re, im = scaled(re, inverse * guard, poison), scaled(im, inverse * guard, poison)
+            r = tl.arange(0, TOGETHER)[None, :]
+            if TOGETHER > 1:
+                r = tl.where(mirrored, TOGETHER - 1 - r, r)
+            r += first
+            k = k_ptr + r * (2 * M) + at[:, None]
+            tl.store(k, re.to(k_ptr.dtype.element_ty), mask=r < classes)
+            tl.store(k + M, im.to(k_ptr.dtype.element_ty), mask=r < classes)
 
 
 @triton.jit
 def order_frequencies_kernel(
     k_ptr, half_ptr, residues, classes,
     VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Undo `order_spectrum_kernel` for the gradient of a spectrum, whose real signal counts.
 
@@ -144,25 +161,38 @@ def order_frequencies_kernel(
     one of the two was computed, the number is Hermitian already.
     """
     M: tl.constexpr = N1 * N2
-    channel = tl.program_id(0).to(tl.int64)
+    TILE: tl.constexpr = 32 * VECTOR * WARPS
+    # Programs of one channel are neighbours: they share what they read in the L2 cache.
+    channel = tl.program_id(1).to(tl.int64)
     points = residues * M
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = 2 * f <= points
-    mirror = tl.where(f > 0, points - f, 0)
+    at = tl.program_id(0) % (M // TILE) * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) // (M // TILE) * TOGETHER
+    k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
+    q = k1 + N1 * k2
+    r = first + tl.arange(0, TOGETHER)[None, :]
+    inside = (r < residues) & (2 * (residues * q[:, None] + r) <= points)
     k_ptr += channel * classes * 2 * M
-    r, q = f % residues, f // residues
     ok = inside & (r < classes)
-    at = k_ptr + r * 2 * M + _offset(q % N1, q // N1, VECTOR, WARPS, N2)
-    re, im = tl.load(at, mask=ok, other=0.0), tl.load(at + M, mask=ok, other=0.0)
-    r, q = mirror % residues, mirror // residues
-    also = inside & (r < classes)
-    at = k_ptr + r * 2 * M + _offset(q % N1, q // N1, VECTOR, WARPS, N2)
-    re += tl.load(at, mask=also, other=0.0)
-    im -= tl.load(at + M, mask=also, other=0.0)
+    here = r * (2 * M) + at[:, None]
+    re, im = (
+        tl.load(k_ptr + here, mask=ok, other=0.0),
+        tl.load(k_ptr + M + here, mask=ok, other=0.0),
+    )
+    # The mirror of q in class r is M − 1 − q in class R − r, so all bits of its place are inverse;
+    # in class 0 it is M − q in class 0.
+    mirror = (M - q) % M
+    mirror = _offset(mirror % N1, mirror // N1, VECTOR, WARPS, N2)
+    there = tl.where(r > 0, (residues - r) * (2 * M) + (M - 1 - at)[:, None], mirror[:, None])
+    also = inside & ((r == 0) | (residues - r < classes))
+    re += tl.load(k_ptr + there, mask=also, other=0.0)
+    im -= tl.load(k_ptr + M + there, mask=also, other=0.0)
     share = tl.where(ok & also, 0.5, 1.0)
-    half_ptr += channel * (points + 2) + 2 * f
-    tl.store(half_ptr, re * share, mask=inside)
-    tl.store(half_ptr + 1, im * share, mask=inside)
+    pairs = tl.reshape(tl.join(re * share, im * share), (TILE, 2 * TOGETHER))
+    i = tl.arange(0, 2 * TOGETHER)[None, :]
+    f = residues * q[:, None] + first + i // 2
+    inside = (first + i // 2 < residues) & (2 * f <= points)
+    half = half_ptr + channel * (points + 2) + 2 * (residues * q[:, None] + first) + i
+    tl.store(half, pairs, mask=inside)
 
 
 def spectra(filters: Sequence[Tensor], plan: Plan) -> Sequence[tuple[Tensor, Tensor]]:
@@ -202,6 +232,7 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
             plan.residues,
             plan.classes,
             plan.guard,
+            TOGETHER=_together(plan),
             BLOCK=TILE,
             num_warps=8,
             **plan.order_constants,
@@ -209,17 +240,26 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
     return list(zip(k, scale, strict=True))
 
 
+def _together(plan: Plan) -> int:
+    """Return how many residue classes are read or written at once: 32 bytes of a half spectrum."""
+    if plan.config.n2 < 4 * plan.vector:  # a tile is mirrored in part
+        return 1
+    return min(4, next_power_of_2(plan.residues))
+
+
 def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
     """Transform the gradient (D, C, 2, M) of a spectrum back to taps (D, 2L − 1)."""
     channels, points = grad.shape[0], plan.points
     half = torch.empty(channels, points // 2 + 1, 2, dtype=torch.float32, device=grad.device)
-    order_frequencies_kernel[channels, cdiv(points // 2 + 1, 1024)](
+    together = _together(plan)
+    tiles = plan.config.points // (32 * plan.vector * plan.config.row_warps)
+    order_frequencies_kernel[tiles * cdiv(plan.residues, together), channels](
         grad,
         half,
         plan.residues,
         plan.classes,
-        BLOCK=1024,
-        num_warps=4,
+        TOGETHER=together,
+        num_warps=8,
         **plan.order_constants,
     )
     circle = torch.fft.irfft(torch.view_as_complex(half), n=points)
