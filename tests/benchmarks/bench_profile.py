@@ -19,7 +19,7 @@ from bench_model import free, setup
 from report import RESULTS
 from torch.profiler import ProfilerActivity, profile
 
-LENGTHS = (128, 512, 2048, 8192)
+LENGTHS = (128, 512, 2048, 8192, 32768)
 PROVIDERS = ("m2_bert", "bert_sdpa")
 TOKENS = 1 << 15
 
