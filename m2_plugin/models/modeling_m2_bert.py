@@ -402,7 +402,24 @@ class M2BertModel(M2BertPreTrainedModel):
                 "tokenizer returns, so that poolers and mask_padding leave padding out."
             )
 
-    def _taps(self, first: int, x: Tensor, checkpointing: bool) -> list[Sequence[Tensor]]:
+    def _encode(self, x: Tensor, mask: Tensor | None, keeper: TapsKeeper | None) -> list[Tensor]:
+        """Return x and the outputs of all layers, (B, L, D); `keeper` as in `_taps`."""
+        states = [x]
+        checkpointing = self.gradient_checkpointing and self.training
+        ready: list[Sequence[Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            ready = ready or self._taps(i, x, checkpointing, keeper)
+            taps = ready.pop(0)
+            if checkpointing:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask, *taps)
+            else:
+                x = layer(x, mask, *taps)
+            states.append(x)
+        return states
+
+    def _taps(
+        self, first: int, x: Tensor, checkpointing: bool, keeper: TapsKeeper | None
+    ) -> list[Sequence[Tensor]]:
         """Compute the taps of many layers at once.
 
         Args:
@@ -410,6 +427,7 @@ class M2BertModel(M2BertPreTrainedModel):
             x: (B, L, D), its input.
             checkpointing: Whether layers will be computed again. Taps that a layer computes itself
                 take memory only while it is.
+            keeper: Where taps are kept between passes, if they may be.
 
         Returns:
             Arguments for calls of layer `first` and some after it. () for a layer that computes its
@@ -423,7 +441,6 @@ class M2BertModel(M2BertPreTrainedModel):
         if checkpointing and count * size > TAPS_BYTES:
             return alone
         number = max(1, -(-count // -(-count * size // TAPS_BYTES)))
-        keeper = None if self.training or not may_keep(x) else self._keeper
         if keeper is not None and keeper.fits(count * size, x.device):
             number = count  # all stay anyway, and one comparison is quicker than many
         group = self.layers[first : first + number]
@@ -534,17 +551,11 @@ class M2BertModel(M2BertPreTrainedModel):
             )
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = self._mask(attention_mask, x.dtype)
-        hidden_states = [x]
-        checkpointing = self.gradient_checkpointing and self.training
-        ready: list[Sequence[Tensor]] = []
-        for i, layer in enumerate(self.layers):
-            ready = ready or self._taps(i, x, checkpointing)
-            taps = ready.pop(0)
-            if checkpointing:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask, *taps)
-            else:
-                x = layer(x, mask, *taps)
-            hidden_states.append(x)
+        keeper = None if self.training or not may_keep(x) else self._keeper
+        hidden_states = self._encode(x, mask, keeper)
+        if keeper is not None and keeper.outdated():  # weights have changed, which is rare
+            hidden_states = self._encode(x, mask, keeper)
+        x = hidden_states[-1]
         if mask is not None and self.config.sequence_mixer == "alibi_attention":
             x = x * mask  # the reference removes padding before the encoder, then fills in zeros
         x = x.contiguous()  # it is, unless the last layers were removed

@@ -104,11 +104,13 @@ class KeptTaps(NamedTuple):
 
 
 class TapsKeeper:
-    """Keeps taps between calls, in evaluation on a GPU, as long as their weights' values stay.
+    """Keeps taps between passes, in evaluation on a GPU, as long as their weights' values stay.
 
-    Values are compared in every call, and the host waits for the answer: an address or a version
-    counter does not tell whether somebody wrote through `.data`. Kept taps are fixed
-    (`fixed.py`): their spectra are kept, too. Copies and pickles of a keeper are empty.
+    Values are compared in every pass: an address or a version counter does not tell whether
+    somebody wrote through `.data`. The answer comes from the GPU. If the host waited for it at
+    once, the GPU would wait for the host afterwards. So kept taps are returned as if they held, and
+    whoever has used them asks `outdated` at last. Kept taps are fixed (`fixed.py`): their spectra
+    are kept, too. Copies and pickles of a keeper are empty.
 
     Args:
         limit: Most bytes to keep; by default an eighth of the GPU's memory, but 1 GiB at least (the
@@ -119,6 +121,7 @@ class TapsKeeper:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.kept: dict[Hashable, KeptTaps] = {}
+        self._asked = threading.local()  # comparisons of this thread's pass
 
     def __reduce__(self) -> tuple[type["TapsKeeper"], tuple[int | None]]:
         return TapsKeeper, (self.limit,)
@@ -133,7 +136,8 @@ class TapsKeeper:
     ) -> tuple[Tensor, ...]:
         """Return the taps of packed weights, for `key` and the current stream.
 
-        Other streams have taps of their own, because nothing would order their kernels.
+        They hold if `outdated` says so in the end. Other streams have taps of their own, because
+        nothing would order their kernels.
         """
         device = packed.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -142,9 +146,9 @@ class TapsKeeper:
             kept = self.kept.get(where)
             if kept is not None:
                 # As integers: NaNs are equal to themselves.
-                if torch.equal(packed.view(torch.int32), kept.packed.view(torch.int32)):
-                    return kept.taps
-                del kept, self.kept[where]
+                same = (packed.view(torch.int32) == kept.packed.view(torch.int32)).all()
+                self._comparisons().append((where, _Answer(same)))
+                return kept.taps
             together = compute()
             taps = together.unbind(0)
             size = _with_spectra(together.nbytes)
@@ -153,6 +157,24 @@ class TapsKeeper:
                     declare_fixed(t)
                 self.kept[where] = KeptTaps(packed, taps, size)
             return taps
+
+    def outdated(self) -> bool:
+        """Return whether some of the taps that this thread got since the last call do not hold.
+
+        They are no longer kept then: `taps` computes them.
+        """
+        asked, self._asked.comparisons = self._comparisons(), []
+        wrong = [where for where, answer in asked if not answer.read()]
+        with _LOCK:
+            for where in wrong:
+                self.kept.pop(where, None)
+        return bool(wrong)
+
+    def _comparisons(self) -> list[tuple[Hashable, "_Answer"]]:
+        if not hasattr(self._asked, "comparisons"):
+            self._asked.comparisons = []
+        found: list[tuple[Hashable, _Answer]] = self._asked.comparisons
+        return found
 
     def fits(self, taps_bytes: int, device: torch.device) -> bool:
         """Return whether so many bytes of taps may stay on a device, with their spectra."""
@@ -171,6 +193,25 @@ class TapsKeeper:
         while (full := sum(k.nbytes for k in self.kept.values()) + size > most) and others:
             del self.kept[others.pop(0)]
         return not full
+
+
+class _Answer:
+    """A number of the GPU that comes to the host as soon as the GPU has it, and not later."""
+
+    def __init__(self, value: Tensor):
+        self.value, self.there = value, None
+        if value.is_cuda:
+            # A plain read would come after all that is launched until then.
+            self.value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> Any:
+        """Wait for it and return it."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.value.item()
 
 
 def _with_spectra(taps_bytes: int) -> int:
@@ -205,7 +246,7 @@ def hyena_filters(
         before: Number of negative lags: L − 1, the default, is what a convolution needs.
         backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
         keeper: Where a kernel's taps are kept, for calls without gradients. Nothing may write to
-            the result.
+            the result, which holds unless `keeper.outdated()` says no afterwards.
         key: Tells these filters, and their `scale`, `rates` and `w_mod`, from others of `keeper`.
 
     Returns:

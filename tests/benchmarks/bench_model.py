@@ -83,7 +83,7 @@ PROVIDERS = {
 ONLY = {"m2_bert_torch": "forward", "m2_bert_all_logits": "step"}
 # Arguments of a model as it is trained: only M2-BERT's head can leave out what has no loss.
 TRAINED = dict.fromkeys(("m2_bert", "m2_bert_torch"), {"loss_only": True})
-EVENT_S = 0.1  # what is between two events on a GPU takes at least so long
+EVENT_S = 0.2  # what is between two events on a GPU takes at least so long
 
 
 def build(provider: str, scale: str, length: int, device: str) -> torch.nn.Module:

@@ -84,7 +84,7 @@ def side_by_side(
             for _ in range(3):
                 run()
             once = seconds(run, device)
-            calls[name] = max(1, round(EVENT_S / 20 / once)) if device == "cuda" else 1
+            calls[name] = max(1, round(EVENT_S / 40 / once)) if device == "cuda" else 1
         except Exception as problem:
             results[name] = {"error": f"{type(problem).__name__}: {problem}".splitlines()[0]}
             free(device)

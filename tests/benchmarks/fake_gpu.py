@@ -33,7 +33,8 @@ int cudaStreamIsCapturing(void *s, int *c) { *c = 0; return 0; }
 int cudaEventCreateWithFlags(void **e, unsigned f) { *e = (void *)1; return 0; }
 """
 RUNTIME_OK = """cudaSetDevice cudaGetLastError cudaPeekAtLastError cudaEventRecord cudaEventQuery
-cudaEventDestroy cudaStreamWaitEvent cudaDeviceSynchronize cudaStreamSynchronize"""
+cudaEventDestroy cudaEventSynchronize cudaStreamWaitEvent cudaDeviceSynchronize
+cudaStreamSynchronize"""
 DRIVER = "int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { *f = 0; *a = 1; return 0; }"
 # PyTorch looks up all of these when it first needs one.
 DRIVER_OK = """cuCtxGetCurrent cuCtxSetCurrent cuDevicePrimaryCtxRetain cuFuncGetAttribute

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -146,7 +147,9 @@ class Kept:
     def taps(self, key=0, length=9, kept=True):
         scale = torch.linspace(0, 1, 9, device=KERNEL_DEVICE)[:length]
         keeper = self.keeper if kept else None
-        return hyena_filters(self.filters, scale, self.rates, 1.0, None, "triton", keeper, key)
+        args = self.filters, scale, self.rates, 1.0, None, "triton", keeper, key
+        taps = hyena_filters(*args)
+        return hyena_filters(*args) if self.keeper.outdated() else taps
 
 
 def same(taps, others):
@@ -166,6 +169,28 @@ def test_kept_taps_follow_the_values():
         taps = case.taps()
         assert same(taps, case.taps(kept=False))
     assert not any(map(is_fixed, case.taps(kept=False)))
+
+
+def test_whoever_used_kept_taps_learns_that_they_do_not_hold():
+    case = Kept()
+    first = case.taps(key=0), case.taps(key=1)
+    window = torch.linspace(0, 1, 9, device=KERNEL_DEVICE), case.rates
+
+    def taps(key):
+        with torch.no_grad():
+            return hyena_filters(
+                case.filters, *window, backend="triton", keeper=case.keeper, key=key
+            )
+
+    case.filters[0].freq.data.mul_(2)
+    assert taps(0) is first[0]
+    assert case.keeper.outdated() and not case.keeper.outdated()
+    assert not same(taps(0), first[0]) and not case.keeper.outdated()
+    assert taps(0) is not first[0] and taps(1) is first[1]  # of which nobody asked before
+    with ThreadPoolExecutor(1) as other:
+        assert not other.submit(case.keeper.outdated).result()  # it used none
+    assert case.keeper.outdated()
+    assert same(taps(1), taps(0))
 
 
 def test_kept_taps_have_a_limit():
