@@ -170,6 +170,12 @@ def model_cuda() -> str:
         return NO_GPU
     report = load("model_cuda")
     found = {(r["what"], r["length"]): r for r in report["rows"] if r["scale"] == "base"}
+    others = {
+        "bert_sdpa": "transformers' BERT-base with SDPA",
+        "bert_eager": "BERT-base with eager attention",
+        "modernbert_sdpa": "ModernBERT-base with SDPA",
+    }
+    others = {o: text for o, text in others.items() if any(o in row for row in found.values())}
     rows = []
     for length in LENGTHS:
         line = [str(length)]
@@ -177,20 +183,21 @@ def model_cuda() -> str:
             row = found.get((what, length), {})
             rate = row.get("m2_bert", {}).get("tokens_per_ms")
             line.append(NONE if rate is None else f"{rate:,.0f}")
-            line += [times_faster(row, o) for o in ("bert_sdpa", "bert_eager", "modernbert_sdpa")]
+            line += [times_faster(row, other) for other in others]
         for provider in ("m2_bert", "bert_sdpa"):
             peak = found.get(("step", length), {}).get(provider, {}).get("peak_bytes")
             line.append(NONE if peak is None else f"{peak / 2**30:.1f}")
         rows.append(line)
     intro = (
         f"M2-BERT-base on a GPU: tokens per millisecond, and how many times the rate of "
-        f"transformers' BERT-base with SDPA, BERT-base with eager attention, and ModernBERT-base "
-        f"with SDPA (`bench_model.py --device cuda`). The last columns are the peak memory of a "
-        f"training step in GiB. bf16 autocast, 32,768 tokens in a batch at every length, medians; "
+        f"{' and of '.join(others.values())} (`bench_model.py --device cuda`). The last columns "
+        f"are the peak memory of a training step in GiB. bf16 autocast, 32,768 tokens in a batch "
+        f"at every length, medians of calls in a row, the models by turns; "
         f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, "
         f"{report['date']}. {report.get('note', '')}\n\n"
     )
-    names = ["× BERT", "× eager", "× ModernBERT"]
+    names = [MODELS[other].split(",")[0] for other in others]
+    names = [f"× {'eager' if o == 'bert_eager' else n}" for o, n in zip(others, names, strict=True)]
     header = ["L", "forward", *names, "training step", *names, "memory", "BERT's"]
     picture = ""
     if (RESULTS / "model_cuda.png").exists():
@@ -231,6 +238,37 @@ def profile_cuda() -> str:
     header = ["what", "L", "M2-BERT", "BERT", "BERT / M2-BERT"]
     by_kind = table(["M2-BERT's, ms", "L", *KINDS], kinds)
     return intro + table(header, sums) + "\n\n" + by_kind
+
+
+def counters_cuda() -> str:
+    """Write what ncu measured of our kernels in a training step of one layer."""
+    if not (RESULTS / "counters_cuda.json").exists():
+        return NO_GPU
+    report = load("counters_cuda")
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["length"], row["kernel"]), []).append(row)
+    rows = []
+    for (length, name), launches in groups.items():
+        longest = max(launches, key=lambda launch: launch["ms"])
+        line = [f"`{name}`", str(length), str(len(launches)), f"{longest['ms']:.3f}"]
+        for unit in ("tensor", "issue", "l1", "l2", "dram"):
+            line.append(f"{longest[unit]:.0f}%" if unit in longest else NONE)
+        line.append(f"{longest['warps']:.0f}%" if "warps" in longest else NONE)
+        waits = longest.get("waits", {})
+        line.append(", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in waits.items()) or NONE)
+        rows.append(line)
+    intro = (
+        f"What limits our kernels: hardware counters of a training step of one layer of base size, "
+        f"{report['tokens']:,} tokens, {report['device']}, torch {report['torch']}, "
+        f"{report['date']} (`bench_counters.py`); of several launches of a kernel, the longest. "
+        f"The shares are those of the highest rate of the tensor cores, of issuing instructions, "
+        f"of the caches and of the memory, and of the warps that a multiprocessor can hold. The "
+        f"last column is what a warp waits for, in cycles for each instruction. ncu measures with "
+        f"cold caches, one launch at a time; so its times are longer than those above.\n\n"
+    )
+    header = ["kernel", "L", "launches", "ms", "tensor cores", "issue", "L1", "L2", "memory"]
+    return intro + table([*header, "warps held", "waits"], rows, 1)
 
 
 # Kinds of kernels, by what begins their names.
@@ -1009,6 +1047,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             model_cpu,
             model_cuda,
             profile_cuda,
+            counters_cuda,
             training_cuda,
             step_model,
             ops_cuda,
