@@ -270,15 +270,18 @@ class HyenaFilter(nn.Module):
 
 def _mlp_weights(mlp: nn.Module, emb_dim: int, order: int, channels: int) -> MLPWeights | None:
     """Return the weights of a `FilterMLP` that is nothing else."""
-    if type(mlp) is not FilterMLP or "forward" in mlp.__dict__ or has_hooks(mlp):
+    if type(mlp) is not FilterMLP or "forward" in mlp.__dict__:
         return None
     # Dictionaries are quicker than attributes, and a model reads 384 weights of filters in a pass.
     layers = mlp._modules["layers"]
-    if type(layers) is not nn.ModuleList or has_hooks(layers):
+    if type(layers) is not nn.ModuleList:
+        return None
+    linears = [*layers._modules.values(), mlp._modules["out"]]
+    if has_hooks(mlp, layers, *linears):  # type: ignore[arg-type]
         return None
     found: list[Tensor | None] = []
-    for layer in (*layers._modules.values(), mlp._modules["out"]):
-        if type(layer) is not FilterLinear or "forward" in layer.__dict__ or has_hooks(layer):
+    for layer in linears:
+        if type(layer) is not FilterLinear or "forward" in layer.__dict__:
             return None
         own = layer._parameters
         if "weight" in own and "bias" in own:
@@ -286,10 +289,10 @@ def _mlp_weights(mlp: nn.Module, emb_dim: int, order: int, channels: int) -> MLP
         else:  # attributes, as FSDP makes them
             found += layer.weight, layer.bias
     vector, square = (order,), (order, order)
-    shapes = ((order, emb_dim), vector, square, vector, square, vector, (channels, order))
+    shapes = [(order, emb_dim), vector, square, vector, square, vector, (channels, order)]
     if len(found) != 8 or found.pop() is not None or not _all_here(found):
         return None
-    if tuple(t.shape for t in found) != shapes:  # type: ignore[union-attr]
+    if [t.shape for t in found] != shapes:  # type: ignore[union-attr]
         return None
     return MLPWeights(*found)  # type: ignore[arg-type]
 
@@ -449,10 +452,9 @@ class LongConv(nn.Module):
             or kind.forward is not HyenaFilter.forward
             or kind.__call__ is not nn.Module.__call__
             or "forward" in own
-            or has_hooks(filter)
             or type(self) is not LongConv
             or "forward" in self.__dict__
-            or has_hooks(self)
+            or has_hooks(filter, self)
             or not filter.wants_kernel()
         ):
             return None

@@ -289,9 +289,11 @@ class MonarchMixer(nn.Module):
 
     def _kernel_may_read(self) -> bool:
         """Return whether the modules whose weights the kernels take need not be called."""
-        convs = self.long_conv, self.residual_conv
-        return is_plain(self.short_conv, ShortConv) and all(
-            conv is None or is_plain(conv, LongConv) for conv in convs
+        residual = self.residual_conv
+        return (
+            is_plain(self.short_conv, ShortConv)
+            and is_plain(self.long_conv, LongConv)
+            and (residual is None or is_plain(residual, LongConv))
         )
 
 

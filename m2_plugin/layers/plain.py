@@ -27,15 +27,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 _ORDINARY = (nn.Parameter, Tensor, type(None))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether hooks would run in a call of the module: its own, or those of all modules."""
-    own = module.__dict__  # quicker than its attributes; a model asks some hundred times in a pass
+def has_hooks(*modules: nn.Module) -> bool:
+    """Return whether hooks would run in calls of the modules: their own, or those of all."""
+    for module in modules:
+        own = module.__dict__  # quicker than attributes; a model asks some hundred times in a pass
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+        ):
+            return True
     return bool(
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or _module._global_forward_pre_hooks
+        _module._global_forward_pre_hooks
         or _module._global_forward_hooks
         or _module._global_backward_pre_hooks
         or _module._global_backward_hooks

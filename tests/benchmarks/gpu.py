@@ -88,7 +88,8 @@ def parts(out: Path, device: str, scale: float, site: Path | None) -> dict[str, 
     if there("llmfoundry", site):
         commands["training"] = training
     if there("pytest"):
-        options = ["-q", "--maxfail=20", "-p", "no:cacheprovider"]
+        # With the names of all tests: the log of a part that is stopped has no summary.
+        options = ["-v", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider"]
         if there("xdist"):  # what takes the time is compilation, one core for each worker
             options += ["-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 2)))]
         # Compilation ahead of time needs no GPU, and minutes.

@@ -129,15 +129,15 @@ def problem(op: str, device: torch.device, dtype: torch.dtype, tf32: bool) -> st
         torch.OutOfMemoryError: If there is no memory for the comparison.
         Exception: A kernel's error that has left the device unusable.
     """
-    if (
-        op not in _cases
-        or device.type not in DEVICES
-        or getattr(_running, "alternative", None) is not None
-        or os.environ.get("M2_PLUGIN_KERNEL_CHECK") == "0"
-    ):
-        return None
     key = (op, device.index, _precision(op, dtype, tf32))
     if key not in _verdicts:
+        if (
+            op not in _cases
+            or device.type not in DEVICES
+            or getattr(_running, "alternative", None) is not None
+            or os.environ.get("M2_PLUGIN_KERNEL_CHECK") == "0"
+        ):
+            return None
         with _lock:
             if key not in _verdicts:
                 _verdicts[key] = _find_out(op, device, dtype, tf32)

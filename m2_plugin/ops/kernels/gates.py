@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, next_power_of_2, strides, tile
+from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, next_power_of_2, tile
 
 # Numbers of a tile of `short_conv_grad_kernel`.
 TILE = 8192
@@ -391,13 +391,20 @@ def unit_of(*sequences: Tensor) -> int:
 
     Kernels take sizes in units, which lets them load 8 positions at once where that is possible.
     """
-    sizes = [n for x in sequences for n in (x.shape[1], *strides(x))]
-    return 8 if all(n % 8 == 0 for n in sizes) else 1
+    for x in sequences:
+        row, position, channel = x.stride()
+        if x.shape[1] % 8 or row % 8 or channel % 8:
+            return 1
+    return 8
 
 
 def in_units(unit: int, *sequences: Tensor) -> list[int]:
     """Return the strides of rows and channels of each (B, L, C), in units."""
-    return [n // unit for x in sequences for n in strides(x)]
+    found = []
+    for x in sequences:
+        row, _, channel = x.stride()
+        found += row // unit, channel // unit
+    return found
 
 
 def short_conv_backward(

@@ -73,7 +73,8 @@ def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
 
 def strides(x: Tensor) -> tuple[int, int]:
     """Return the strides of x (B, L, C) from row to row and from channel to channel."""
-    return x.stride(0), x.stride(2)
+    row, _, channel = x.stride()
+    return row, channel
 
 
 def torch_gradients(

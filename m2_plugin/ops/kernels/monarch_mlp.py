@@ -10,6 +10,7 @@ The sides of Triton's tiles are powers of two, so a block width is cut into two 
 (192 = 128 + 64). Padding it to one would waste a quarter of the products at the published sizes.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,9 @@ def takes_blocks(width: int, size: int, device: torch.device, dtype: torch.dtype
     return width <= widest and sum(split_width(width)) == width and size % 64 == 0
 
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 @torch.compiler.assume_constant_result
 def works_ahead(device: torch.device) -> bool:
     """Return whether kernels with `ahead` are compiled as they are meant for a device.
@@ -136,16 +140,19 @@ def works_ahead(device: torch.device) -> bool:
         major = capability(device)[0]
     else:  # compiling ahead of time
         major = triton.runtime.driver.active.get_current_target().arch // 10
-    return major == 9 and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+    return major == 9 and TRITON_VERSION >= (3, 4)
 
 
-def choices(
-    configs: dict[tuple[str, int], tuple[Config, ...]], x: Tensor, width: int, glu: bool
-) -> list[Config]:
+def choices(backward: bool, x: Tensor, width: int, glu: bool) -> list[Config]:
     """Return the configurations for a block width: those with the least `max_width` that fits."""
-    table = configs[device_class(x.device), x.element_size()]
+    kind = device_class(x.device), x.element_size()
+    return _choices(backward, kind, width, glu and works_ahead(x.device))
+
+
+@functools.cache
+def _choices(backward: bool, kind: tuple[str, int], width: int, ahead: bool) -> list[Config]:
+    table = (BACKWARD_CONFIGS if backward else FORWARD_CONFIGS)[kind]
     least = min(config.max_width for config in table if width <= config.max_width)
-    ahead = glu and works_ahead(x.device)
     return [c for c in table if c.max_width == least and (ahead or not c.ahead)]
 
 
@@ -680,7 +687,7 @@ def _forward(
         )
 
     key = shape_class(x, down, glu, p)
-    launch(tuning.best(OP, key, choices(FORWARD_CONFIGS, x, width, glu), launch, x.device))
+    launch(tuning.best(OP, key, choices(False, x, width, glu), launch, x.device))
     return y
 
 
@@ -727,7 +734,7 @@ def _activation_grad(
 
     key = shape_class(x, down, glu, p)
     op = "monarch_mlp_backward"
-    sums = launch(tuning.best(op, key, choices(BACKWARD_CONFIGS, x, width, glu), launch, x.device))
+    sums = launch(tuning.best(op, key, choices(True, x, width, glu), launch, x.device))
     return act, grad_up, sums.sum(0)
 
 

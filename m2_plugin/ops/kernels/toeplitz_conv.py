@@ -459,20 +459,11 @@ class _Launch:
     u: Tensor
     parameters: tuple[Tensor, ...]  # weight, bias and p_bias
     mask: Tensor
+    batch_size: int
+    length: int
+    channels: int
     unit: int  # 8 if 8 divides the length and all strides, else 1
     constants: dict[str, Any]
-
-    @property
-    def batch_size(self) -> int:
-        return self.p.shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.p.shape[1]
-
-    @property
-    def channels(self) -> int:
-        return self.p.shape[2] // 3
 
     def run(self, kernel: str, launch: Callable[[Config, dict[str, Any]], Result]) -> Result:
         """Call `launch` with the configuration of a kernel, and its keyword arguments."""
@@ -523,11 +514,15 @@ def _launch(inputs: Inputs, *others: Tensor) -> _Launch:
     p = sequence_last(inputs.p)
     u = p if inputs.u is None else sequence_last(inputs.u)
     p_bias = inputs.bias if inputs.p_bias is None else inputs.p_bias
+    batch_size, length, channels = p.shape
     return _Launch(
         p=p,
         u=u,
         parameters=(inputs.weight, inputs.bias, p_bias),
         mask=p if inputs.mask is None else inputs.mask,  # any tensor for a None
+        batch_size=batch_size,
+        length=length,
+        channels=channels // 3,
         unit=unit_of(p, u, *others),
         constants={
             "HAS_MASK": inputs.mask is not None,
