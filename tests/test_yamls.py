@@ -169,11 +169,13 @@ def test_is_the_published_recipe(name):
         "eval_interval",
         "global_train_batch_size",
         "seed",
-        "device_train_microbatch_size",
         "precision",
         "max_seq_len",
     ):
         assert config.get(key) == recipe[key], key
+    # What a GPU takes at once changes the speed, not the model.
+    assert config["device_train_microbatch_size"] % recipe["device_train_microbatch_size"] == 0
+    assert config["global_train_batch_size"] % config["device_train_microbatch_size"] == 0
     assert config["train_loader"]["dataset"]["mlm_probability"] == recipe["mlm_probability"]
     assert config["eval_loader"]["dataset"]["mlm_probability"] == recipe["eval_mlm_probability"]
 

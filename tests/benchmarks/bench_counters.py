@@ -52,12 +52,6 @@ PERCENT = ".avg.pct_of_peak_sustained_"
 # What is written of a launch, by ncu's names; those that a GPU does not have are left out.
 METRICS = {
     "ms": ("gpu__time_duration.sum",),
-    "issue": (f"sm__inst_issued{PERCENT}active", f"sm__instruction_throughput{PERCENT}active"),
-    "tensor": (
-        f"sm__inst_executed_pipe_tensor_op_gmma{PERCENT}active",
-        f"sm__pipe_tensor_cycles_active{PERCENT}active",
-        f"sm__inst_executed_pipe_tensor{PERCENT}active",
-    ),
     "dram": (
         f"gpu__dram_throughput{PERCENT}elapsed",
         f"dram__throughput{PERCENT}elapsed",
@@ -151,7 +145,7 @@ def main() -> None:
         if ncu.returncode:
             sys.exit("".join(["ncu failed:\n", *lines[-20:]]))
         rows = read("".join(lines), length)
-        print(*rows, sep="\n", flush=True)
+        print(*lines, *rows, sep="\n", flush=True)
         report["rows"] += rows
         path = args.out / "counters_cuda.json"
         path.write_text(json.dumps(report, indent=1) + "\n")

@@ -106,8 +106,9 @@ def order_spectrum_kernel(
     """Write the spectrum of one channel by residue classes, scaled.
 
     `half` has frequencies 0 … N / 2 of a real sequence, real and imaginary parts side by side. The
-    same place in TOGETHER classes comes from as many neighbours in `half`; from their mirrors, in
-    reverse, beyond N / 2.
+    same place in TOGETHER classes comes from as many neighbours in `half`, or beyond N / 2 from
+    their mirrors, in reverse. On an H200 this took 191 µs instead of 357 at 32,768 positions, but
+    120 instead of 76 at 8,192, where there is one class.
     """
     M: tl.constexpr = N1 * N2
     channel = tl.program_id(0).to(tl.int64)
@@ -121,32 +122,40 @@ def order_spectrum_kernel(
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
     scale, inverse, poison = scale_of(tl.max(largest))
     tl.store(scale_ptr + channel, scale / guard + poison)
-    TILE: tl.constexpr = 32 * VECTOR * WARPS  # rows k1 of all warps, and 2 · VECTOR columns k2
-    TILES: tl.constexpr = N2 // (2 * VECTOR)  # beside each other
-    i = tl.arange(0, 2 * TOGETHER)[None, :]
-    for tile in range(M // TILE):
-        at = tile * TILE + tl.arange(0, TILE)
+    scale_k = inverse * guard
+    dtype = k_ptr.dtype.element_ty
+    if TOGETHER == 1:
+        at = tl.arange(0, M)
         k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
-        q = (k1 + N1 * k2)[:, None]
-        # Of several classes, all of a tile are mirrored or none is.
-        mirrored = 2 * q >= M
-        if TOGETHER > 1:
-            mirrored = tile % TILES * 2 >= TILES
-        for first in range(0, classes, TOGETHER):
-            f = residues * q + first
-            f = tl.where(mirrored, points - f - (TOGETHER - 1), f)
-            inside = (f + i // 2 >= 0) & (2 * (f + i // 2) <= points)
-            pairs = tl.load(half_ptr + 2 * f + i, mask=inside, other=0.0)
-            re, im = tl.split(tl.reshape(pairs, (TILE, TOGETHER, 2)))
+        for r in range(classes):
+            f = residues * (k1 + N1 * k2) + r
+            mirrored = 2 * f > points
+            f = tl.where(mirrored, points - f, f)
+            re, im = tl.load(half_ptr + 2 * f), tl.load(half_ptr + 2 * f + 1)
             im = tl.where(mirrored, -im, im)
-            re, im = scaled(re, inverse * guard, poison), scaled(im, inverse * guard, poison)
-            r = tl.arange(0, TOGETHER)[None, :]
-            if TOGETHER > 1:
-                r = tl.where(mirrored, TOGETHER - 1 - r, r)
-            r += first
-            k = k_ptr + r * (2 * M) + at[:, None]
-            tl.store(k, re.to(k_ptr.dtype.element_ty), mask=r < classes)
-            tl.store(k + M, im.to(k_ptr.dtype.element_ty), mask=r < classes)
+            k = k_ptr + r * (2 * M) + at
+            tl.store(k, scaled(re, scale_k, poison).to(dtype))
+            tl.store(k + M, scaled(im, scale_k, poison).to(dtype))
+    else:
+        TILE: tl.constexpr = 32 * VECTOR * WARPS  # rows k1 of all warps, and 2 · VECTOR columns k2
+        TILES: tl.constexpr = N2 // (2 * VECTOR)  # beside each other
+        i = tl.arange(0, 2 * TOGETHER)[None, :]
+        for tile in range(M // TILE):
+            at = tile * TILE + tl.arange(0, TILE)
+            k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
+            mirrored = tile % TILES * 2 >= TILES  # all of a tile or none
+            for first in range(0, classes, TOGETHER):
+                f = residues * (k1 + N1 * k2)[:, None] + first
+                f = tl.where(mirrored, points - f - (TOGETHER - 1), f)
+                inside = (f + i // 2 >= 0) & (2 * (f + i // 2) <= points)
+                pairs = tl.load(half_ptr + 2 * f + i, mask=inside, other=0.0)
+                re, im = tl.split(tl.reshape(pairs, (TILE, TOGETHER, 2)))
+                im = tl.where(mirrored, -im, im)
+                r = tl.arange(0, TOGETHER)[None, :]
+                r = first + tl.where(mirrored, TOGETHER - 1 - r, r)
+                k = k_ptr + r * (2 * M) + at[:, None]
+                tl.store(k, scaled(re, scale_k, poison).to(dtype), mask=r < classes)
+                tl.store(k + M, scaled(im, scale_k, poison).to(dtype), mask=r < classes)
 
 
 @triton.jit
