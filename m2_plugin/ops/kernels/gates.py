@@ -400,7 +400,7 @@ def unit_of(*sequences: Tensor) -> int:
 
 def in_units(unit: int, *sequences: Tensor) -> list[int]:
     """Return the strides of rows and channels of each (B, L, C), in units."""
-    found = []
+    found: list[int] = []
     for x in sequences:
         row, _, channel = x.stride()
         found += row // unit, channel // unit
