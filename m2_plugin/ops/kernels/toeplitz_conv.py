@@ -471,13 +471,14 @@ class _Launch:
         configs = _configs(kernel, size, self.unit, self.batch_size, self.length)
 
         def run(config: Config) -> Result:
-            return launch(config, self.constants | configs[config])
+            fitted, options = configs[config]
+            return launch(fitted, self.constants | options)
 
         chosen, *others = configs
         if others:
-            rows = tuning.row_class(self.batch_size * self.length)
-            key = rows, self.batch_size, self.length, self.channels, self.p.dtype
-            key = *key, self.u is not self.p, *self.constants.values()
+            classes = tuning.row_class(self.batch_size * self.length), next_power_of_2(self.length)
+            given = self.channels, self.p.dtype, self.unit, self.u is not self.p
+            key = *classes, *given, *self.constants.values()
             chosen = tuning.best(f"toeplitz {kernel}", key, list(configs), run, self.p.device)
         return run(chosen)
 
@@ -485,27 +486,33 @@ class _Launch:
 @functools.lru_cache(1024)
 def _configs(
     kernel: str, size: int, unit: int, batch_size: int, length: int
-) -> dict[Config, dict[str, Any]]:
-    """Return the configurations of a launch, with tiles no larger than the sizes, and constants."""
+) -> dict[Config, tuple[Config, dict[str, Any]]]:
+    """Return the configurations of a launch, with tiles no larger than the sizes, and constants.
+
+    Lengths with the same next power of two have the same configurations.
+    """
     one = length <= CONFIGS[kernel, size, "one"][0].positions
     found = {}
     for config in CONFIGS[kernel, size, "any" if unit == 1 else "one" if one else "many"]:
-        config = replace(
+        fitted = replace(
             config,
             batch=tile(batch_size, config.batch),
             positions=tile(length, config.positions),
             step=tile(length, config.step),
         )
-        found[config] = {
-            "UNIT": unit,
-            "FULL": length % config.positions == batch_size % config.batch == 0,
-            "ONE_TILE": length <= config.positions,
-            "BATCH": config.batch,
-            "POSITIONS": config.positions,
-            "STEP": config.step,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
+        found[config] = (
+            fitted,
+            {
+                "UNIT": unit,
+                "FULL": length % fitted.positions == batch_size % fitted.batch == 0,
+                "ONE_TILE": length <= fitted.positions,
+                "BATCH": fitted.batch,
+                "POSITIONS": fitted.positions,
+                "STEP": fitted.step,
+                "num_warps": fitted.num_warps,
+                "num_stages": fitted.num_stages,
+            },
+        )
     return found
 
 
