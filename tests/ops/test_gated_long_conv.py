@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -214,3 +216,18 @@ def test_kernel_op_is_registered_as_torch_expects():
     )
     args = p, u, weight, bias, p_bias, taps, res_taps, None, False, True
     torch.library.opcheck(gated_long_conv_op.custom, args)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "taps", "taps_res"])
+def test_a_choice_of_tiles_fits_all_lengths_of_its_class(kernel):
+    """A choice is kept for lengths with the same next power of two, and for any batch."""
+    from m2_plugin.ops.kernels.toeplitz_conv import _configs
+
+    for unit, size in itertools.product((1, 8), (2, 4)):
+        for low, high in ((1, 2), (17, 32), (65, 128), (129, 256), (257, 512), (2049, 4096)):
+            found = [
+                list(_configs(kernel, size, unit, batch, length))
+                for length in (low, high)
+                for batch in (1, 64)
+            ]
+            assert all(configs == found[0] for configs in found)
