@@ -68,7 +68,7 @@ NANOSECONDS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1
 def step(length: int) -> None:
     """Run a training step of one layer; ncu sees the last of three."""
     SCALES["layer"] = {"m2_bert": SCALES["base"]["m2_bert"] | {"num_hidden_layers": 1}}
-    run = setup("m2_bert", "layer", length, TOKENS // length, "step", "cuda", False)
+    run = setup("m2_bert", "layer", length, TOKENS // length, "step", "cuda", None)
     for _ in range(2):
         run()
     torch.cuda.synchronize()

@@ -26,7 +26,7 @@ TOKENS = 1 << 15
 
 def measure(provider: str, length: int, what: str) -> dict[str, Any]:
     """Profile one call; milliseconds and launches of each kernel, the longest first."""
-    run = setup(provider, "base", length, TOKENS // length, what, "cuda", False)
+    run = setup(provider, "base", length, TOKENS // length, what, "cuda", None)
     for _ in range(3):  # compiles, tunes, allocates
         run()
     torch.cuda.synchronize()
