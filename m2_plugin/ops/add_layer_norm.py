@@ -64,10 +64,10 @@ def _fits(x: Tensor, residual: Tensor | None) -> bool:
     """Return whether the residual has a row for each of x, or rows that repeat."""
     if residual is None:
         return True
-    if residual.shape == x.shape:
-        return residual.ndim > 1 and residual.dtype in KERNEL_DTYPES
-    shape = list(residual.shape)
-    while len(shape) > 1 and shape[0] == 1:
-        shape.pop(0)
-    same = len(shape) <= x.ndim and shape == list(x.shape[x.ndim - len(shape) :])
+    same = residual.shape == x.shape
+    if not same:
+        shape = list(residual.shape)
+        while len(shape) > 1 and shape[0] == 1:
+            shape.pop(0)
+        same = len(shape) <= x.ndim and shape == list(x.shape[x.ndim - len(shape) :])
     return same and residual.ndim > 1 and residual.dtype in KERNEL_DTYPES

@@ -136,8 +136,8 @@ class TapsKeeper:
     ) -> tuple[Tensor, ...]:
         """Return the taps of packed weights, for `key` and the current stream.
 
-        They hold if `outdated` says so in the end. Other streams have taps of their own, because
-        nothing would order their kernels.
+        They hold unless `outdated` is true in the end. Other streams have taps of their own,
+        because nothing would order their kernels.
         """
         device = packed.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -246,7 +246,7 @@ def hyena_filters(
         before: Number of negative lags: L − 1, the default, is what a convolution needs.
         backend: `auto` (a Triton kernel on CUDA, else PyTorch), `torch` or `triton`.
         keeper: Where a kernel's taps are kept, for calls without gradients. Nothing may write to
-            the result, which holds unless `keeper.outdated()` says no afterwards.
+            the result, which holds unless `keeper.outdated()` is true afterwards.
         key: Tells these filters, and their `scale`, `rates` and `w_mod`, from others of `keeper`.
 
     Returns:

@@ -145,7 +145,7 @@ def main() -> None:
         if ncu.returncode:
             sys.exit("".join(["ncu failed:\n", *lines[-20:]]))
         rows = read("".join(lines), length)
-        print(*lines, *rows, sep="\n", flush=True)
+        print("".join(lines), *rows, sep="\n", flush=True)
         report["rows"] += rows
         path = args.out / "counters_cuda.json"
         path.write_text(json.dumps(report, indent=1) + "\n")

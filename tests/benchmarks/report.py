@@ -79,14 +79,18 @@ def measured() -> str:
             if provider == "bert_sdpa"
         ]
         ours = 1e3 * passes["step", 128]["m2_bert"]["median_s"]
+        busy = kernels["m2_bert", "step", 128]["ms"]
         note = (
-            f"\n\nOn the GPU all batches have {load('profile_cuda')['tokens']:,} tokens. They are "
-            f"too small for M2-BERT: at 128 tokens a step takes {ours:.0f} ms, its kernels "
-            f"{kernels['m2_bert', 'step', 128]['ms']:.0f}, because the GPU waits for the host. "
-            f"BERT's kernels alone take {min(ratios):.1f} to {max(ratios):.1f} times as long as "
-            f"M2-BERT's. So larger microbatches should gain more, as the recipes have them; that "
-            f"was not measured."
+            f"\n\nOn the GPU all batches have {load('profile_cuda')['tokens']:,} tokens. BERT's "
+            f"kernels alone take {min(ratios):.1f} to {max(ratios):.1f} times as long as M2-BERT's."
         )
+        if ours > 1.2 * busy:
+            note += (
+                f" But the batches are too small for M2-BERT: at 128 tokens a step takes "
+                f"{ours:.0f} ms, its kernels {busy:.0f}, because the GPU waits for the host. "
+                f"Larger microbatches, as the recipes have them, should gain more; that was not "
+                f"measured."
+            )
     return table(["what", "m2_plugin", "compared with", "faster by"], rows, 3) + note
 
 
@@ -417,7 +421,7 @@ def training_cuda() -> str:
     header = ["model", "parameters", "batches", "thousand tokens/s", "MFU", "peak memory, GiB"]
     text += table(header, rows, 1)
     if not set(names) <= set(report["models"]):
-        text += "\n\nTime ran out before BERT was measured."
+        text += "\n\nBERT was not measured."
     if set(done) == set(names):
         ratio = done["m2_bert"]["tokens_per_s"] / done["bert"]["tokens_per_s"]
         text += f"\n\nM2-BERT trains on {ratio:.2f} times as many tokens a second."

@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, next_power_of_2, tile
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    empty_sequence_last,
+    next_power_of_2,
+    strides,
+    tile,
+)
 
 # Numbers of a tile of `short_conv_grad_kernel`.
 TILE = 8192
@@ -392,7 +398,7 @@ def unit_of(*sequences: Tensor) -> int:
     Kernels take sizes in units, which lets them load 8 positions at once where that is possible.
     """
     for x in sequences:
-        row, position, channel = x.stride()
+        row, channel = strides(x)
         if x.shape[1] % 8 or row % 8 or channel % 8:
             return 1
     return 8
@@ -402,7 +408,7 @@ def in_units(unit: int, *sequences: Tensor) -> list[int]:
     """Return the strides of rows and channels of each (B, L, C), in units."""
     found: list[int] = []
     for x in sequences:
-        row, _, channel = x.stride()
+        row, channel = strides(x)
         found += row // unit, channel // unit
     return found
 

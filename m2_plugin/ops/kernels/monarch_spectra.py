@@ -183,10 +183,8 @@ def order_frequencies_kernel(
     k_ptr += channel * classes * 2 * M
     ok = inside & (r < classes)
     here = r * (2 * M) + at[:, None]
-    re, im = (
-        tl.load(k_ptr + here, mask=ok, other=0.0),
-        tl.load(k_ptr + M + here, mask=ok, other=0.0),
-    )
+    re = tl.load(k_ptr + here, mask=ok, other=0.0)
+    im = tl.load(k_ptr + M + here, mask=ok, other=0.0)
     # The mirror of q in class r is M − 1 − q in class R − r, so all bits of its place are inverse;
     # in class 0 it is M − q in class 0.
     mirror = (M - q) % M

@@ -61,8 +61,8 @@ class Config:
 # By launch, bytes per element, and what the launch's addresses are like: "one" if the length is a
 # multiple of 8 and fits in one tile of this configuration, "many" if it takes more, "any" if 8 does
 # not divide it. The first of each spills no registers (`tests/ops/aot.py`). A second spills a few,
-# and was faster on an H200 (in the order below, 263 µs instead of 338 at 128 positions, 860 instead
-# of 1,335 and 356 instead of 600 at 512): tuning times both.
+# and was faster on an H200 (in the order below, 248 µs instead of 326 at 128 positions, 866 instead
+# of 1,355 and 334 instead of 583 at 512): tuning times both.
 CONFIGS = {
     ("forward", 2, "one"): (Config(64, 128, 64, num_warps=8, num_stages=1),),
     ("forward", 2, "many"): (Config(64, 128, 64, num_warps=8, num_stages=1),),
