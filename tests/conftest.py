@@ -20,6 +20,22 @@ os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate",
+        type=int,
+        metavar="CAPABILITY",
+        help="execute kernels as they are compiled for GPUs of this capability, 80 or 90",
+    )
+
+
+def pytest_configure(config):
+    if capability := config.getoption("--emulate"):
+        from tests.ops.emulation import emulate
+
+        emulate(capability)
+
+
 # What a file of tests names if it reads streams, itself or in a run. Some leave that to a script.
 OF_STREAMS = re.compile(
     r"\bmds\b|StreamingDataset|The retrieval YAML|test_own_texts|test_everything_works"

@@ -114,6 +114,7 @@ def launches(capability: int) -> list[dict[str, Any]]:
                     "alternative": alternative,
                     "shared": kernel.metadata.shared,
                     "wgmma": "wgmma" in kernel.asm["ptx"],
+                    "narrow": "m64n8k" in kernel.asm["ptx"],
                     **usage(kernel.asm["cubin"]),
                 }
             )

@@ -25,6 +25,7 @@ def test_kernels_compile_without_spills(capability, tmp_path):
     assert len({row["kernel"] for row in rows}) >= 4
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[capability], row
+        assert not row["narrow"], f"see fitting_warps: {row}"
         # What a machine takes only if it found it faster may spill a little.
         assert row["stack"] <= (216 if row["alternative"] else 0), f"spills registers: {row}"
     if capability >= 90:  # Hopper's matrix unit is used where it counts

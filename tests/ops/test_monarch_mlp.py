@@ -112,7 +112,7 @@ def test_fused_kernels_take_blocks_that_tiles_fill():
     device = torch.device(KERNEL_DEVICE)
     for width, size, taken in (
         (192, 768, True),  # 80M
-        (384, 1536, True),
+        (384, 1536, False),  # 260M
         (32, 128, True),  # the quickstart
         (240, 960, False),  # 110M
         (448, 1792, False),  # 341M

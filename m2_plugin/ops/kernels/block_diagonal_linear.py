@@ -14,7 +14,14 @@ from torch import Tensor
 
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import cdiv, dot_precision, rows_contiguous, tile, torch_gradients
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    dot_precision,
+    fitting_warps,
+    rows_contiguous,
+    tile,
+    torch_gradients,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.block_diagonal_linear import block_diagonal_linear_torch
@@ -217,7 +224,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
             ROWS=rows,
             COLS=cols,
             DEPTH=tile(block_in, config.depth),
-            num_warps=config.num_warps,
+            num_warps=fitting_warps(config.num_warps, rows, cols),
             num_stages=config.num_stages,
         )
 
@@ -258,7 +265,7 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
             ROWS=rows,
             COLS=cols,
             DEPTH=tile(num_rows, config.depth),
-            num_warps=config.num_warps,
+            num_warps=fitting_warps(config.num_warps, rows, cols),
             num_stages=config.num_stages,
         )
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from m2_plugin.ops.backend import interpreted
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import cdiv, device_class, next_power_of_2, tile
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    device_class,
+    fitting_warps,
+    next_power_of_2,
+    tile,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.hyena_filters import (
@@ -473,6 +479,7 @@ def _launch_taps(
     positions = tile(sizes.length, config.positions)
     channels = tile(sizes.channels, config.channels)
     order = tile(sizes.order, MAX_ORDER)
+    chunk = min(config.chunk, order)
     tiles = cdiv(sizes.length, positions)
     # Each part of the channels computes the hidden layers again, a third of the work.
     parts = max(1, min(BUSY // (tiles * sizes.mlps), cdiv(sizes.channels, 4 * channels)))
@@ -504,11 +511,11 @@ def _launch_taps(
         ORDER=sizes.order,
         WIDTH=order,
         POSITIONS=positions,
-        CHUNK=min(config.chunk, order),
+        CHUNK=chunk,
         CHANNELS=channels,
         WEIGHT_SCALE=WEIGHT_SCALE,
         HIDDEN=hidden is not None,
-        num_warps=config.num_warps,
+        num_warps=fitting_warps(config.num_warps, positions, min(chunk, channels)),
     )
 
 
@@ -529,6 +536,7 @@ def _weight_grad(
 ) -> None:
     """Sum left · rightᵀ over positions into grad_weight (N, M, O)."""
     num_rows, device = grad_weight.shape[1], right.device
+    width = tile(sizes.order, MAX_ORDER)
     configs: Sequence[tuple[int, int, int]] = WEIGHT_GRAD[device_class(device)]
     # As many for each configuration, so that a sum has as many parts.
     programs = cdiv(num_rows, tile(num_rows, configs[0][0])) * sizes.mlps
@@ -555,11 +563,11 @@ def _weight_grad(
             DIRECTIONS=sizes.directions,
             OF_TAPS=of_taps,
             ORDER=sizes.order,
-            WIDTH=tile(sizes.order, MAX_ORDER),
+            WIDTH=width,
             ROWS=rows,
             POSITIONS=positions,
             PRECISION=precision(),
-            num_warps=num_warps,
+            num_warps=fitting_warps(num_warps, rows, width),
         )
 
     configs = by_programs(configs, programs * splits)
@@ -583,7 +591,7 @@ def _layer_grad(
 ) -> Tensor:
     """Launch `layer_grad_kernel`; return its partial sums, added up, (N, rows, O)."""
     configs = BACKWARD[device_class(x.device)]
-    positions = tile(sizes.length, configs[0].positions)
+    positions, width = tile(sizes.length, configs[0].positions), tile(sizes.order, MAX_ORDER)
     tiles = cdiv(sizes.length, positions)
     rows = 2 + (sizes.emb_dim if layer == 1 else 0)
     partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
@@ -609,11 +617,11 @@ def _layer_grad(
             LAYER=layer,
             EMB_DIM=sizes.emb_dim,
             ORDER=sizes.order,
-            WIDTH=tile(sizes.order, MAX_ORDER),
+            WIDTH=width,
             POSITIONS=positions,
             CHUNK=tile(weight.shape[1], config.chunk),
             PRECISION=precision(),
-            num_warps=config.num_warps,
+            num_warps=fitting_warps(config.num_warps, positions, width),
         )
 
     def trial(config: Config) -> None:

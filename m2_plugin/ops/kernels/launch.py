@@ -55,6 +55,19 @@ def tile(size: int, largest: int) -> int:
     return min(max(16, next_power_of_2(size)), largest)
 
 
+def fitting_warps(num_warps: int, rows: int, columns: int) -> int:
+    """Return the warps for tiles (rows, columns) of a product: at most `num_warps`, at least 4.
+
+    On Hopper four warps compute 64 rows; if a tile has no more, others take a share of its columns.
+    Products of 8 columns wait for shared memory, and are said to read more of it than the tile has
+    (triton-lang/triton, issue 10629): each gets 16 or more. Of less than 64 rows, one warp computes
+    16.
+    """
+    while rows >= 64 and num_warps > 4 and columns * (rows // 64) < 4 * num_warps:
+        num_warps //= 2
+    return num_warps
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """Return x (N, D) with the channels of a row contiguous in memory."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -33,6 +33,7 @@ from m2_plugin.ops.kernels.launch import (
     cdiv,
     device_class,
     dot_precision,
+    fitting_warps,
     rows_contiguous,
     tile,
     torch_gradients,
@@ -64,7 +65,8 @@ class Config:
 # default: the largest tiles that spill no registers and fit the shared memory, by ahead-of-time
 # compilation (`tests/ops/aot.py`), and for blocks of 192 those that were measured on an H200. The
 # forward kernel's order of work with `ahead` has not been: tuning times it. Wider blocks than these
-# go to the block-diagonal kernel, which is efficient for them.
+# go to the block-diagonal kernel, which is efficient for them: here chunks of 32 columns would
+# spill, and those of 16 are too narrow (`fitting_warps`).
 FORWARD_CONFIGS = {
     ("large", 2): (
         Config(128, rows=128, chunk=64, num_warps=8, num_stages=3),
@@ -78,8 +80,6 @@ FORWARD_CONFIGS = {
         Config(256, rows=64, chunk=32, num_warps=8, num_stages=2),
         Config(256, rows=128, chunk=16, num_warps=8, num_stages=2),
         Config(256, rows=128, chunk=32, num_warps=8, num_stages=2, ahead=True),
-        Config(512, rows=64, chunk=16, num_warps=8, num_stages=2),
-        Config(512, rows=64, chunk=16, num_warps=8, num_stages=2, ahead=True),
     ),
     ("small", 2): (
         Config(128, rows=64, chunk=32, num_warps=8, num_stages=2),
@@ -100,9 +100,6 @@ BACKWARD_CONFIGS = {
         Config(192, rows=64, chunk=16, num_warps=4, num_stages=2),
         Config(256, rows=64, chunk=32, num_warps=4, num_stages=2),
         Config(256, rows=64, chunk=32, num_warps=4, num_stages=2, ahead=True),
-        Config(384, rows=64, chunk=16, num_warps=4, num_stages=2),
-        Config(384, rows=64, chunk=16, num_warps=4, num_stages=2, ahead=True),
-        Config(512, rows=32, chunk=16, num_warps=8, num_stages=2),
     ),
     ("small", 2): (
         Config(256, rows=32, chunk=32, num_warps=8, num_stages=1),
@@ -638,6 +635,7 @@ def _constants(config: Config, x: Tensor, down: Tensor, glu: bool, p: float) -> 
     """Return the arguments that both kernels have, but for tensors and their strides."""
     num_blocks, width, size = down.shape
     q1, q2 = split_width(width)
+    rows, chunk = tile(x.shape[0], config.rows), tile(size, config.chunk)
     threshold, scale = dropout_threshold(p)
     return {
         "threshold": threshold,
@@ -649,11 +647,11 @@ def _constants(config: Config, x: Tensor, down: Tensor, glu: bool, p: float) -> 
         "DROPOUT": p > 0,
         "PRECISION": dot_precision(x.dtype),
         "AHEAD": config.ahead,
-        "ROWS": tile(x.shape[0], config.rows),
-        "CHUNK": tile(size, config.chunk),
+        "ROWS": rows,
+        "CHUNK": chunk,
         "Q1": q1,
         "Q2": q2,
-        "num_warps": config.num_warps,
+        "num_warps": fitting_warps(config.num_warps, rows, chunk),
         "num_stages": config.num_stages,
     }
 

@@ -39,6 +39,7 @@ from m2_plugin.ops.kernels.launch import (
     cdiv,
     dot_precision,
     empty_sequence_last,
+    fitting_warps,
     next_power_of_2,
     sequence_last,
     tile,
@@ -500,6 +501,7 @@ def _configs(
             positions=tile(length, config.positions),
             step=tile(length, config.step),
         )
+        rows = fitted.positions if kernel.startswith("taps") else fitted.batch  # of its products
         found[config] = (
             fitted,
             {
@@ -509,7 +511,7 @@ def _configs(
                 "BATCH": fitted.batch,
                 "POSITIONS": fitted.positions,
                 "STEP": fitted.step,
-                "num_warps": fitted.num_warps,
+                "num_warps": fitting_warps(config.num_warps, rows, fitted.positions),
                 "num_stages": fitted.num_stages,
             },
         )
