@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
 # The tests compare each kernel themselves, and shall see the results of a wrong one.
 os.environ.setdefault("M2_PLUGIN_KERNEL_CHECK", "0")
 
+# On a GPU, PyTorch's own convolutions in fp32, which tests compare with, would round to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 # The tests' tensors are small: threads would only wait for each other.
 torch.set_num_threads(1)
 

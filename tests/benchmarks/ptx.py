@@ -23,8 +23,8 @@ from pathlib import Path
 REGION = 44  # bits: each pointer argument gets a region of its own, so that an address names it
 WIDTHS = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
-# A wait in inline assembly is a loop with labels of its own; it is over when it is reached.
 INLINE = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
+SCOPES = "{} \n\t"  # of inline assembly, and what lies between
 LABEL = re.compile(r"(\$[\w.]+):")
 SPECIAL = {
     **{f"%tid.{a}": f"tid[{i}]" for i, a in enumerate("xyz")},
@@ -50,6 +50,9 @@ class Instruction:
     @property
     def parts(self) -> list[str]:
         return self.op.split(".")
+
+    def __str__(self) -> str:
+        return f"{self.op} {', '.join(self.operands)}".strip()
 
     def targets(self) -> list[str]:
         """The registers that it writes."""
@@ -82,24 +85,34 @@ def split(text: str) -> list[str]:
     return [*found, text[start:].strip()] if text.strip() else []
 
 
-def parse(ptx: str) -> tuple[list[str], list[Block]]:
-    """The types of a kernel's parameters, and its blocks."""
+def _inline(assembly: re.Match) -> str:
+    """Inline assembly with labels and registers that are its own in the whole kernel."""
+    text, mark = re.sub(r"//[^\n]*", "", assembly[0]), f"_at{assembly.start()}"
+    if "try_wait" in text:  # a loop that is over when it is reached
+        return "mbarrier.wait;"
+    for label in re.findall(r"(?<![\w$.%:])([A-Z]\w*):", text):
+        text = re.sub(rf"(?<![\w$.%]){label}\b", f"${label}{mark}", text)
+    for register in re.findall(r"\.reg \.\w+ (%\w+);", text):
+        text = re.sub(rf"{register}\b", register + mark, text)
+    return text
+
+
+def parse(ptx: str) -> tuple[list[str], list[Block], dict[str, str]]:
+    """The types of a kernel's parameters, its blocks, and its registers' types by their prefix."""
     head, _, body = ptx.partition("\n{")
     params = re.findall(r"\.param\s+\.(\w+)[^,)]*?_param_\d+", head)
-    text = INLINE.sub(lambda m: "mbarrier.wait;" if "try_wait" in m[0] else m[0], body)
-    text = re.sub(r"//[^\n]*", "", text.rpartition("}")[0])
+    text = re.sub(r"//[^\n]*", "", INLINE.sub(_inline, body).rpartition("}")[0])
     text = re.sub(r"^\s*\.(?:loc|file|section|pragma)[^\n]*$", "", text, flags=re.MULTILINE)
+    types = {name: kind for kind, name in re.findall(r"\.reg\s+\.(\w+)\s+(%?\w+)", text)}
     blocks = [Block([])]
     for piece in text.split(";"):
-        piece = piece.strip()
+        piece = piece.lstrip(SCOPES)
         while found := LABEL.match(piece):
             if blocks[-1].body:
                 blocks.append(Block([]))
             blocks[-1].labels.append(found[1])
-            piece = piece[found.end() :].strip()
-        piece = re.sub(r"^[{}]\s*(?=[@.a-z}])", "", piece).strip()  # scopes of inline assembly
-        piece = re.sub(r"^[{}]\s*(?=[@.a-z}])", "", piece).strip()
-        if not piece or piece[0] in ".{}":
+            piece = piece[found.end() :].lstrip(SCOPES)
+        if not piece or piece[0] == ".":
             continue
         match = INSTRUCTION.match(piece)
         if not match:
@@ -108,7 +121,7 @@ def parse(ptx: str) -> tuple[list[str], list[Block]]:
         blocks[-1].body.append(instruction)
         if instruction.parts[0] in ("bra", "ret", "exit"):
             blocks.append(Block([]))
-    return params, [b for b in blocks if b.body or b.labels]
+    return params, [b for b in blocks if b.body or b.labels], types
 
 
 def size_of(parts: Sequence[str]) -> int:
@@ -150,7 +163,7 @@ class Program:
     """A kernel that can be followed."""
 
     def __init__(self, ptx: str):
-        self.params, self.blocks = parse(ptx)
+        self.params, self.blocks, _ = parse(ptx)
         threads = re.search(r"\.reqntid\s+(\d+)", ptx)
         self.threads = int(threads[1]) if threads else 128
         names = dict.fromkeys(re.findall(r"\w+_param_\d+", ptx.partition("\n{")[0]))

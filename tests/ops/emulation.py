@@ -1,7 +1,7 @@
 """Runs kernels as they are compiled, without a GPU: `pytest --emulate 90 tests/ops`.
 
 Where the tests would call Triton's interpreter, a process beside them compiles the launch for a
-compute capability, and `ptx.py` executes the result on the tensors.
+compute capability, and `machine.py` executes the result on the tensors.
 """
 
 import atexit
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from tests import utils
-from tests.ops.ptx import GlobalMemory, Machine, Program, PtxError
+from tests.ops.machine import GlobalMemory, Machine, Program, PtxError
 from tests.utils import ROOT
 
 
@@ -90,7 +90,7 @@ def launched(
     memory = GlobalMemory([(base, data) for base, data in storages(tensors).items()])
     # The compiler makes a constant of 1.
     values = [v.data_ptr() if isinstance(v, Tensor) else v for v in given if not is_one(v)]
-    values += [0] * (len(program.params) - len(values))  # room that these kernels do not use
+    values += [0] * (program.num_params - len(values))  # room that these kernels do not use
     sizes = (*grid, 1, 1)[:3]
     machine = Machine(program, memory, values, sizes, 32 * compiled.warps, compiled.shared)
     for z, y, x in itertools.product(*map(range, reversed(sizes))):

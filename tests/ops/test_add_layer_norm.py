@@ -46,7 +46,7 @@ def run(fn, given, dtype):
 @pytest.mark.parametrize("kind", ["none", "same", "rows", "one_batch"])
 @pytest.mark.parametrize(
     "shape",
-    [(3, 20, 768), (1, 1, 1), (2, 37, 15), (2, 5, 100)],
+    [(3, 20, 768), (1, 1, 3), (2, 37, 15), (2, 5, 100)],
     ids=lambda s: "B{}-L{}-D{}".format(*s),
 )
 def test_kernel(shape, kind, sequence_last, dtype):

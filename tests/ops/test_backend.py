@@ -36,6 +36,11 @@ def test_forced_kernel_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="run on CUDA devices, not on cpu"):
         block_diagonal_linear(torch.zeros(2, 4), torch.zeros(2, 2, 2), backend="triton")
+
+
+def test_the_interpreter_takes_no_bfloat16(monkeypatch, request):
+    if request.config.getoption("--emulate"):
+        pytest.skip("nothing is interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreter computes bfloat16"):
         use_kernel("triton", "op", CPU.bfloat16())

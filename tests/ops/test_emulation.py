@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.ops.ptx import GlobalMemory, Machine, Program, PtxError
+from tests.ops.machine import GlobalMemory, Machine, Program, PtxError
 from tests.utils import ROOT
 
 # One launch of each kernel at least, with and without matrix units; the whole of tests/ops and

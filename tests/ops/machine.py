@@ -14,12 +14,15 @@ The instructions are those of this package's kernels for sm_80 and sm_90. Approx
 hardware, like that of 2^x, are exact here. What ptxas makes of the PTX is not seen.
 """
 
+import itertools
 import re
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from tests.benchmarks.ptx import Instruction, parse, split
 
 SHARED_BASE = 1024  # where a block's own shared memory begins
 MOST_INSTRUCTIONS = 5_000_000  # of a block: a loop without an end is an error
@@ -38,72 +41,16 @@ class PtxError(Exception):
     """The program does what it must not, or what this module does not know."""
 
 
-class Instruction(NamedTuple):
-    guard: tuple[bool, str] | None  # whether it is negated, and the predicate
-    opcode: str
-    operands: list[str]
-    text: str
-
-
 class Program:
     """A parsed kernel."""
 
     def __init__(self, text: str):
-        head = re.search(r"\.visible \.entry (\w+)\((.*?)\)(.*?)\n\{", text, re.S)
-        assert head, "no kernel"
-        self.params = [declared.split()[-1] for declared in head[2].split(",") if declared.strip()]
-        self.code: list[Instruction] = []
-        self.labels: dict[str, int] = {}
-        self.types: dict[str, str] = {}  # of registers, by name or by prefix
-        lines = (line.split("//")[0] for line in text[head.end() :].split("\n"))
-        directives = (".loc", ".file", ".section", ".pragma")
-        self._parse("\n".join(x for x in lines if not x.lstrip().startswith(directives)))
-
-    def _parse(self, body: str) -> None:
-        scopes: list[dict[str, str]] = [{}]  # of inline assembly: its names, and ours for them
-        begun, at = "", 0
-
-        def ours(name: str) -> str:
-            return next((s[name] for s in reversed(scopes) if name in s), name)
-
-        while at < len(body):
-            char = body[at]
-            at += 1
-            if char == "{" and not begun.strip():
-                scopes.append({"": f"@{at}"})
-            elif char == "}" and not begun.strip():
-                scopes.pop()
-                if not scopes:
-                    return
-            elif char == ":" and re.fullmatch(r"\s*[\w$]+", begun):
-                self.labels[begun.strip() + scopes[-1].get("", "")] = len(self.code)
-                begun = ""
-            elif char == ";":
-                self._statement(" ".join(begun.split()), scopes[-1], ours)
-                begun = ""
-            else:
-                begun += char
-
-    def _statement(self, text: str, scope: dict[str, str], ours: Callable[[str], str]) -> None:
-        if declared := re.match(r"\.reg \.(\w+) (.*)", text):
-            for name in declared[2].split(","):
-                name = re.sub(r"<\d+>", "", name.strip())
-                if scope:
-                    scope[name] = name + scope[""]
-                self.types[ours(name)] = declared[1]
-            return
-        if not text:
-            return
-        guard = None
-        if found := re.match(r"@(!?)([%\w]+)\s+(.*)", text):
-            guard, text = (found[1] == "!", ours(found[2])), found[3]
-        opcode, _, rest = text.partition(" ")
-        if opcode.startswith("bra"):
-            rest += scope.get("", "")
-        else:
-            rest = re.sub(r"%?[A-Za-z_$][\w$]*(?:\.[xyz])?", lambda name: ours(name[0]), rest)
-        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)
-        self.code.append(Instruction(guard, opcode, [x.strip() for x in operands], text))
+        params, blocks, self.types = parse(text)
+        self.num_params = len(params)
+        self.code = [instruction for block in blocks for instruction in block.body]
+        starts = itertools.accumulate((len(block.body) for block in blocks), initial=0)
+        places = zip(blocks, starts, strict=False)
+        self.labels = {label: start for block, start in places for label in block.labels}
 
 
 class GlobalMemory:
@@ -326,7 +273,7 @@ class Machine:
         shared: int,
     ):
         self.program, self.memory, self.threads = program, memory, threads
-        self.arguments = dict(zip(program.params, arguments, strict=True))
+        self.arguments = arguments
         self.warps = np.arange(threads) // 32
         self.special = {"%tid.x": np.arange(threads, dtype=np.uint32)}
         for axis, size in zip("xyz", grid, strict=True):
@@ -336,7 +283,7 @@ class Machine:
         self.registers: dict[str, np.ndarray] = {}
         self._reset()
         self.steps = [self._decode(instruction) for instruction in program.code]
-        self.together = [".sync" in instruction.opcode for instruction in program.code]
+        self.together = [".sync" in instruction.op for instruction in program.code]
 
     def _reset(self) -> None:
         self.registers.clear()
@@ -382,8 +329,8 @@ class Machine:
             try:
                 jump = run(mask)
             except PtxError as error:
-                text = self.program.code[self.at].text
-                raise PtxError(f"{error}, in instruction {self.at}: {text}") from None
+                text = f"{error}, in instruction {self.at}: {self.program.code[self.at]}"
+                raise PtxError(text) from None
         return self._go_on(jump, mask, active)
 
     def _go_on(self, jump: int | None, mask: Mask, active: Mask) -> bool:
@@ -464,23 +411,22 @@ class Machine:
         return lambda: (read().astype(np.int64) + distance).view(np.uint64)
 
     def _list(self, operand: str) -> list[str]:
-        return [name.strip() for name in operand.strip("{}").split(",")]
+        return split(operand.strip("{}"))
 
     # --- instructions -----------------------------------------------------------------------------
 
     def _decode(self, instruction: Instruction) -> tuple[Callable[[], np.ndarray] | None, Run]:
         guard = None
-        if instruction.guard is not None:
-            negated, name = instruction.guard
-            read = self._reader(name, "pred")
-            guard = (lambda: ~read()) if negated else read
-        name, *modifiers = instruction.opcode.split(".")
+        if instruction.guard:
+            read = self._reader(instruction.guard, "pred")
+            guard = (lambda: ~read()) if instruction.negated else read
+        name, *modifiers = instruction.parts
         if name in ELEMENTWISE:
             run = self._elementwise(ELEMENTWISE[name], modifiers[-1], instruction.operands)
         elif hasattr(self, f"_{name}"):
             run = getattr(self, f"_{name}")(modifiers, instruction.operands)
         else:
-            raise PtxError(f"unknown instruction {instruction.text}")
+            raise PtxError(f"unknown instruction {instruction}")
         return guard, run
 
     def _elementwise(self, function: Callable, kind: str, operands: list[str]) -> Run:
@@ -692,8 +638,8 @@ class Machine:
         return run
 
     def _load_argument(self, kind: str, operands: list[str]) -> Run:
-        write, argument = self._writer(operands[0]), self.arguments[operands[1][1:-1].strip()]
-        bits = int(kind[1:])
+        write, bits = self._writer(operands[0]), int(kind[1:])
+        argument = self.arguments[int(re.search(r"_param_(\d+)", operands[1])[1])]
         if isinstance(argument, float):
             value = np.full(self.threads, argument, FLOATING[bits])
         else:
