@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if capability := config.getoption("--emulate"):
+    if capability := config.getoption("--emulate", None):
         from tests.ops.emulation import emulate
 
         emulate(capability)

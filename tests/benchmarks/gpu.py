@@ -93,7 +93,8 @@ def parts(out: Path, device: str, scale: float, site: Path | None) -> dict[str, 
         if there("xdist"):  # what takes the time is compilation, one core for each worker
             options += ["-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 2)))]
         # Compilation ahead of time needs no GPU, and minutes.
-        options += ["--deselect=tests/ops/test_kernels_compile.py"]
+        ahead = ("test_kernels_compile.py", "test_emulation.py")
+        options += [f"--deselect=tests/ops/{name}" for name in ahead]
         if not there("pytest_timeout"):
             options += ["-o", "addopts=--import-mode=importlib"]
         commands["tests"] = [python, "-m", "pytest", *options, "tests/ops", "tests/layers"]

@@ -39,7 +39,7 @@ def test_forced_kernel_that_cannot_run_is_an_error(monkeypatch):
 
 
 def test_the_interpreter_takes_no_bfloat16(monkeypatch, request):
-    if request.config.getoption("--emulate"):
+    if request.config.getoption("--emulate", None):
         pytest.skip("nothing is interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreter computes bfloat16"):
