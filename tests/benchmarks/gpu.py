@@ -114,6 +114,7 @@ def environment(name: str, scratch: Path, site: Path | None) -> dict[str, str]:
         env["SCRATCH"] = str(scratch / "compiled")
     elif name == "tests":  # many time on one GPU: not to be kept
         env["M2_PLUGIN_CACHE"] = str(scratch / "choices")
+        env["CUDA_LAUNCH_BLOCKING"] = "1"  # a launch that fails, fails in its own test
     elif name != "doctor":  # which has compared the kernels
         env["M2_PLUGIN_KERNEL_CHECK"] = "0"
     if name == "training":  # one process: no network is needed
