@@ -11,6 +11,7 @@ import triton.language as tl
 from m2_plugin.ops.fixed import is_fixed
 from m2_plugin.ops.hyena_filters import FilterWeights, MLPWeights, TapsKeeper, hyena_filters
 from m2_plugin.ops.kernels import hyena_filters as kernels
+from m2_plugin.ops.kernels.launch import device_class
 from tests.utils import KERNEL_DEVICE, assert_close, gradients, max_error
 
 
@@ -105,7 +106,7 @@ def test_all_configurations_give_the_same(monkeypatch):
 
         monkeypatch.setattr(kernels.tuning, "best", take)
         results.append(run(filters, grad, "triton", torch.float32, 300, 299, KERNEL_DEVICE))
-    assert len(tried) == 8
+    assert len(tried) == (8 if device_class(torch.device(KERNEL_DEVICE)) == "large" else 4)
     for one, other in zip(*results, strict=True):
         assert max_error(one, other) < 1e-5 * max(1.0, one.abs().max().item())
 
