@@ -1,7 +1,8 @@
 """Runs kernels as they are compiled, without a GPU: `pytest --emulate 90 tests/ops`.
 
 Where the tests would call Triton's interpreter, a process beside them compiles the launch for a
-compute capability, and `machine.py` executes the result on the tensors.
+compute capability, and `machine.py` executes the result on the tensors. With
+`M2_TESTS_COMPILER=PYTHON`, that process runs in another environment, with its version of Triton.
 """
 
 import atexit
@@ -126,7 +127,6 @@ class Compiler:
     def __init__(self, capability: int):
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         env.pop("TRITON_INTERPRET", None)
-        # Another environment's Python may have another version of Triton.
         python = os.environ.get("M2_TESTS_COMPILER", sys.executable)
         self.process = subprocess.Popen(
             [python, "-m", "tests.ops.emulation", str(capability)],
@@ -138,7 +138,6 @@ class Compiler:
     def compile(self, function: Callable, args: list[Any], options: dict[str, Any]) -> Compiled:
         """Return what a launch compiles to."""
         args = [Pointer(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
-        # The compiler looks at an integer's divisibility by 16, and whether it is 1.
         key = function.__module__, function.__name__, repr(args), repr(options)
         if key not in self.known:
             request = function.__module__, function.__name__, args, options
