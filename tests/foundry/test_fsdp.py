@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.utils import ROOT, TOKENIZER
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]  # four processes train on few cores
 
 PRETRAIN = ROOT / "yamls" / "pretrain"
 BATCHES, SAVED = 4, 2
@@ -165,7 +165,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=800,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     names = [*GPT_RUNS, *RUNS, *SHARDINGS, *CONTRASTS, *METRICS, *LOADED]
