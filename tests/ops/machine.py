@@ -444,15 +444,16 @@ class Machine:
         reads = [self._reader(x, kind) for x in operands[1:]]
         return lambda mask: write(function(*(read() for read in reads)), mask)
 
-    def _min(self, modifiers: list[str], operands: list[str]) -> Run:
+    def _extreme(self, modifiers: list[str], operands: list[str], of: str) -> Run:
         propagates = modifiers[-1][0] != "f" or "NaN" in modifiers
-        function = np.minimum if propagates else np.fmin
+        function = getattr(np, f"{of}imum" if propagates else f"f{of}")
         return self._elementwise(function, modifiers[-1], operands)
 
+    def _min(self, modifiers: list[str], operands: list[str]) -> Run:
+        return self._extreme(modifiers, operands, "min")
+
     def _max(self, modifiers: list[str], operands: list[str]) -> Run:
-        propagates = modifiers[-1][0] != "f" or "NaN" in modifiers
-        function = np.maximum if propagates else np.fmax
-        return self._elementwise(function, modifiers[-1], operands)
+        return self._extreme(modifiers, operands, "max")
 
     def _mul(self, modifiers: list[str], operands: list[str]) -> Run:
         kind = modifiers[-1]
