@@ -75,7 +75,7 @@ if os.environ.get(LOADED):
     from triton.runtime.jit import JITFunction
 
     from m2_plugin.ops.backend import capability
-    from tests.ops.aot import NamedTarget
+    from m2_plugin.ops.kernels.compilation import NamedTarget
 
 
 @dataclass(frozen=True)

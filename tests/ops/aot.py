@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from m2_plugin.ops.block_diagonal_linear import block_shape
@@ -30,6 +29,7 @@ from m2_plugin.ops.kernels import block_diagonal_linear as linear_kernels
 from m2_plugin.ops.kernels import hyena_filters, tuning
 from m2_plugin.ops.kernels import linear_cross_entropy as loss_kernels
 from m2_plugin.ops.kernels import monarch_mlp as mlp_kernels
+from m2_plugin.ops.kernels.compilation import NamedTarget
 from m2_plugin.ops.kernels.gated_long_conv import ALGORITHMS
 from m2_plugin.ops.kernels.gates import Inputs
 from m2_plugin.ops.reference.hyena_filters import Sizes, packed_shapes
@@ -66,22 +66,6 @@ LONG_CONVS = [
 # Filters, directions, length, order.
 FILTERS = [(24, 2, 128, 128), (2, 2, 2000, 128), (1, 1, 128, 64), (1, 2, 1, 16), (1, 2, 2, 16)]
 N = 4096
-
-
-class NamedTarget:
-    """A driver that answers what device there is, and has none."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # what is compiled is kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @functools.cache  # a kernel is launched many times

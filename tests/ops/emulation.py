@@ -7,7 +7,6 @@ compute capability, and `machine.py` executes the result on the tensors. With
 
 import atexit
 import functools
-import importlib
 import inspect
 import itertools
 import os
@@ -15,30 +14,16 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from m2_plugin.ops.kernels.compilation import NamedTarget, Request, serve
 from tests import utils
 from tests.ops.machine import GlobalMemory, Machine, Program, PtxError
 from tests.utils import ROOT
-
-
-@dataclass(frozen=True)  # a tuple would be taken apart
-class Pointer:
-    """All that the compiler wants to know of a tensor."""
-
-    dtype: torch.dtype
-    alignment: int  # of its address, modulo 16
-
-    def data_ptr(self) -> int:
-        return self.alignment
-
-    def ptr_range(self) -> int:
-        return 1 << 31
 
 
 class Compiled(NamedTuple):
@@ -51,7 +36,6 @@ def emulate(capability: int) -> None:
     """Let all kernels run so in this process, with the configurations of such a GPU."""
     from m2_plugin.ops import backend
     from m2_plugin.ops.kernels import hyena_filters, launch, monarch_mlp
-    from tests.ops.aot import NamedTarget
 
     compiler = Compiler(capability)
     triton.runtime.driver.set_active(NamedTarget(capability))
@@ -66,17 +50,17 @@ def emulate(capability: int) -> None:
     utils.KERNEL_DTYPES.append(torch.bfloat16)
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
-        return functools.partial(launched, compiler, kernel.fn, grid)
+        return functools.partial(launched, compiler, kernel, grid)
 
     triton.runtime.interpreter.InterpretedFunction.__getitem__ = getitem
 
 
 def launched(
-    compiler: "Compiler", function: Callable, grid: Sequence[int], *args: Any, **kwargs: Any
+    compiler: "Compiler", kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any
 ) -> None:
     """Compile a launch and execute it."""
     options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
     bound.apply_defaults()
     constants = {
         name
@@ -84,8 +68,8 @@ def launched(
         if "constexpr" in str(parameter.annotation)
     }
     given = [v for name, v in bound.arguments.items() if name not in constants and v is not None]
-    compiled = compiler.compile(function, list(bound.arguments.values()), options)
-    assert "m64n8k" not in compiled.ptx, f"{function.__name__}: too narrow, see fitting_warps"
+    compiled = compiler.compile(kernel, list(bound.arguments.values()), options)
+    assert "m64n8k" not in compiled.ptx, f"{kernel.fn.__name__}: too narrow, see fitting_warps"
     program = parsed(compiled.ptx)
     tensors = [v for v in given if isinstance(v, Tensor)]
     memory = GlobalMemory([(base, data) for base, data in storages(tensors).items()])
@@ -98,7 +82,7 @@ def launched(
         try:
             machine.run((x, y, z))
         except PtxError as error:
-            raise AssertionError(f"{function.__name__}, block {x, y, z}: {error}") from None
+            raise AssertionError(f"{kernel.fn.__name__}, block {x, y, z}: {error}") from None
 
 
 def is_one(value: Any) -> bool:
@@ -135,43 +119,25 @@ class Compiler:
         atexit.register(self.process.kill)
         self.known: dict[Any, Compiled] = {}
 
-    def compile(self, function: Callable, args: list[Any], options: dict[str, Any]) -> Compiled:
+    def compile(self, kernel: Any, args: list[Any], options: dict[str, Any]) -> Compiled:
         """Return what a launch compiles to."""
-        args = [Pointer(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
-        key = function.__module__, function.__name__, repr(args), repr(options)
+        request = Request.of(kernel, tuple(args), options)
+        key = repr(request)
         if key not in self.known:
-            request = function.__module__, function.__name__, args, options
             pickle.dump(request, self.process.stdin)
             self.process.stdin.flush()
             found = pickle.load(self.process.stdout)
-            assert isinstance(found, Compiled), f"{function.__name__} does not compile: {found}"
+            assert isinstance(found, Compiled), f"{request.kernel} does not compile: {found}"
             self.known[key] = found
         return self.known[key]
 
 
-def serve(capability: int) -> None:
-    """Compile what comes on the standard input, until it ends."""
-    from tests.ops.aot import NamedTarget
-
-    triton.runtime.driver.set_active(NamedTarget(capability))
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what else is printed does not belong to the answers
-    while True:
-        try:
-            module, name, args, options = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            kernel = getattr(importlib.import_module(module), name)
-            done = kernel.run(*args, grid=(1,), warmup=True, **options)
-            found: Any = Compiled(done.asm["ptx"], done.metadata.shared, done.metadata.num_warps)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        pickle.dump(found, out)
-        out.flush()
+def result(kernel: Any) -> Compiled:
+    """Return what is executed of a compiled kernel."""
+    return Compiled(kernel.asm["ptx"], kernel.metadata.shared, kernel.metadata.num_warps)
 
 
 if __name__ == "__main__":
     from tests.ops import emulation  # under the name by which pickles know it
 
-    emulation.serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), emulation.result)

@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import cdiv, next_power_of_2, rows_contiguous
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    launch_kernel,
+    next_power_of_2,
+    rows_contiguous,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.add_layer_norm import add_layer_norm_torch
@@ -171,7 +176,9 @@ def _forward(
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     elements, warps = SEQUENCE_LAST_FORWARD if sequence_last else ROWS_FORWARD
     rows = tile_rows(channels, elements, warps)
-    add_layer_norm_kernel[(cdiv(num_rows, rows),)](
+    launch_kernel(
+        add_layer_norm_kernel,
+        (cdiv(num_rows, rows),),
         x,
         x if residual is None else residual,
         weight,
@@ -217,7 +224,9 @@ def _backward(
     rows = tile_rows(channels, elements, warps)
     programs = cdiv(num_rows, rows)
     partial = x.new_empty(programs if sums else 0, 2, channels, dtype=torch.float32)
-    add_layer_norm_grad_kernel[(programs,)](
+    launch_kernel(
+        add_layer_norm_grad_kernel,
+        (programs,),
         grad,
         x,
         x if residual is None else residual,

@@ -18,6 +18,7 @@ from m2_plugin.ops.kernels.launch import (
     cdiv,
     dot_precision,
     fitting_warps,
+    launch_kernel,
     rows_contiguous,
     tile,
     torch_gradients,
@@ -206,7 +207,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -
         # Rows are the first dimension of the grid, because the others are limited to 65,535.
         rows, cols = tile(num_rows, config.rows), tile(block_out, config.cols)
         grid = (cdiv(num_rows, rows), cdiv(block_out, cols), num_blocks)
-        product_kernel[grid](
+        launch_kernel(
+            product_kernel,
+            grid,
             x,
             weight,
             x if bias is None else bias,
@@ -248,7 +251,9 @@ def weight_grad(grad: Tensor, x: Tensor, block_shape: Sequence[int]) -> Tensor:
     def launch(config: Config) -> None:
         rows, cols = tile(block_out, config.rows), tile(block_in, config.cols)
         grid = (cdiv(block_out, rows) * cdiv(block_in, cols), num_blocks, splits)
-        weight_grad_kernel[grid](
+        launch_kernel(
+            weight_grad_kernel,
+            grid,
             grad,
             x,
             partial,

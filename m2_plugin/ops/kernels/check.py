@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from m2_plugin.ops.kernels import cache
+from m2_plugin.ops.kernels.compilation import compile_together
 
 log = logging.getLogger(__name__)
 
@@ -212,25 +213,39 @@ def _compare(op: str, device: torch.device, dtype: torch.dtype, tf32: bool) -> s
     roundings = ROUNDINGS[_precision(op, dtype, tf32)]
     dtype = torch.float32 if op in _always_fp32 else dtype
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
-        for case in _cases[op](dtype):
+        cases = list(_cases[op](dtype))
+
+        def launch_all() -> None:
+            for case in cases:
+                args = _convert(case.args, device="meta")
+                for _ in _alternatives():
+                    case.kernel(*args)
+
+        compile_together(launch_all)
+        for case in cases:
             exact = list(_tensors(case.plain(*_convert(case.args, dtype=torch.float64))))
             usual = list(_tensors(case.plain(*case.args)))
             args = _convert(case.args, device=device)
-            _running.alternative, _running.alternatives = 0, 1
-            while _running.alternative < _running.alternatives:
+            for which in _alternatives():
                 try:
                     results = list(_tensors(case.kernel(*args)))
                 except Exception:
                     # Tuning leaves out alternatives that cannot run, but not the default.
-                    if _running.alternative == 0 or not _usable(device):
+                    if which == 0 or not _usable(device):
                         raise
                     results = exact
                 found = _difference(results, usual, exact, roundings)
                 if found:
-                    which = _running.alternative
                     return f"{case.name}, configuration {which}: {found}"
-                _running.alternative += 1
     return None
+
+
+def _alternatives() -> Iterator[int]:
+    """Let tuning take each candidate in turn, in this thread; see `alternative`."""
+    _running.alternative, _running.alternatives = 0, 1
+    while _running.alternative < _running.alternatives:
+        yield _running.alternative
+        _running.alternative += 1
 
 
 def _difference(

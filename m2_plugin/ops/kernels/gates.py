@@ -13,6 +13,7 @@ from torch import Tensor
 from m2_plugin.ops.kernels.launch import (
     cdiv,
     empty_sequence_last,
+    launch_kernel,
     next_power_of_2,
     strides,
     tile,
@@ -377,7 +378,9 @@ def add_sums(sums: Tensor, has_p_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     parts, channels, _ = sums.shape
     grad_weight, grad_bias = sums.new_empty(channels, 3), sums.new_empty(channels)
     grad_p_bias = sums.new_empty(channels if has_p_bias else 0)
-    add_sums_kernel[(cdiv(channels, 16),)](
+    launch_kernel(
+        add_sums_kernel,
+        (cdiv(channels, 16),),
         sums,
         grad_weight,
         grad_bias,
@@ -432,7 +435,9 @@ def short_conv_backward(
     batch = min(batch, 64, TILE // positions)
     tiles = cdiv(length, positions), cdiv(batch_size, batch)
     sums = torch.empty(tiles[0] * tiles[1], channels, 5, dtype=torch.float32, device=p.device)
-    short_conv_grad_kernel[(*tiles, channels)](
+    launch_kernel(
+        short_conv_grad_kernel,
+        (*tiles, channels),
         grad,
         p,
         weight,

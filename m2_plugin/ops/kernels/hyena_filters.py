@@ -23,6 +23,7 @@ from m2_plugin.ops.kernels.launch import (
     cdiv,
     device_class,
     fitting_warps,
+    launch_kernel,
     next_power_of_2,
     tile,
 )
@@ -485,7 +486,9 @@ def _launch_taps(
     parts = max(1, min(BUSY // (tiles * sizes.mlps), cdiv(sizes.channels, 4 * channels)))
     per_program = cdiv(cdiv(sizes.channels, channels), parts) * channels
     parts = 1 if taps is None else cdiv(sizes.channels, per_program)
-    taps_kernel[(tiles * parts, sizes.mlps)](
+    launch_kernel(
+        taps_kernel,
+        (tiles * parts, sizes.mlps),
         w.z,
         w.freq,
         w.skip,
@@ -550,7 +553,9 @@ def _weight_grad(
     def run(config: tuple[int, int, int]) -> None:
         rows, positions, num_warps = config
         rows = tile(num_rows, rows)
-        filter_weight_grad_kernel[(cdiv(num_rows, rows), sizes.mlps, splits)](
+        launch_kernel(
+            filter_weight_grad_kernel,
+            (cdiv(num_rows, rows), sizes.mlps, splits),
             left,
             right,
             scale,
@@ -597,7 +602,9 @@ def _layer_grad(
     partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
 
     def run(config: Config, x: Tensor) -> None:
-        layer_grad_kernel[(tiles, sizes.mlps)](
+        launch_kernel(
+            layer_grad_kernel,
+            (tiles, sizes.mlps),
             w.z,
             w.freq,
             w.w1,

@@ -1,6 +1,9 @@
 """Helpers that the launches of several kernels share."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +14,27 @@ from m2_plugin.ops.backend import capability, interpreted
 # Compute capabilities whose multiprocessors have 227 KB of shared memory, the H100 and B200
 # classes. These devices are "large"; others, with as little as 99 KB, are "small".
 LARGE_CAPABILITIES = (9, 10)
+
+_noting = threading.local()  # in a thread that notes its launches: `launches`
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel with a grid, its arguments, and as keywords its constants and options."""
+    noted = getattr(_noting, "launches", None)
+    if noted is None:
+        kernel[grid](*args, **options)
+    else:
+        noted.append((kernel, args, options))
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Within, this thread launches nothing: the list gets each kernel, arguments and keywords."""
+    _noting.launches = []
+    try:
+        yield _noting.launches
+    finally:
+        del _noting.launches
 
 
 # Triton's own `cdiv` and `next_power_of_2` also work in kernels, and take microseconds here.

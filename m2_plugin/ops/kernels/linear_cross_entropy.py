@@ -12,7 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.check import Case, draws, register
-from m2_plugin.ops.kernels.launch import next_power_of_2, torch_gradients
+from m2_plugin.ops.kernels.launch import (
+    launch_kernel,
+    next_power_of_2,
+    torch_gradients,
+)
 from m2_plugin.ops.kernels.op import kernel_op
 from m2_plugin.ops.kernels.run import run_kernel
 from m2_plugin.ops.reference.linear_cross_entropy import (
@@ -70,7 +74,9 @@ def cross_entropy_kernel(
 def _losses(logits: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
     """Return the loss of each row (M,) in fp32; overwrite the logits (M, V) with its gradient."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    cross_entropy_kernel[(logits.shape[0],)](
+    launch_kernel(
+        cross_entropy_kernel,
+        (logits.shape[0],),
         logits,
         labels,
         losses,

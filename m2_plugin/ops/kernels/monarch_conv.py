@@ -29,7 +29,14 @@ from m2_plugin.ops.kernels.gates import (
     gated_tile,
     short_conv_backward,
 )
-from m2_plugin.ops.kernels.launch import cdiv, empty_sequence_last, sequence_last, strides, tile
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    empty_sequence_last,
+    launch_kernel,
+    sequence_last,
+    strides,
+    tile,
+)
 from m2_plugin.ops.kernels.monarch_plan import Plan, plan_for
 from m2_plugin.ops.kernels.monarch_spectra import (
     ABSOLUTE_BITS,
@@ -747,7 +754,9 @@ def _gates(inputs: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     gate = torch.empty_like(w)
     given = w if grad is None else grad
     positions = tile(length, TILE)
-    gates_kernel[cdiv(length, positions), channels, batch_size](
+    launch_kernel(
+        gates_kernel,
+        (cdiv(length, positions), channels, batch_size),
         p,
         given,
         weight,
@@ -804,7 +813,9 @@ def _fold(
     """Fold some channels of x (B, L, D) into residue classes; see `fold_kernel`."""
     z, scale = _empty_classes(x, chunk.stop - chunk.start, plan)
     tiles = _fold_tiles(plan.tables.fold, plan)
-    fold_kernel[z.shape[1], z.shape[0], cdiv(2 * plan.classes, tiles["OUT"])](
+    launch_kernel(
+        fold_kernel,
+        (z.shape[1], z.shape[0], cdiv(2 * plan.classes, tiles["OUT"])),
         x,
         z,
         scale,
@@ -836,7 +847,9 @@ def _classes(
     k, k_scale = filters[0][chunk], filters[1][chunk]
     channels, pairs = k.shape[0], cdiv(x.shape[0], 2)
     z, scale = _fold(x, chunk, plan) if plan.folded else _empty_classes(x, channels, plan)
-    cyclic_conv_kernel[plan.classes, pairs, channels](
+    launch_kernel(
+        cyclic_conv_kernel,
+        (plan.classes, pairs, channels),
         x,
         k,
         k_scale,
@@ -869,7 +882,9 @@ def _unfold(
     points, (z, scale) = plan.config.points, classes
     tiles = _fold_tiles(plan.tables.unfold, plan)
     programs = cdiv(points, tiles["BLOCK"]) * cdiv(2 * plan.segments, tiles["OUT"])
-    unfold_kernel[programs, z.shape[1], z.shape[0]](
+    launch_kernel(
+        unfold_kernel,
+        (programs, z.shape[1], z.shape[0]),
         z,
         scale,
         *(other or classes),
@@ -913,7 +928,9 @@ def _term(
     """Launch `monarch_conv_kernel`, which writes y (B, L, …) and, if given, source (B, L, D)."""
     p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
     batch_size, length, channels = p.shape[0], p.shape[1], p.shape[2] // 3
-    monarch_conv_kernel[cdiv(batch_size, 2), channels](
+    launch_kernel(
+        monarch_conv_kernel,
+        (cdiv(batch_size, 2), channels),
         p,
         x,
         inputs.weight,
@@ -959,7 +976,9 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
             grad_z, grad_scale = _fold(grad, chunk, plan)
             x_z, scale = _fold(x, chunk, plan, grad_scale)
             given = x_z, grad_z
-        correlation_kernel[plan.classes, shape[0]](
+        launch_kernel(
+            correlation_kernel,
+            (plan.classes, shape[0]),
             *given,
             grad_k,
             scale,
@@ -1054,7 +1073,9 @@ def _gates_grad(
     p, mask, p_bias = inputs.p, inputs.mask, inputs.p_bias
     batch_size, length, channels = grad.shape
     positions = tile(length, TILE)
-    gates_grad_kernel[cdiv(length, positions), channels, batch_size](
+    launch_kernel(
+        gates_grad_kernel,
+        (cdiv(length, positions), channels, batch_size),
         p,
         grad,
         inputs.weight,

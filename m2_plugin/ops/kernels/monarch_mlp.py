@@ -34,6 +34,7 @@ from m2_plugin.ops.kernels.launch import (
     device_class,
     dot_precision,
     fitting_warps,
+    launch_kernel,
     rows_contiguous,
     tile,
     torch_gradients,
@@ -671,7 +672,9 @@ def _forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def launch(config: Config) -> None:
-        mlp_forward_kernel[_grid(config, x, down)](
+        launch_kernel(
+            mlp_forward_kernel,
+            _grid(config, x, down),
             x,
             up,
             down,
@@ -713,7 +716,9 @@ def _activation_grad(
     def launch(config: Config) -> Tensor:
         grid = _grid(config, x, down)
         sums = x.new_empty(grid[0] // num_blocks, hidden, dtype=torch.float32)
-        activation_grad_kernel[grid](
+        launch_kernel(
+            activation_grad_kernel,
+            grid,
             grad,
             x,
             up,

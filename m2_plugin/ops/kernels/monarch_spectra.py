@@ -11,7 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.fixed import derived
-from m2_plugin.ops.kernels.launch import cdiv, next_power_of_2
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    launch_kernel,
+    next_power_of_2,
+)
 from m2_plugin.ops.kernels.monarch_plan import Plan
 
 # Memory for spectra in fp32; channels are transformed in turn.
@@ -222,7 +226,9 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
         for i, taps in enumerate(filters):
             low, high = max(rows.start, i * channels), min(rows.stop, (i + 1) * channels)
             if low < high:
-                circle_kernel[cdiv(points, TILE), high - low](
+                launch_kernel(
+                    circle_kernel,
+                    (cdiv(points, TILE), high - low),
                     taps[low - i * channels :],
                     circle[low - rows.start :],
                     length,
@@ -232,7 +238,9 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
                     num_warps=4,
                 )
         half = torch.view_as_real(torch.fft.rfft(circle, norm="forward"))
-        order_spectrum_kernel[(half.shape[0],)](
+        launch_kernel(
+            order_spectrum_kernel,
+            (half.shape[0],),
             half,
             k.flatten(0, 1)[rows],
             scale.flatten()[rows],
@@ -260,7 +268,9 @@ def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
     half = torch.empty(channels, points // 2 + 1, 2, dtype=torch.float32, device=grad.device)
     together = _together(plan)
     tiles = plan.config.points // (32 * plan.vector * plan.config.row_warps)
-    order_frequencies_kernel[tiles * cdiv(plan.residues, together), channels](
+    launch_kernel(
+        order_frequencies_kernel,
+        (tiles * cdiv(plan.residues, together), channels),
         grad,
         half,
         plan.residues,

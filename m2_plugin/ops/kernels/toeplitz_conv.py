@@ -40,6 +40,7 @@ from m2_plugin.ops.kernels.launch import (
     dot_precision,
     empty_sequence_last,
     fitting_warps,
+    launch_kernel,
     next_power_of_2,
     sequence_last,
     tile,
@@ -549,7 +550,9 @@ def _copies(inputs: Inputs, dtype: torch.dtype, positions: int) -> tuple[Tensor,
     filters = 1 if res_taps is None else 2
     copies = torch.empty(filters, channels, 8, width, dtype=dtype, device=taps.device)
     block = min(next_power_of_2(width), 256)
-    taps_copies_kernel[channels, filters, cdiv(width, block)](
+    launch_kernel(
+        taps_copies_kernel,
+        (channels, filters, cdiv(width, block)),
         taps,
         taps if res_taps is None else res_taps,
         copies,
@@ -574,7 +577,9 @@ def forward(inputs: Inputs, causal: bool) -> Tensor:
             cdiv(launch.batch_size, config.batch),
             launch.channels,
         )
-        toeplitz_forward_kernel[grid](
+        launch_kernel(
+            toeplitz_forward_kernel,
+            grid,
             launch.p,
             launch.u,
             *launch.parameters,
@@ -604,7 +609,9 @@ def _taps_grad(grad: Tensor, launch: _Launch, is_gated: bool) -> Tensor:
         tiles = cdiv(length, positions)
         each = (2 * length - 1,) if tiles == 1 else (2 * tiles - 1, 2, positions)
         out = torch.empty(channels, *each, dtype=torch.float32, device=grad.device)
-        taps_grad_kernel[2 * tiles - 1, channels](
+        launch_kernel(
+            taps_grad_kernel,
+            (2 * tiles - 1, channels),
             grad,
             launch.p,
             launch.u,
@@ -645,7 +652,9 @@ def backward(grad: Tensor, inputs: Inputs) -> Gradients:
         parts = batch_tiles * cdiv(launch.length, config.positions)
         shape = parts, 3 * launch.channels, 5
         sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
-        toeplitz_backward_kernel[batch_tiles, launch.channels](
+        launch_kernel(
+            toeplitz_backward_kernel,
+            (batch_tiles, launch.channels),
             grad,
             launch.p,
             *launch.parameters,

@@ -14,6 +14,7 @@ import torch
 from triton.testing import do_bench
 
 from m2_plugin.ops.kernels import cache, check
+from m2_plugin.ops.kernels.compilation import compile_together
 from m2_plugin.ops.kernels.launch import next_power_of_2
 
 Config = TypeVar("Config")
@@ -38,6 +39,7 @@ def best(
     candidates: Sequence[Config],
     run: Callable[[Config], object],
     device: torch.device,
+    launches_only: bool = True,
 ) -> Config:
     """Return the fastest candidate for a class of shapes on a device.
 
@@ -54,6 +56,8 @@ def best(
         candidates: Configurations, the safe one first. Their `repr` must tell them apart.
         run: A function that launches a candidate; all must compute the same.
         device: The device of the tensors.
+        launches_only: Whether `run` keeps nothing of what it computes. The candidates are then
+            compiled together, before they are timed (`compilation.py`).
 
     Raises:
         Exception: The first candidate's error, if no candidate can be built and launched.
@@ -76,6 +80,8 @@ def best(
             if kept is not None:
                 _chosen[entry] = kept
             else:
+                if launches_only:
+                    compile_together(lambda: [run(config) for config in candidates])
                 _chosen[entry], found = _measure(name, candidates, run)
                 cache.add(path, name, found, device)
         except torch.OutOfMemoryError:  # for the timer's own buffer: measure another time

@@ -1,0 +1,158 @@
+"""Launches that several processes compile before one needs them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from m2_plugin.ops.kernels import compilation
+from m2_plugin.ops.kernels.launch import launch_kernel, noted_launches
+from tests.utils import ROOT
+
+# In a process of its own, for the interpreter takes the compiler's place in this one. As on a
+# machine with two CPUs and an H100.
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from functools import partial
+
+import torch
+import triton
+
+from m2_plugin.ops.kernels import check, compilation, linear_cross_entropy
+from m2_plugin.ops.kernels.compilation import compile_together
+from m2_plugin.ops.kernels.launch import launch_kernel
+
+triton.runtime.driver.set_active(compilation.NamedTarget(90))
+compilation._processes = lambda: 2
+cache = Path(os.environ["TRITON_CACHE_DIR"])
+cubins = lambda: sorted(cache.rglob("*.cubin"))
+
+def run(dtype):
+    for case in check._cases["linear_cross_entropy"](dtype):
+        case.kernel(*check._convert(case.args, device="meta"))
+
+# What is launched a second time is compiled once; what cannot be compiled stands in no one's way.
+def launches():
+    run(torch.float16)
+    run(torch.float16)
+    launch_kernel(linear_cross_entropy.cross_entropy_kernel, (1,), "wrong")
+
+compile_together(launches)
+processes = [worker.process for worker in compilation._workers]
+assert len(processes) == 2
+compiled = cubins()
+assert len(compiled) == 2, compiled
+triton.runtime.jit.JITFunction.__getitem__ = lambda kernel, grid: partial(
+    kernel.run, grid=grid, warmup=True
+)
+run(torch.float16)
+assert cubins() == compiled
+
+# They serve again, until they end.
+compile_together(partial(run, torch.bfloat16))
+assert [worker.process for worker in compilation._workers] == processes
+assert len(cubins()) == 4
+compilation.end_workers()
+assert all(process.returncode is not None for process in processes)
+
+# One that dies costs time only, and is replaced.
+compile_together(partial(run, torch.float32))
+for worker in compilation._workers:
+    worker.process.kill()
+    worker.process.wait()
+compile_together(partial(run, torch.float64))
+assert not compilation._workers
+compile_together(partial(run, torch.float64))
+assert len(cubins()) == 8
+
+# They end when nothing comes for a while.
+processes = [worker.process for worker in compilation._workers]
+compilation.IDLE_SECONDS = 0.1
+compile_together(partial(run, torch.float64))
+compilation._timer.join(60)
+assert all(process.returncode is not None for process in processes)
+"""
+
+
+def test_processes_compile_what_a_function_would_launch(tmp_path):
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET")
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+class Kernel:
+    """Keeps what it is launched with."""
+
+    def __init__(self):
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append((grid, args, options))
+
+
+def test_a_launch_is_noted_instead():
+    kernel = Kernel()
+    with pytest.raises(RuntimeError), noted_launches() as noted:
+        launch_kernel(kernel, (2, 3), 1, SIZE=4)
+        raise RuntimeError
+    assert noted == [(kernel, (1,), {"SIZE": 4})]
+    assert not kernel.launched
+    launch_kernel(kernel, (2, 3), 1, SIZE=4)
+    assert kernel.launched == [((2, 3), (1,), {"SIZE": 4})]
+
+
+def test_nothing_runs_where_nothing_is_compiled(monkeypatch):
+    def never():
+        raise AssertionError
+
+    compilation.compile_together(never)  # in the interpreter
+    monkeypatch.setattr(compilation, "interpreted", lambda: False)
+    monkeypatch.setattr(compilation, "_processes", lambda: 1)
+    compilation.compile_together(never)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "processes"), [(1, "", 1), (6, "", 6), (6, "2", 3), (6, "8", 1), (99, "", 16)]
+)
+def test_ranks_share_the_cpus(monkeypatch, cpus, ranks, processes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert compilation._processes() == processes
+
+
+def test_ranks_begin_at_different_requests(monkeypatch):
+    taken = []
+
+    class Worker:
+        def __init__(self, capability):
+            assert capability == 90
+
+        def compile(self, request):
+            taken.append(request)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(compilation, "_Worker", Worker)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        compilation._compile([b"a", b"b", b"c", b"d"], 90, 1)
+        compilation.end_workers()
+    assert taken == [b"a", b"b", b"c", b"d", b"c", b"d", b"a", b"b"]
+
+
+def test_a_request_says_how_a_tensor_is_aligned():
+    x = torch.zeros(9)
+    kernel = type("Kernel", (), {"fn": launch_kernel})
+    request = compilation.Request.of(kernel, (x, x[1:], 3), {"SIZE": 4})
+    assert (request.module, request.kernel) == (launch_kernel.__module__, "launch_kernel")
+    aligned, shifted, number = request.args
+    assert aligned.alignment == x.data_ptr() % 16
+    assert shifted.alignment == (x.data_ptr() + 4) % 16
+    assert (aligned.dtype, number, request.options) == (torch.float32, 3, {"SIZE": 4})
