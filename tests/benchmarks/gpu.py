@@ -45,6 +45,8 @@ SECONDS = {
 LAST_ROW_S = 20  # a row that has begun may take so long
 TRAINING_S = 16  # of each of two models, beside 20 s of imports and the conversion of the text
 MOST_WORKERS = 12  # of pytest-xdist: beyond, the GPU is what they wait for
+# What tells a process that it is one of so many that none has cores for others, to compile.
+ALONE = ("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 # Those of the tables; the others of bench_model.py are for questions that are asked by hand.
 PROVIDERS = ("m2_bert", "bert_sdpa", "modernbert_sdpa")
 LENGTHS = ("128", "512", "2048", "8192", "32768", "1024", "4096", "16384")
@@ -64,9 +66,10 @@ def parts(out: Path, device: str, scale: float, site: Path | None) -> dict[str, 
     model = [python, str(BENCHMARKS / "bench_model.py")]
     if device == "cuda":
         # One length on each core, once, so that the next parts find all compiled. Beside it the
-        # doctor compares the kernels, whose verdicts are kept. Times taken now are not.
+        # doctor compares the kernels, whose verdicts are kept; its processes take the other cores.
+        # Times taken now are not kept.
         once = [*model, "--device", device, "--providers", "m2_bert", "--repeats", "1", "--out"]
-        scratch = 'M2_PLUGIN_KERNEL_CHECK=0 M2_PLUGIN_CACHE="$SCRATCH"'
+        scratch = f'M2_PLUGIN_KERNEL_CHECK=0 M2_PLUGIN_CACHE="$SCRATCH" {ALONE[0]}={ALONE[1]}'
         each = [f'{scratch} {shlex.join(once)} "$SCRATCH/{n}" --lengths {n}' for n in LENGTHS]
         each.append(shlex.join(commands["doctor"]))
         commands["compile"] = ["bash", "-c", " & ".join(each) + " & wait"]
@@ -114,6 +117,7 @@ def environment(name: str, scratch: Path, site: Path | None) -> dict[str, str]:
         env["SCRATCH"] = str(scratch / "compiled")
     elif name == "tests":  # many time on one GPU: not to be kept
         env["M2_PLUGIN_CACHE"] = str(scratch / "choices")
+        env |= dict([ALONE])
         env["CUDA_LAUNCH_BLOCKING"] = "1"  # a launch that fails, fails in its own test
     elif name != "doctor":  # which has compared the kernels
         env["M2_PLUGIN_KERNEL_CHECK"] = "0"
