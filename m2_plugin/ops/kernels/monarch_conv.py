@@ -373,7 +373,6 @@ def fold_kernel(
     batch_size,
     length,
     classes,
-    segments,
     points,
     stride_xb,
     stride_xc,
@@ -426,7 +425,7 @@ def fold_kernel(
             matrix = tl.load(matrix_ptr + out * IN + i[None, :])
             row, s = i[:, None] % 2, i[:, None] // 2
             here = t + s * points
-            inside = (s < segments) & (here < length) & ((row == 0) | second)
+            inside = (here < length) & ((row == 0) | second)
             x = tl.load(x_ptr + row * stride_xb + here, mask=inside, other=0.0).to(tl.float32)
             factor = tl.where(row == 0, factor_a, factor_b)
             x = _operand(scaled(x, factor, tl.where(row == 0, poison_a, poison_b)), HALF)
@@ -549,7 +548,7 @@ def unfold_kernel(
     out = tl.program_id(0) % tiles * OUT + tl.arange(0, OUT)[:, None]
     row, s = out % 2, out // 2
     here = t + s * points
-    ok = (s < segments) & (here < length) & (batch + row < batch_size)
+    ok = (here < length) & (batch + row < batch_size)
     y = _unfolded(
         z_ptr, scale_ptr, matrix_ptr, pair, out, t, classes, points, PRECISION,
         OUT, IN, DEPTH, BLOCK,
@@ -825,7 +824,6 @@ def _fold(
         x.shape[0],
         x.shape[1],
         plan.classes,
-        plan.segments,
         plan.config.points,
         *strides(x),
         JOINT=other_scale is not None,
