@@ -103,7 +103,7 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmfoundry.command_utils", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 

@@ -54,9 +54,9 @@ def fork_rank(*args: Any) -> int:
 
 
 def main(file: str) -> int:
-    import llmfoundry.command_utils  # noqa: F401
     import torch
-    import torch.utils.tensorboard  # noqa: F401
+
+    from tests import preloaded  # noqa: F401
 
     torch.set_num_threads(1)
     with open(file) as jobs:

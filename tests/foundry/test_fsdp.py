@@ -113,7 +113,6 @@ def config(
         "device_train_microbatch_size": 4,
         "max_duration": f"{BATCHES}ba",
         "eval_interval": f"{BATCHES}ba",
-        "save_interval": f"{SAVED}ba",
         "save_num_checkpoints_to_keep": -1,
         "autoresume": False,
         "progress_bar": False,
@@ -139,23 +138,29 @@ def checkpoint(folder: Path, batch: int, sharded: bool) -> Path:
 @pytest.fixture(scope="module")
 def runs(mds, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fsdp")
-    jobs = [
-        {"world_size": size, "config": config(root / name, mds, fsdp, keys, model)}
-        for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS))
-        for name, (size, fsdp, keys) in wanted.items()
-    ]
+    jobs = []
+    loaded = {source for source, _, _ in LOADED.values()}
+    for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS)):
+        for name, (size, fsdp, keys) in wanted.items():
+            keys = keys | {"save_interval": f"{SAVED if name in loaded else BATCHES}ba"}
+            job = {"world_size": size, "config": config(root / name, mds, fsdp, keys, model)}
+            jobs.append(job)
     functions = {"shard": SHARDINGS, "contrast": CONTRASTS, "entity_f1": METRICS}
     for function, wanted in functions.items():
         for name, (size, keys) in wanted.items():
             arguments = keys | {"out": str(root / name)}
             jobs.append({"world_size": size, "function": function, "arguments": arguments})
+    late = []
     for name, (source, size, fsdp) in LOADED.items():
         path = checkpoint(root / source, SAVED, source.startswith("sharded"))
         job = {"world_size": size}
         if path.suffix != ".pt" and fsdp is None:
             job["to_file"] = [str(path), str(path := path.with_suffix(".pt"))]
-        keys = {"load_path": str(path), "save_interval": f"{BATCHES}ba"}
-        jobs.append(job | {"config": config(root / name, mds, fsdp, keys)})
+        curve = {"folder": str(root / name / "run")}
+        keys = {"load_path": str(path), "save_folder": None, "callbacks.loss_curve": curve}
+        late.append(job | {"config": config(root / name, mds, fsdp, keys)})
+    # Successive jobs of one size share their processes.
+    jobs = [job for part in (jobs, late) for job in sorted(part, key=lambda j: j["world_size"])]
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
