@@ -33,7 +33,7 @@ quickstart: install
 	@echo "Loss curve: $(OUT)/run/loss_curve.png   transformers folder: $(OUT)/run/huggingface/final"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25
 
 lint: install
 	$(BIN)/ruff check .

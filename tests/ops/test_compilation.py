@@ -1,8 +1,10 @@
 """Launches that several processes compile before one needs them."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +85,11 @@ def test_processes_compile_what_a_function_would_launch(tmp_path):
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_launch_can_be_noted():
+    for path in Path(compilation.__file__).parent.glob("*.py"):
+        assert not re.search(r"_kernel\[", path.read_text()), f"{path}: use launch_kernel"
 
 
 class Kernel:
