@@ -329,7 +329,9 @@ def tuner(recorder: Any, device: Device) -> Callable[..., Any]:
     """What takes the place of `tuning.best`: the candidate of the shortest predicted time."""
     chosen: dict[tuple[Any, ...], Any] = {}
 
-    def best(op: str, key: tuple, candidates: Sequence[Any], run: Callable, _: Any) -> Any:
+    def best(
+        op: str, key: tuple, candidates: Sequence[Any], run: Callable, *_: Any, **__: Any
+    ) -> Any:
         if len(candidates) > 1 and (op, key) not in chosen:
             before, seconds = recorder.launches, []
             for config in candidates:

@@ -276,6 +276,20 @@ def test_every_configuration_is_compared():
     assert found == "double, configuration 2: result 0 has an error of 0.5, PyTorch has 0"
 
 
+def test_every_configuration_is_compiled_before(monkeypatch):
+    """Without memory or time of the device: on the meta device."""
+    launched = []
+
+    def kernel(x):
+        launched.append((x.device.type, tuning.best("op", (), (2, 2), lambda f: None, x.device)))
+        return 2 * x
+
+    monkeypatch.setattr(check, "compile_together", lambda run: run())
+    check.register("op")(lambda dtype: [Case("double", kernel, lambda x: 2 * x, (X,))])
+    assert check.problem("op", CPU, torch.float32, False) is None
+    assert launched == [("meta", 2), ("meta", 2), ("cpu", 2), ("cpu", 2)]
+
+
 @pytest.mark.parametrize(
     ("result", "found"),
     [

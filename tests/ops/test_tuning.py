@@ -57,6 +57,16 @@ def cache_file():
     return cache.path("choices", CUDA)
 
 
+def test_candidates_are_compiled_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(tuning, "compile_together", lambda run: run())
+    clock = Clock({SMALL: 2.0, LARGE: 1.0})
+    assert clock.choose() == LARGE
+    assert clock.launched == 2 * [SMALL, LARGE]
+    kept = Clock({SMALL: 2.0, LARGE: 1.0})
+    tuning.best("other", KEY, (SMALL, LARGE), kept.run, CUDA, launches_only=False)
+    assert kept.launched == [SMALL, LARGE]
+
+
 def another_process(monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
 

@@ -120,7 +120,9 @@ def compile_together(run: Callable[[], object]) -> None:
 def _processes() -> int:
     """Return how many processes this rank may start, those of other ranks not counted."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, min(len(os.sched_getaffinity(0)) // ranks, MOST_PROCESSES))
+    on_linux = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    return max(1, min(cpus // ranks, MOST_PROCESSES))
 
 
 def _compile(requests: list[bytes], capability: int, processes: int) -> None:
