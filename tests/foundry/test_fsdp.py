@@ -122,6 +122,7 @@ def config(
     }
     cfg.callbacks.loss_curve = {}
     cfg.callbacks.pop("hf_checkpointer", None)
+    cfg.pop("loggers", None)  # without a save_folder, TensorBoard writes to the current folder
     for key, value in (values | (GPT if "gpt" in model else BERT) | keys).items():
         OmegaConf.update(cfg, key, value, force_add=True)
     if "hf_checkpointer" in cfg.callbacks:
