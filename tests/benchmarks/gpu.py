@@ -45,8 +45,6 @@ SECONDS = {
 LAST_ROW_S = 20  # a row that has begun may take so long
 TRAINING_S = 16  # of each of two models, beside 20 s of imports and the conversion of the text
 MOST_WORKERS = 12  # of pytest-xdist: beyond, the GPU is what they wait for
-# What tells a process that it is one of so many that none has cores for others, to compile.
-ALONE = ("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 # Those of the tables; the others of bench_model.py are for questions that are asked by hand.
 PROVIDERS = ("m2_bert", "bert_sdpa", "modernbert_sdpa")
 LENGTHS = ("128", "512", "2048", "8192", "32768", "1024", "4096", "16384")
@@ -69,9 +67,9 @@ def parts(out: Path, device: str, scale: float, site: Path | None) -> dict[str, 
         # doctor compares the kernels, whose verdicts are kept; its processes take the other cores.
         # Times taken now are not kept.
         once = [*model, "--device", device, "--providers", "m2_bert", "--repeats", "1", "--out"]
-        scratch = f'M2_PLUGIN_KERNEL_CHECK=0 M2_PLUGIN_CACHE="$SCRATCH" {ALONE[0]}={ALONE[1]}'
+        scratch = 'M2_PLUGIN_KERNEL_CHECK=0 M2_PLUGIN_CACHE="$SCRATCH"'
         each = [f'{scratch} {shlex.join(once)} "$SCRATCH/{n}" --lengths {n}' for n in LENGTHS]
-        each.append(shlex.join(commands["doctor"]))
+        each.append(f"LOCAL_WORLD_SIZE=2 {shlex.join(commands['doctor'])}")
         commands["compile"] = ["bash", "-c", " & ".join(each) + " & wait"]
     commands["model"] = [*model, *target]
     commands["model"] += ["--limit", limits["model"], "--row-seconds", str(1.5 * scale)]
@@ -117,10 +115,11 @@ def environment(name: str, scratch: Path, site: Path | None) -> dict[str, str]:
         env["SCRATCH"] = str(scratch / "compiled")
     elif name == "tests":  # many time on one GPU: not to be kept
         env["M2_PLUGIN_CACHE"] = str(scratch / "choices")
-        env |= dict([ALONE])
         env["CUDA_LAUNCH_BLOCKING"] = "1"  # a launch that fails, fails in its own test
     elif name != "doctor":  # which has compared the kernels
         env["M2_PLUGIN_KERNEL_CHECK"] = "0"
+    if name in ("compile", "tests"):  # a process on each core: they shall not start others
+        env["LOCAL_WORLD_SIZE"] = str(os.cpu_count())
     if name == "training":  # one process: no network is needed
         env |= {"USE_TF": "0", "USE_FLAX": "0"}
         env.setdefault("NCCL_SOCKET_IFNAME", "lo")

@@ -70,10 +70,23 @@ assert not compilation._workers
 compile_together(partial(run, torch.float64))
 assert len(cubins()) == 8
 
+# What was compiled is not asked for again, nor with other numbers that are compiled alike.
+def numbers(n):
+    for given in ("wrong", "also wrong"):
+        launch_kernel(linear_cross_entropy.cross_entropy_kernel, (1,), n, given)
+
+asked, compile = [], compilation._compile
+compilation._compile = lambda r, *rest: asked.append(len(r)) or compile(r, *rest)
+for again in (partial(run, torch.float64), partial(run, torch.float16)):
+    compile_together(again)
+for n in (32, 48, 33, 1, 35, 1):
+    compile_together(partial(numbers, n))
+assert asked == [2, 2, 2], asked
+
 # They end when nothing comes for a while.
 processes = [worker.process for worker in compilation._workers]
 compilation.IDLE_SECONDS = 0.1
-compile_together(partial(run, torch.float64))
+compile_together(partial(numbers, 1 << 40))
 compilation._timer.join(60)
 assert all(process.returncode is not None for process in processes)
 """

@@ -35,6 +35,7 @@ MOST_PROCESSES = 16  # of some hundred megabytes each
 IDLE_SECONDS = 60.0  # after which they end
 
 _lock = threading.Lock()
+_compiled: set[bytes] = set()  # requests of this process, which a new class of shapes repeats
 _workers: list["_Worker"] = []
 _timer: threading.Timer | None = None
 
@@ -107,22 +108,43 @@ def compile_together(run: Callable[[], object]) -> None:
         except Exception as error:
             log.debug("Not all launches are known before they run: %s", error)
     try:
-        requests = {pickle.dumps(Request.of(*launch)): None for launch in launches}
+        found = [
+            pickle.dumps(Request.of(kernel, _alike(kernel, args), options))
+            for kernel, args, options in launches
+        ]
     except Exception as error:
         log.debug("Launches cannot be compiled elsewhere: %s", error)
         return
+    requests = [request for request in dict.fromkeys(found) if request not in _compiled]
     if len(requests) > 1:
         target = triton.runtime.driver.active.get_current_target()
         if target.backend == "cuda":
-            _compile(list(requests), target.arch, processes)
+            _compile(requests, target.arch, processes)
+
+
+def _alike(kernel: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the same for all arguments that Triton compiles alike.
+
+    It compiles anew for each constant, for the number 1, and for numbers that 16 divides.
+    """
+
+    def alike(value: Any, is_constant: bool) -> Any:
+        if is_constant or type(value) is not int or value == 1 or not -(2**31) <= value < 2**31:
+            return value
+        return 16 if value % 16 == 0 else 17
+
+    return tuple(alike(a, p.is_constexpr) for a, p in zip(args, kernel.params, strict=False))
 
 
 def _processes() -> int:
     """Return how many processes this rank may start, those of other ranks not counted."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     on_linux = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-    return max(1, min(cpus // ranks, MOST_PROCESSES))
+    return max(1, min(cpus // _ranks(), MOST_PROCESSES))
+
+
+def _ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _compile(requests: list[bytes], capability: int, processes: int) -> None:
@@ -130,8 +152,7 @@ def _compile(requests: list[bytes], capability: int, processes: int) -> None:
     global _timer
     todo = deque(requests)
     # Ranks compile the same. Each begins elsewhere, and later finds what others have compiled.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    todo.rotate(-int(os.environ.get("LOCAL_RANK") or 0) * len(todo) // ranks)
+    todo.rotate(-int(os.environ.get("LOCAL_RANK") or 0) * len(todo) // _ranks())
 
     def work(worker: _Worker) -> None:
         while True:
@@ -153,6 +174,7 @@ def _compile(requests: list[bytes], capability: int, processes: int) -> None:
             log.debug("Launches are compiled one after the other: %s", error)
             _end_workers()
             return
+        _compiled.update(requests)
         _timer = threading.Timer(IDLE_SECONDS, end_workers)
         _timer.daemon = True
         _timer.start()
