@@ -96,12 +96,15 @@ def test_whole_numbers_are_those_of_the_machine(line, expected):
     assert found == {(expected & 0xFFFFF) - 1: 1}  # an address has 64 bits: 20 are left
 
 
-@pytest.mark.skipif(
+needs_cuda_and_cc = pytest.mark.skipif(
     torch.version.cuda is None
     or shutil.which("cc") is None
     or not torch.__version__.startswith("2.7."),  # its fake tensors are private matters of torch
     reason="needs torch 2.7 with CUDA, and cc",
 )
+
+
+@needs_cuda_and_cc
 def test_a_step_is_predicted(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "step_model.py")]
@@ -128,3 +131,20 @@ def test_a_step_is_predicted(tmp_path):
     exact = 24 * 768**2 + 4 * 128 * 768
     assert forward["bert_sdpa"]["operations_per_token"] == pytest.approx(exact, rel=1e-3)
     assert step["bert_sdpa"]["operations_per_token"] > 3 * exact
+
+
+@needs_cuda_and_cc
+def test_the_host_is_timed_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "bench_host.py")]
+    command += ["--scales", "quickstart", "--lengths", "128", "--tokens", "4096"]
+    command += ["--repeats", "1", "--out", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]  # also if PyTorch took a kernel's place
+    forward, step = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert 0 < forward["m2_bert"]["launches"] < forward["bert_sdpa"]["launches"]
+    assert forward["m2_bert"]["launches"] < step["m2_bert"]["launches"]
+    for row in (forward, step):
+        for model in ("m2_bert", "bert_sdpa"):
+            assert 0 < row[model]["min_ms"] <= row[model]["median_ms"] <= row[model]["max_ms"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2_plugin.layers.plain import has_hooks
+from m2_plugin.layers.plain import Watch, has_hooks
 from m2_plugin.ops.backend import check_backend, use_kernel
 from m2_plugin.ops.fft_conv import fft_conv, filter_spectrum, spectral_conv
 from m2_plugin.ops.gated_long_conv import two_sided_taps
@@ -378,6 +378,7 @@ class LongConv(nn.Module):
         self.skip = nn.Parameter(torch.empty(channels))
         self.kept: Kept | None = None  # the spectrum
         self.kept_taps: Kept | None = None
+        self.examined: tuple[Watch, list[FilterWeights]] | None = None  # see `_all_weights`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -506,7 +507,7 @@ class LongConv(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles get: all but what is kept."""
-        return self.__dict__ | {"kept": None, "kept_taps": None}
+        return self.__dict__ | {"kept": None, "kept_taps": None, "examined": None}
 
 
 def taps_of(convs: Sequence[LongConv], length: int) -> list[Tensor]:
@@ -538,16 +539,41 @@ def batched_taps(
     Raises:
         ValueError: If the sequence is longer than the filters.
     """
-    weights = []
+    for conv in convs:
+        conv._check_length(length)
     filters = [conv.filter for conv in convs]
     settings = filters[0].settings()
-    for conv, filter in zip(convs, filters, strict=True):
-        conv._check_length(length)
-        found = conv.weights()
-        if found is None or filter.settings() != settings:
-            return None
-        weights.append(found)
+    if any(filter.settings() != settings for filter in filters[1:]):
+        return None
+    weights = _all_weights(convs)
+    if weights is None:
+        return None
     return list(taps_of_filters(filters, weights, length, length - 1, keeper, group))
+
+
+def _all_weights(convs: Sequence[LongConv]) -> list[FilterWeights] | None:
+    """Return `weights()` of all convolutions, or None if one has none.
+
+    What was found stays with the first of them, for as long as nothing in the modules is replaced.
+    """
+    first = convs[0]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and first.examined is not None:
+        watch, weights = first.examined
+        if watch.holds_for(convs) and first.filter.wants_kernel():
+            return weights
+        first.examined = None
+    found: list[FilterWeights] = []
+    for conv in convs:
+        weights_of_one = conv.weights()
+        if weights_of_one is None:
+            return None
+        found.append(weights_of_one)
+    if not traced:
+        watch = Watch(convs)
+        if watch.sees(t for one in found for t in one.tensors()):
+            first.examined = watch, found
+    return found
 
 
 FILTER_MODULES = (LongConv, FilterMLP, FilterLinear, nn.ModuleList)  # and HyenaFilter's kinds

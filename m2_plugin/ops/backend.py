@@ -78,7 +78,7 @@ def use_kernel(backend: str, op: str, x: Tensor) -> bool:
         RuntimeError: If `backend` is `triton` and no kernel can run on `x`.
     """
     check_backend(backend)
-    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or op in _failed)):
+    if backend == "torch" or (backend == "auto" and (not x.is_cuda or op in _failed)):
         return False
     reason = why_no_kernel(x.device, x.dtype)
     if reason is not None and backend == "triton":
@@ -103,6 +103,11 @@ def give_up(op: str, reason: str) -> None:
     _failed[op] = reason
 
 
+def failed(op: str) -> bool:
+    """Return whether an op fell back to PyTorch in this process."""
+    return op in _failed
+
+
 def failures() -> dict[str, str]:
     """Return the ops that fell back to PyTorch in this process, and why."""
     return dict(_failed)
@@ -110,6 +115,5 @@ def failures() -> dict[str, str]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which autocast would run a linear map of x; it does not know our ops."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    device = "cuda" if x.is_cuda else x.device.type  # the first is quicker
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -39,6 +39,10 @@ class FilterWeights(NamedTuple):
     fwd: MLPWeights  # for lags 0 … L − 1
     rev: MLPWeights | None  # for lags −1 … −L; None for a causal filter
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all parameters."""
+        return self.z, self.freq, self.skip, *self.fwd, *(self.rev or ())
+
 
 def pack(filters: Sequence[FilterWeights], length: int, before: int) -> tuple[Tensor, Sizes]:
     """Copy the weights of filters of equal sizes into one tensor, in the order of `Packed`.

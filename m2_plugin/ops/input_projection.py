@@ -65,5 +65,6 @@ def input_projection(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _project(u: Tensor, weight: Tensor) -> Tensor:
+    batch, length, _ = u.shape
     p = weight @ u.flatten(0, 1).t()  # (3D, B·L)
-    return p.view(-1, *u.shape[:2]).permute(1, 2, 0)
+    return p.view(-1, batch, length).permute(1, 2, 0)

@@ -6,65 +6,36 @@ PyTorch's own ops are recorded as they are dispatched. A custom op's Python body
 tensors in turn, and its Triton kernels are compiled for the named GPU and not launched.
 
 PyTorch's autograd asks the CUDA runtime for the device and its streams, even for fake tensors. So
-the process runs with a small library before the runtime, which answers that there is one device
-(`in_fake_process`). It needs a build of PyTorch for CUDA and a C compiler, and no driver. Tested
-with torch 2.7 and Triton 3.3.
+the process runs with the library of `null_gpu.py`, which answers (`in_fake_process`).
 """
 
 import math
 import os
-import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-LOADED = "M2_PLUGIN_FAKE_GPU"
-RUNTIME = """
-int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
-int cudaGetDevice(int *d) { *d = 0; return 0; }
-int cudaDeviceGetStreamPriorityRange(int *a, int *b) { *a = *b = 0; return 0; }
-int cudaStreamIsCapturing(void *s, int *c) { *c = 0; return 0; }
-int cudaEventCreateWithFlags(void **e, unsigned f) { *e = (void *)1; return 0; }
-"""
-RUNTIME_OK = """cudaSetDevice cudaGetLastError cudaPeekAtLastError cudaEventRecord cudaEventQuery
-cudaEventDestroy cudaEventSynchronize cudaStreamWaitEvent cudaDeviceSynchronize
-cudaStreamSynchronize"""
-DRIVER = "int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { *f = 0; *a = 1; return 0; }"
-# PyTorch looks up all of these when it first needs one.
-DRIVER_OK = """cuCtxGetCurrent cuCtxSetCurrent cuDevicePrimaryCtxRetain cuFuncGetAttribute
-cuFuncSetAttribute cuGetErrorString cuLaunchCooperativeKernel cuLaunchKernel cuLinkAddData_v2
-cuLinkComplete cuLinkCreate_v2 cuModuleGetFunction cuModuleLoadData cuModuleLoadDataEx
-cuModuleUnload
-cuOccupancyMaxActiveBlocksPerMultiprocessor cuTensorMapEncodeTiled cuPointerGetAttribute
-cuGetErrorName"""
-NAME = "libcuda.so.1"  # what PyTorch opens
+import null_gpu
+
+# Kernels as they are without measurements on a GPU; and compiled, not interpreted.
+ENVIRONMENT = {
+    "M2_PLUGIN_AUTOTUNE": "0",
+    "M2_PLUGIN_KERNEL_CHECK": "0",
+    "TRITON_INTERPRET": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its processes would look for a real GPU
+}
 
 
 def in_fake_process() -> None:
-    """Start this script again with the library, unless it has been; do not return then."""
-    if os.environ.get(LOADED):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "cuda.c", Path(folder) / NAME
-        names = f"{RUNTIME_OK} {DRIVER_OK}".split()
-        nothing = [f"int {name}(void) {{ return 0; }}" for name in names]
-        source.write_text("\n".join([RUNTIME, DRIVER, *nothing]))
-        command = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{NAME}", "-o", library, source]
-        subprocess.run(command, check=True)
-        env = os.environ | {LOADED: "1", "LD_PRELOAD": str(library)}
-        # Kernels as they are without measurements on a GPU; and compiled, not interpreted.
-        env |= {"M2_PLUGIN_AUTOTUNE": "0", "M2_PLUGIN_KERNEL_CHECK": "0", "TRITON_INTERPRET": "0"}
-        env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # its processes would look for a real GPU
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
+    """Start this script again with `null_gpu`, unless it has been; do not return then."""
+    null_gpu.in_null_process(ENVIRONMENT)
 
 
-if os.environ.get(LOADED):
+if os.environ.get(null_gpu.LOADED):
     import torch
     import triton
     from torch import Tensor
@@ -72,9 +43,9 @@ if os.environ.get(LOADED):
     from torch._subclasses import fake_tensor
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-    from triton.runtime.jit import JITFunction
 
     from m2_plugin.ops.backend import capability
+    from m2_plugin.ops.kernels import launch
     from m2_plugin.ops.kernels.compilation import NamedTarget
 
 
@@ -147,7 +118,7 @@ def recorder(capability: int) -> "Recorder":
     return Recorder(capability)
 
 
-if os.environ.get(LOADED):
+if os.environ.get(null_gpu.LOADED):
 
     class Recorder(TorchDispatchMode):
         """Records launches while it is entered, within `fake_gpu`."""
@@ -280,15 +251,11 @@ if os.environ.get(LOADED):
         }
         usual = {name: getattr(torch.cuda, name) for name in answers}
         triton.runtime.driver.set_active(NamedTarget(recorder.capability))
-        get_item = JITFunction.__getitem__
-
-        def capture(function: Any, grid: Any) -> Any:
-            return lambda *args, **kwargs: recorder.launch(function, grid, args, kwargs)
-
+        usual_launch = launch._launch
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
         capability.cache_clear()
-        JITFunction.__getitem__ = capture
+        launch._launch = recorder.launch
         submit = ThreadPoolExecutor.submit
         ThreadPoolExecutor.submit = at_once  # type: ignore[assignment]
         torch.nn.functional.scaled_dot_product_attention = flash
@@ -299,7 +266,7 @@ if os.environ.get(LOADED):
             with FAKE:
                 yield
         finally:
-            JITFunction.__getitem__ = get_item
+            launch._launch = usual_launch
             ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
             torch.nn.functional.scaled_dot_product_attention = attention
             for module in modules:

@@ -280,6 +280,37 @@ def counters_cuda() -> str:
     return intro + table([*header, "warps held", "waits"], rows, 1)
 
 
+def host() -> str:
+    """Write what the host takes for a pass, beside what a GPU takes."""
+    report = load("host")
+    profile = load("profile_cuda") if (RESULTS / "profile_cuda.json").exists() else {"rows": []}
+    gpu = {(r["what"], r["length"], r["provider"]): r["ms"] for r in profile["rows"]}
+    rows = []
+    for row in report["rows"]:
+        line = [row["scale"], WHAT[row["what"]], str(row["length"])]
+        for model in ("m2_bert", "bert_sdpa"):
+            found = row[model]
+            line.append(f"{found['median_ms']:.1f} ({found['min_ms']:.1f}–{found['max_ms']:.1f})")
+            line.append(str(found["launches"]))
+            ms = gpu.get((row["what"], row["length"], model)) if row["scale"] == "base" else None
+            line.append(NONE if ms is None else f"{ms:.1f}")
+        rows.append(line)
+    intro = (
+        f"What the host takes for a pass of {report['tokens']:,} tokens, and what the kernels of "
+        f"such a pass took on a GPU (ms). The GPU waits where the host takes longer. Median (range) "
+        f"of {report['repeats']} passes, the models taking turns; one thread of {report['cpu']}, "
+        f"torch {report['torch']}, Triton {report['triton']}, {report['date']} "
+        f"(`bench_host.py`): a GPU that is not there accepts all work and does none, so the time "
+        f"within CUDA's libraries is left out."
+    )
+    if gpu:
+        intro += f" The kernels: {profile['device']}, torch {profile['torch']}, {profile['date']}."
+    header = ["size", "what", "L"]
+    for name in ("M2-BERT", "BERT"):
+        header += [f"{name}: host", "launches", "kernels"]
+    return intro + "\n\n" + table(header, rows)
+
+
 # Kinds of kernels, by what begins their names.
 KINDS = {
     "MLP": ("mlp_", "activation_grad"),
@@ -1059,6 +1090,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {  # by the file that they 
             model_cuda,
             profile_cuda,
             counters_cuda,
+            host,
             training_cuda,
             step_model,
             ops_cuda,

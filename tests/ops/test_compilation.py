@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2_plugin.ops.kernels import compilation
+from m2_plugin.ops.kernels import compilation, launch
 from m2_plugin.ops.kernels.launch import launch_kernel, noted_launches
 from tests.utils import ROOT
 
@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import triton
 
-from m2_plugin.ops.kernels import check, compilation, linear_cross_entropy
+from m2_plugin.ops.kernels import check, compilation, launch, linear_cross_entropy
 from m2_plugin.ops.kernels.compilation import compile_together
 from m2_plugin.ops.kernels.launch import launch_kernel
 
@@ -47,8 +47,8 @@ processes = [worker.process for worker in compilation._workers]
 assert len(processes) == 2
 compiled = cubins()
 assert len(compiled) == 2, compiled
-triton.runtime.jit.JITFunction.__getitem__ = lambda kernel, grid: partial(
-    kernel.run, grid=grid, warmup=True
+launch._launch = lambda kernel, grid, args, options: kernel.run(
+    *args, grid=grid, warmup=True, **options
 )
 run(torch.float16)
 assert cubins() == compiled
@@ -105,6 +105,72 @@ def test_every_launch_can_be_noted():
         assert not re.search(r"_kernel\[", path.read_text()), f"{path}: use launch_kernel"
 
 
+class Compiled:
+    """What Triton compiled: it keeps what it is launched with."""
+
+    def __init__(self):
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.launched.append((grid, args, stream))
+
+
+class Compiling:
+    """A kernel that Triton compiles in each launch."""
+
+    arg_names = ("x_ptr", "y_ptr", "count", "FIRST", "SECOND")
+
+    def __init__(self):
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+def test_a_launch_like_one_before_passes_triton_by(monkeypatch):
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launch, "_launchers", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, other = Compiling(), Compiling()
+    x = torch.zeros(64)
+    options = {"SECOND": 2, "FIRST": 1, "num_warps": 4}
+    for _ in range(3):
+        launch_kernel(kernel, (5, 6), x, x, 3, **options)
+    (compiled,) = kernel.compiled
+    # The grid has three dimensions, and constants come in the kernel's order.
+    assert compiled.launched == 2 * [((5, 6, 1, 1), (x, x, 3, 1, 2), 7)]
+    launch_kernel(kernel, (5, 6), x.clone(), x[4:], 3, **options)  # at a multiple of 16 bytes
+    assert len(compiled.launched) == 3 and len(kernel.compiled) == 1
+    unlike = (
+        (kernel, (5, 7), (x, x, 3), options),
+        (kernel, (5, 6), (x, x, 4), options),
+        (kernel, (5, 6), (x, x.half(), 3), options),
+        (kernel, (5, 6), (x, x[1:], 3), options),
+        (kernel, (5, 6), (x, x, 3), options | {"FIRST": 2}),
+        (kernel, (5, 6), (x, x, 3), options | {"num_warps": 8}),
+        (kernel, (5, 6), (x, x, 3), {"SECOND": 1, "FIRST": 2, "num_warps": 4}),
+        (other, (5, 6), (x, x, 3), options),
+    )
+    for number, (which, grid, args, constants) in enumerate(unlike, 2):
+        launch_kernel(which, grid, *args, **constants)
+        assert len(kernel.compiled) + len(other.compiled) == number
+    assert len(compiled.launched) == 3
+
+
+def test_not_too_many_launches_are_kept(monkeypatch):
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launch, "_launchers", {})
+    monkeypatch.setattr(launch, "MOST_LAUNCHERS", 4)
+    kernel, x = Compiling(), torch.zeros(1)
+    for n in range(100):
+        launch_kernel(kernel, (n,), x, x, 1, FIRST=1, SECOND=2)
+        assert len(launch._launchers) <= 4
+
+
 class Kernel:
     """Keeps what it is launched with."""
 
@@ -116,14 +182,14 @@ class Kernel:
 
 
 def test_a_launch_is_noted_instead():
-    kernel = Kernel()
+    kernel, x = Kernel(), torch.zeros(1)
     with pytest.raises(RuntimeError), noted_launches() as noted:
-        launch_kernel(kernel, (2, 3), 1, SIZE=4)
+        launch_kernel(kernel, (2, 3), x, 1, SIZE=4)
         raise RuntimeError
-    assert noted == [(kernel, (1,), {"SIZE": 4})]
+    assert noted == [(kernel, (x, 1), {"SIZE": 4})]
     assert not kernel.launched
-    launch_kernel(kernel, (2, 3), 1, SIZE=4)
-    assert kernel.launched == [((2, 3), (1,), {"SIZE": 4})]
+    launch_kernel(kernel, (2, 3), x, 1, SIZE=4)
+    assert kernel.launched == [((2, 3), (x, 1), {"SIZE": 4})]
 
 
 def test_nothing_runs_where_nothing_is_compiled(monkeypatch):

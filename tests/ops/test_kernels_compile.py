@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 def test_kernels_compile_without_spills(capability, tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(capability)]
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), "--usual", str(capability)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

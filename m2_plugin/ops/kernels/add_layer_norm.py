@@ -173,7 +173,8 @@ def _forward(
     num_rows, channels = x.shape
     x, residual = rows_contiguous(x), None if residual is None else rows_contiguous(residual)
     y = _empty(x, dtype, sequence_last)
-    mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    mean = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     elements, warps = SEQUENCE_LAST_FORWARD if sequence_last else ROWS_FORWARD
     rows = tile_rows(channels, elements, warps)
     launch_kernel(
@@ -257,9 +258,9 @@ def _backward(
 
 def _empty(x: Tensor, dtype: torch.dtype, sequence_last: bool) -> Tensor:
     """Return a new (N, D), rows or channels contiguous."""
-    if sequence_last:
-        return x.new_empty(x.shape[1], x.shape[0], dtype=dtype).t()
-    return x.new_empty(x.shape, dtype=dtype)
+    num_rows, channels = x.shape
+    strides = (1, num_rows) if sequence_last else (channels, 1)
+    return torch.empty_strided((num_rows, channels), strides, dtype=dtype, device=x.device)
 
 
 def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from m2_plugin.ops.backend import KERNEL_DTYPES
 from m2_plugin.ops.kernels import cache
 from m2_plugin.ops.kernels.compilation import compile_together
 
@@ -156,7 +157,16 @@ def recheck(op: str, device: torch.device, dtype: torch.dtype, tf32: bool) -> st
 def _precision(op: str, dtype: torch.dtype, tf32: bool) -> str:
     if op in _always_fp32:
         return "float32"
-    return "tf32" if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    if tf32 and dtype == torch.float32:
+        return "tf32"
+    return _NAMES.get(dtype) or _name(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_NAMES = {dtype: _name(dtype) for dtype in KERNEL_DTYPES}  # to make one takes a microsecond
 
 
 def _find_out(op: str, device: torch.device, dtype: torch.dtype, tf32: bool) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from m2_plugin.ops.backend import capability, interpreted
 
@@ -17,14 +18,55 @@ LARGE_CAPABILITIES = (9, 10)
 
 _noting = threading.local()  # in a thread that notes its launches: `launches`
 
+_NUMBERS = frozenset((int, float, bool))
+_launchers: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+MOST_LAUNCHERS = 1 << 14
+
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel with a grid, its arguments, and as keywords its constants and options."""
+    """Launch a kernel with a grid, its arguments, and as keywords its constants and options.
+
+    Args:
+        kernel: A function of `triton.jit`, whose constants are its last parameters.
+        grid: Numbers of programs.
+        *args: The kernel's other arguments; the first is a tensor, on the current device.
+        **options: Its constants and Triton's options.
+    """
     noted = getattr(_noting, "launches", None)
     if noted is None:
-        kernel[grid](*args, **options)
+        _launch(kernel, grid, args, options)
     else:
         noted.append((kernel, args, options))
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Launch by Triton; the next time, if the arguments are alike, what it compiled for them.
+
+    Triton examines all arguments in each launch, which takes the host as long as many a kernel
+    runs. Numbers belong to the key as they are, since there are few.
+    """
+    key = (
+        kernel,
+        grid,
+        args[0].get_device(),
+        *options,
+        *options.values(),
+        # Of a tensor, Triton asks whether its address is a multiple of 16.
+        *[a if type(a) in _NUMBERS else (a.dtype, a.data_ptr() & 15 == 0) for a in args],
+    )
+    kept = _launchers.get(key)
+    if kept is not None:
+        launch, constants = kept
+        launch(*args, *constants, stream=torch._C._cuda_getCurrentRawStream(key[2]))
+        return
+    compiled = kernel[grid](*args, **options)
+    if isinstance(compiled, CompiledKernel):
+        if len(_launchers) >= MOST_LAUNCHERS:
+            _launchers.clear()
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _launchers[key] = compiled[(*grid, 1, 1)], constants
 
 
 @contextmanager
@@ -104,8 +146,8 @@ def sequence_last(x: Tensor) -> Tensor:
 
 def empty_sequence_last(like: Tensor, channels: int) -> Tensor:
     """Return a new (B, L, channels) for `like` (B, L, C), positions contiguous in memory."""
-    batch, length = like.shape[:2]
-    return like.new_empty(channels, batch, length).permute(1, 2, 0)
+    batch, length, _ = like.shape
+    return like.new_empty_strided((batch, length, channels), (length, 1, batch * length))
 
 
 def strides(x: Tensor) -> tuple[int, int]:
