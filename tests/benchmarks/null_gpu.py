@@ -2,8 +2,9 @@
 
 PyTorch's CUDA tensors, autograd and Triton run as they do on an H100, up to the calls of CUDA,
 cuBLAS and cuFFT. A small library is loaded before those, and answers them at once. So what a pass
-takes here is the host's own time, without that inside CUDA. Memory is reserved but never touched, and holds
-zeros; what is copied from it to the host are the answers that a pass expects (see `answer`).
+takes here is the host's own time, without that inside CUDA. Memory is reserved but never touched,
+and holds zeros; what is copied from it to the host are the answers that a pass expects (see
+`answer`).
 
 Needs PyTorch 2.7 for CUDA 12, Triton 3.3 and a C compiler; no driver.
 """
