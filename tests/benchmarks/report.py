@@ -298,8 +298,8 @@ def host() -> str:
     intro = (
         f"What the host takes for a pass of {report['tokens']:,} tokens, and what the kernels of "
         f"such a pass took on a GPU (ms). The GPU waits where the host takes longer. Median "
-        f"(range) of {report['repeats']} passes, the models taking turns; one thread of {report['cpu']}, "
-        f"torch {report['torch']}, Triton {report['triton']}, {report['date']} "
+        f"(range) of {report['repeats']} passes, the models taking turns; one thread of "
+        f"{report['cpu']}, torch {report['torch']}, Triton {report['triton']}, {report['date']} "
         f"(`bench_host.py`): a GPU that is not there accepts all work and does none, so the time "
         f"within CUDA's libraries is left out."
     )
