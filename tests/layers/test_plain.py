@@ -114,7 +114,7 @@ def test_a_copy_examines_its_own_filters():
     assert not torch.equal(batched_taps(copies, 16)[1], batched_taps(modules, 16)[1])
 
 
-def test_parameters_that_lie_elsewhere_are_read_anew(monkeypatch):
+def test_parameters_that_lie_elsewhere_are_read_anew():
     """FSDP puts views of its flat parameter in the place of parameters, new ones in each pass."""
     modules = convs()
     layer = modules[0].filter.fwd.layers[0]

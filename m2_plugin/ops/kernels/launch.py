@@ -47,10 +47,11 @@ def _launch(
     Triton examines all arguments in each launch, which takes the host as long as many a kernel
     runs. Numbers belong to the key as they are, since there are few.
     """
+    device = args[0].get_device()
     key = (
         kernel,
         grid,
-        args[0].get_device(),
+        device,
         *options,
         *options.values(),
         # Of a tensor, Triton asks whether its address is a multiple of 16.
@@ -59,7 +60,7 @@ def _launch(
     kept = _launchers.get(key)
     if kept is not None:
         launch, constants = kept
-        launch(*args, *constants, stream=torch._C._cuda_getCurrentRawStream(key[2]))
+        launch(*args, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
         return
     compiled = kernel[grid](*args, **options)
     if isinstance(compiled, CompiledKernel):
