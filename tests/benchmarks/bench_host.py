@@ -13,7 +13,7 @@ Prints a table and writes results/host.json. It needs what `null_gpu.py` needs, 
 import null_gpu
 
 if __name__ == "__main__":
-    null_gpu.in_null_process({"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
+    null_gpu.in_null_process({})
 
 import argparse
 import datetime

@@ -21,13 +21,8 @@ from typing import Any
 
 import null_gpu
 
-# Kernels as they are without measurements on a GPU; and compiled, not interpreted.
-ENVIRONMENT = {
-    "M2_PLUGIN_AUTOTUNE": "0",
-    "M2_PLUGIN_KERNEL_CHECK": "0",
-    "TRITON_INTERPRET": "0",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its processes would look for a real GPU
-}
+# Kernels as they are without measurements on a GPU.
+ENVIRONMENT = {"M2_PLUGIN_AUTOTUNE": "0", "M2_PLUGIN_KERNEL_CHECK": "0"}
 
 
 def in_fake_process() -> None:

@@ -211,6 +211,8 @@ def in_null_process(env: Mapping[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         env = os.environ | {LOADED: "1", "LD_PRELOAD": f"{folder}/{NAME}"} | env
+        # Kernels are compiled, not interpreted; Inductor's processes would look for a real GPU.
+        env |= {"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         env["TRITON_LIBCUDA_PATH"] = folder
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
 
