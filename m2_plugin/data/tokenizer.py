@@ -40,9 +40,9 @@ class HubError(DataError):
 def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a folder or the hub; one in the hub's cache needs no network.
 
-    A folder may hold only `tokenizer.json`, as the library tokenizers saves it; tokens with BERT's
-    names, such as [CLS], then have BERT's roles. Code in a folder is not run, unless
-    `trust_remote_code` is true.
+    A folder may hold only `tokenizer.json`, as the library tokenizers saves it, or not name a
+    class; tokens with BERT's names, such as [CLS], then have BERT's roles. Code in a folder is not
+    run, unless `trust_remote_code` is true.
 
     Args:
         name: A folder, or a name on the hub.
@@ -62,18 +62,35 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase"
             return AutoTokenizer.from_pretrained(name, **kwargs | {"local_files_only": True})
         except Exception:  # not in the cache, or not whole there
             _reach(str(name), kwargs.get("cache_dir"))
-    has_json, has_config = ((folder / file).is_file() for file in FILES)
+    has_json = (folder / FILES[0]).is_file()
+    if has_json and not _names_class(folder):
+        return _from_json(folder, kwargs)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except Exception as error:
-        if has_json and not has_config:
-            return _from_json(folder / FILES[0], kwargs)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if folder.is_dir() and not has_json:
             reason = f"the folder has no {' and no '.join(FILES)}"
         elif not folder.exists() and not on_hub:
             reason = "there is no such folder"
         raise DataError(f"{str(name)!r} has no tokenizer that can be loaded ({reason})") from error
+
+
+def _names_class(folder: Path) -> bool:
+    """Tell whether a folder's files say which class of tokenizer it is.
+
+    Without it, transformers would guess from the folder's path: in /tmp/tmpt3x9k2ab it finds `mpt`.
+    """
+    for file in (FILES[1], "config.json"):
+        try:
+            saved = json.loads((folder / file).read_text("utf-8"))
+            if any(saved.get(key) for key in ("tokenizer_class", "auto_map", "model_type")):
+                return True
+        except OSError:  # there is no such file
+            continue
+        except (ValueError, AttributeError):  # transformers says what is wrong with it
+            return True
+    return False
 
 
 def _reach(name: str, cache: str | None) -> None:
@@ -96,18 +113,16 @@ def _reach(name: str, cache: str | None) -> None:
         return
 
 
-def _from_json(file: Path, kwargs: dict[str, Any]) -> "PreTrainedTokenizerBase":
+def _from_json(folder: Path, kwargs: dict[str, Any]) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
-    del kwargs["trust_remote_code"]
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **kwargs)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **kwargs)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise DataError(f"{str(file)!r} is not a tokenizer ({error})") from error
-    tokenizer.name_or_path = str(file.parent)
+        raise DataError(f"{str(folder / FILES[0])!r} is not a tokenizer ({error})") from error
     vocabulary = tokenizer.get_vocab()
     for key, token in BERT_TOKENS.items():
-        if key not in kwargs and token in vocabulary:
+        if key not in tokenizer.special_tokens_map and token in vocabulary:
             setattr(tokenizer, key, token)
     return tokenizer
 

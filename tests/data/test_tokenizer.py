@@ -27,6 +27,22 @@ def test_tokenizer_json_alone(tmp_path):
     assert load_tokenizer(TOKENIZER)(text)["input_ids"] == whole(text)["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["tmpt3x9k2", "gpt2-like", "bert", "t5"])
+def test_a_folders_name_does_not_choose_the_class(tmp_path, name):
+    """transformers alone guesses: in `tmpt3x9k2` it finds `mpt`, and takes MPT's tokenizer."""
+    folder = tmp_path / name
+    folder.mkdir()
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "he": 1, "[PAD]": 2}, unk_token="[UNK]"))
+    words.save(str(folder / "tokenizer.json"))
+    found = load_tokenizer(folder)
+    assert type(found) is PreTrainedTokenizerFast and len(found) == 3
+    assert (found.pad_token, found.cls_token) == ("[PAD]", None)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 7, "pad_token": "he"}')
+    found = load_tokenizer(folder)
+    assert type(found) is PreTrainedTokenizerFast and len(found) == 3
+    assert (found.pad_token, found.model_max_length) == ("he", 7)
+
+
 def test_what_is_missing_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"\(the folder has no tokenizer.json and no tok") as found:
         load_tokenizer(tmp_path)
