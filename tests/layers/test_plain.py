@@ -9,10 +9,11 @@ from torch import nn
 from m2_plugin.layers import long_conv
 from m2_plugin.layers.long_conv import LongConv, batched_taps
 from m2_plugin.layers.plain import Watch
+from tests.utils import KERNEL_DEVICE
 
 
 def convs():
-    return [LongConv(8, 16, order=16, backend="triton") for _ in range(2)]
+    return [LongConv(8, 16, order=16, backend="triton").to(KERNEL_DEVICE) for _ in range(2)]
 
 
 class Linear(nn.Linear):
