@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from m2_plugin.ops.gradients import once_differentiable
 
 
 class Casts(torch.autograd.Function):

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.autograd.function import once_differentiable
+from torch._utils import _flatten_dense_tensors
 
 from m2_plugin.ops.backend import use_kernel
 from m2_plugin.ops.fixed import declare_fixed
-from m2_plugin.ops.reference.hyena_filters import MAX_ORDER, OP, Sizes, hyena_filters_torch
+from m2_plugin.ops.gradients import once_differentiable
+from m2_plugin.ops.reference.hyena_filters import MAX_ORDER, OP, Sizes, hyena_filters_torch, unpack
 
 
 class MLPWeights(NamedTuple):
@@ -84,19 +84,16 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sizes: Sizes, *parts: Tensor) -> Tensor:
         ctx.sizes, ctx.positions = sizes, len(parts[-1])
-        ctx.parts = _shortened(parts, sizes)  # of which the backward pass needs the shapes
-        packed: Tensor = _flatten_dense_tensors(ctx.parts)
+        packed: Tensor = _flatten_dense_tensors(_shortened(parts, sizes))
         return packed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        filters, length = ctx.sizes.filters, ctx.sizes.length
-        grads = list(_unflatten_dense_tensors(grad, ctx.parts))
-        if length < ctx.positions:
-            first = torch.stack(grads[-filters:])
-            grads[-filters:] = F.pad(first, (0, 0, 0, ctx.positions - length)).unbind(0)
-        return None, *grads
+        *kinds, z = unpack(grad, ctx.sizes)
+        if ctx.sizes.length < ctx.positions:
+            z = F.pad(z, (0, 0, 0, ctx.positions - ctx.sizes.length))
+        return None, *(one for kind in (*kinds, z) for one in kind.unbind(0))
 
 
 class KeptTaps(NamedTuple):

@@ -70,6 +70,8 @@ def algorithm(
     names = [n for n in names if problems[n] is None]
     if not names:
         raise WrongKernelError(problems[usual])
+    if len(names) == 1:
+        return ALGORITHMS[names[0]]
     rows = tuning.row_class(batch_size * length)
     # Of fixed taps the spectra are there.
     given = inputs.u is not None, inputs.mask is not None, causal, is_fixed(inputs.taps)

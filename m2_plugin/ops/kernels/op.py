@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from m2_plugin.ops.gradients import once_differentiable
 
 
 class Op:
