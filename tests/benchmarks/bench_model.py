@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_model.py --device cpu --threads 1
     python tests/benchmarks/bench_model.py --device cuda
 
-Prints a table and writes tests/benchmarks/results/model_<device>.json after every row, so that a
-run which is cut short leaves what it has. The encoder's forward pass is timed without gradients; a
+Prints a table and writes tests/benchmarks/results/model_<device>.json (with another number of
+tokens than the usual, model_<device>_<tokens>.json) after every row, so that a run which is cut
+short leaves what it has. The encoder's forward pass is timed without gradients; a
 training step is forward with the masked-language-model loss (15% masked), backward and AdamW (in
 one launch or a few on a GPU, `fused=True`).
 
@@ -83,6 +84,7 @@ PROVIDERS = {
 ONLY = {"m2_bert_torch": "forward", "m2_bert_all_logits": "step"}
 # Arguments of a model as it is trained: only M2-BERT's head can leave out what has no loss.
 TRAINED = dict.fromkeys(("m2_bert", "m2_bert_torch"), {"loss_only": True})
+TOKENS = 1 << 15  # in a batch on a GPU
 EVENT_S = 0.2  # what is between two events on a GPU takes at least so long
 
 
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="at most (3 on a CPU, 10 on a GPU)")
     parser.add_argument("--scales", nargs="+", choices=list(SCALES))
     parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--tokens", type=int, default=1 << 15, help="in a batch on a GPU")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="in a batch on a GPU")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS["cuda"])
     modes = ["default", "reduce-overhead"]  # the second replays CUDA graphs: no host is needed
     parser.add_argument("--compile", choices=modes, help="torch.compile all models in this mode")
@@ -288,8 +290,11 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     suffix = f"_{args.compile}" if args.compile else ""
+    if not cpu:
+        report["tokens"] = args.tokens
+        suffix += f"_{args.tokens}" if args.tokens != TOKENS else ""
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"model_{args.device}{suffix}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     same = all(old.get(k) == report[k] for k in ("device", "threads", "torch", "transformers"))

@@ -15,8 +15,11 @@ is shown.
 """
 
 import argparse
+import datetime
 import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,6 +29,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = Path(__file__).parent
@@ -145,6 +149,32 @@ def run(name: str, command: list[str], env: dict[str, str], path: Path, limit: f
     return f"{end}, {time.monotonic() - begin:.0f} s"
 
 
+def count_tests(log: str) -> dict[str, Any]:
+    """Count how tests ended from the log of pytest-xdist; that of a stopped part has no summary."""
+    found = re.search(r"workers \[(\d+) items?\]", log)
+    ends = re.findall(r"(?m)^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.+?) *$", log)
+    names = {end: sorted({test for e, test in ends if e == end}) for end in ("FAILED", "ERROR")}
+    return {
+        "collected": int(found[1]) if found else len(ends),
+        "passed": sum(end == "PASSED" for end, _ in ends),
+        "skipped": sum(end == "SKIPPED" for end, _ in ends),
+        "failed": names["FAILED"],
+        "errors": names["ERROR"],
+    }
+
+
+def write_tests(log: Path, out: Path, device: str) -> None:
+    """Write `tests_<device>.json` from the log of the tests."""
+    name = device
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        name = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
+    report = {"benchmark": "tests", "date": datetime.date.today().isoformat(), "device": name}
+    report |= {package: importlib.metadata.version(package) for package in ("torch", "triton")}
+    report |= count_tests(log.read_text(errors="replace"))
+    (out / f"tests_{device}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
 def pack(logs: Path, archive: Path) -> None:
     """Put all logs into one file, which replaces that of an earlier run."""
     whole = archive.with_suffix(".tmp")
@@ -176,6 +206,8 @@ def main() -> int:
                 continue
             env, log = environment(name, scratch, site), scratch / f"{name}.log"
             ends[name] = run(name, commands[name], env, log, SECONDS[name] * args.scale)
+            if name == "tests":
+                write_tests(log, out, args.device)
             pack(scratch, out / "logs.tar.gz")
     print("\n" + "\n".join(f"{name:<10}{end}" for name, end in ends.items()))
     return 0 if all(end.startswith(("done", "left out")) for end in ends.values()) else 1
