@@ -12,6 +12,7 @@ import torch
 from tests.utils import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import gpu  # noqa: E402
 import ptx  # noqa: E402
 
 # Threads read x[i] while i < n, i = thread, thread + 64, ...; thread 0 of a program writes y.
@@ -148,3 +149,19 @@ def test_the_host_is_timed_without_a_gpu(tmp_path):
     for row in (forward, step):
         for model in ("m2_bert", "bert_sdpa"):
             assert 0 < row[model]["min_ms"] <= row[model]["median_ms"] <= row[model]["max_ms"]
+
+
+def test_ends_of_tests_are_counted_in_a_log_that_breaks_off():
+    log = """12 workers [6 items]
+tests/ops/test_a.py::test_one[a b]
+[gw3] [ 20%] PASSED tests/ops/test_a.py::test_one[a b]
+[gw10] [ 40%] FAILED tests/ops/test_a.py::test_two
+[gw10] [ 60%] SKIPPED tests/ops/test_a.py::test_three
+[gw1] [ 80%] ERROR tests/ops/test_b.py::test_four
+[gw1] [100%] PASSED tests/ops/test_b.py::test_five
+tests/ops/test_b.py::test_six
+"""
+    found = gpu.count_tests(log)
+    assert found["failed"] == ["tests/ops/test_a.py::test_two"]
+    assert found["errors"] == ["tests/ops/test_b.py::test_four"]
+    assert (found["collected"], found["passed"], found["skipped"]) == (6, 2, 1)
