@@ -41,13 +41,17 @@ KERNELS = (
     "add_layer_norm",
     "add_layer_norm_grad",
     "monarch_conv",
+    "cyclic_conv",
+    "fold",
+    "unfold",
+    "gates_grad",
     "correlation",
     "taps",
     "layer_grad",
     "filter_weight_grad",
 )
 OURS = f"regex:^({'|'.join(KERNELS)})_kernel$"
-MOST_LAUNCHES = 20
+MOST_LAUNCHES = 30
 PERCENT = ".avg.pct_of_peak_sustained_"
 # What is written of a launch, by ncu's names; those that a GPU does not have are left out.
 METRICS = {

@@ -140,14 +140,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each model")
     parser.add_argument("--batch", type=int, help="sequences in a step (2048; on a CPU 8)")
-    parser.add_argument("--microbatch", type=int, help="(256; on a CPU 4)")
+    parser.add_argument("--microbatch", type=int, help="(512; on a CPU 4)")
     parser.add_argument("--workers", type=int, help="of the loader (8; on a CPU 0)")
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     cpu = args.device == "cpu"
     args.batch = args.batch or (8 if cpu else 2048)
-    args.microbatch = args.microbatch or (4 if cpu else 256)
+    args.microbatch = args.microbatch or (4 if cpu else 512)
     args.workers = (0 if cpu else 8) if args.workers is None else args.workers
     registry.callbacks.register(CLOCK, func=Clock)
     report: dict[str, Any] = {

@@ -215,6 +215,16 @@ def model_cuda() -> str:
             f"the GPU waits less for its host ({other['device']}, torch {other['torch']}, "
             f"{other['date']}):\n\n{_speeds(other)}"
         )
+    if (RESULTS / "model_cuda_reduce-overhead.json").exists():
+        compiled = load("model_cuda_reduce-overhead")
+        for row in compiled["rows"]:
+            ours, theirs = (1e3 * row[name]["median_s"] for name in ("m2_bert", "bert_sdpa"))
+            text += (
+                f"\n\nBoth compiled by `torch.compile(mode='reduce-overhead')`, whose CUDA graphs "
+                f"need no host, M2-BERT needs {ours:.1f} ms for the {WHAT[row['what']]} at "
+                f"{row['length']} tokens, and BERT {theirs:.1f} ms ({compiled['tokens']:,} tokens, "
+                f"{compiled['device']}, {compiled['date']})."
+            )
     if (RESULTS / "model_cuda.png").exists():
         text += "\n\n![Throughput by length](results/model_cuda.png)"
     return text
@@ -298,6 +308,7 @@ def counters_cuda() -> str:
         f"What limits our kernels: hardware counters of a training step of one layer of base size, "
         f"{report['tokens']:,} tokens, {report['device']}, torch {report['torch']}, "
         f"{report['date']} (`bench_counters.py`); of several launches of a kernel, the longest. "
+        f"{report.get('note', '')} "
         f"The shares are those of the highest rates of the caches and of the memory, and of the "
         f"warps that a multiprocessor can hold. The "
         f"last column is what a warp waits for, in cycles for each instruction. ncu measures with "
@@ -546,7 +557,8 @@ def ops_cuda() -> str:
     intro = (
         f"Forward passes of the ops in bf16, D = 768, 65,536 tokens (`bench_ops.py`); "
         f"{report['device']}, torch {report['torch']}, {report['date']}; medians; the faster of "
-        f"two algorithms where both were timed. The columns up to *op / byte* are arithmetic: the "
+        f"two algorithms where both were timed. {report.get('note', '')} The columns up to "
+        f"*op / byte* are arithmetic: the "
         f"bytes that each token must move, and the operations of its matrix products in millions. "
         f"Where an FFT takes over, memory alone sets the floor. The floor is the larger of the two "
         f"times that memory and products need at the rates measured on this device "
