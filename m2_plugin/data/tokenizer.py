@@ -62,12 +62,14 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase"
             return AutoTokenizer.from_pretrained(name, **kwargs | {"local_files_only": True})
         except Exception:  # not in the cache, or not whole there
             _reach(str(name), kwargs.get("cache_dir"))
-    has_json = (folder / FILES[0]).is_file()
+    has_json, has_config = ((folder / file).is_file() for file in FILES)
     if has_json and not _names_class(folder):
         return _from_json(folder, kwargs)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except Exception as error:
+        if has_json and not has_config:  # a model type that transformers does not know
+            return _from_json(folder, kwargs)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if folder.is_dir() and not has_json:
             reason = f"the folder has no {' and no '.join(FILES)}"

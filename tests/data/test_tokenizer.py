@@ -43,6 +43,14 @@ def test_a_folders_name_does_not_choose_the_class(tmp_path, name):
     assert (found.pad_token, found.model_max_length) == ("he", 7)
 
 
+def test_a_model_that_transformers_does_not_know(tmp_path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "he": 1}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "of_another_time"}')
+    found = load_tokenizer(tmp_path)
+    assert type(found) is PreTrainedTokenizerFast and found.get_vocab() == {"[UNK]": 0, "he": 1}
+
+
 def test_what_is_missing_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"\(the folder has no tokenizer.json and no tok") as found:
         load_tokenizer(tmp_path)
