@@ -38,6 +38,10 @@ def table(header: list[str], rows: list[list[str]], text_columns: int = 2) -> st
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
 
 
+# Of `bench_model.py`: with its usual number of tokens, and with that of the recipes.
+MODEL_CUDA = "model_cuda", "model_cuda_65536"
+
+
 def spread(timing: dict[str, Any], unit: str, form: str) -> str:
     """Write a median and its range, e.g. `0.015 (0.011–0.016)`."""
     values = [timing[f"{key}_{unit}"] for key in ("median", "min", "max")]
@@ -48,36 +52,34 @@ def measured() -> str:
     """Write the README's three rows."""
     report, tokens = load("model_cpu"), load("conversion")["times"]["tokens"]
     steps = {r["length"]: r for r in report["rows"] if (r["scale"], r["what"]) == ("base", "step")}
-    rows: list[list[str]] = []
-    shown: set[tuple[str, int]] = set()
+    rows = []
     for length in (128, 2048):
         row = steps[length]
         ours, theirs = row["m2_bert"]["median_s"], row["bert_sdpa"]["median_s"]
         what = f"Training step, base size, {row['batch']} × {length:,} tokens, 1 CPU thread"
         rows.append([what, f"{ours:.1f} s", f"BERT-base {theirs:.1f} s", f"{row['speedup']:.1f}×"])
-    slow: dict[str, Any] = {}
-    for name in reversed(MODEL_CUDA):  # a row of the recipes' microbatch if there is one
-        if not (RESULTS / f"{name}.json").exists():
-            continue
-        report = load(name)
-        found = {(r["what"], r["length"]): r for r in report["rows"] if r["scale"] == "base"}
-        slow = found.get(("step", 128), {})
-        for kind, length in (("step", 128), ("step", 2048), ("forward", 8192)):
-            row = found.get((kind, length), {})
-            if "speedup" in row and (kind, length) not in shown:
-                shown.add((kind, length))
-                ours, theirs = (1e3 * row[n]["median_s"] for n in ("m2_bert", "bert_sdpa"))
-                what = f"{WHAT[kind].capitalize()}, base size, {row['batch']} × {length:,} tokens"
-                what += f", bf16, {report['device'].removeprefix('NVIDIA ')}"
-                other = f"BERT-base {theirs:.0f} ms"
-                rows.append([what, f"{ours:.0f} ms", other, f"{row['speedup']:.1f}×"])
+    passes: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    for name in MODEL_CUDA:  # the rows of the recipes' microbatch take the place of the others
+        if (RESULTS / f"{name}.json").exists():
+            report = load(name)
+            base = [r for r in report["rows"] if r["scale"] == "base"]
+            passes |= {(r["what"], r["length"]): (report["device"], r) for r in base}
+    for kind, length in (("step", 128), ("step", 2048), ("forward", 8192)):
+        device, row = passes.get((kind, length), ("", {}))
+        if "speedup" in row:
+            ours, theirs = (1e3 * row[n]["median_s"] for n in ("m2_bert", "bert_sdpa"))
+            what = f"{WHAT[kind].capitalize()}, base size, {row['batch']} × {length:,} tokens"
+            what += f", bf16, {device.removeprefix('NVIDIA ')}"
+            other = f"BERT-base {theirs:.0f} ms"
+            rows.append([what, f"{ours:.0f} ms", other, f"{row['speedup']:.1f}×"])
     ours, theirs = (tokens[name]["convert_s"] for name in ("ours, 2 workers", "llm-foundry"))
     what = "Convert 59 MB of text to tokens in MDS, 2 cores"
     other = f"llm-foundry's converter {theirs:.1f} s"
     rows.append([what, f"{ours:.1f} s", other, f"{theirs / ours:.1f}×"])
     note = ""
-    if slow and (RESULTS / "profile_cuda.json").exists():
-        profile = load("profile_cuda")
+    if all((RESULTS / f"{name}.json").exists() for name in (*MODEL_CUDA, "profile_cuda")):
+        profile, usual = load("profile_cuda"), load(MODEL_CUDA[0])["rows"]
+        slow = next(r for r in usual if (r["what"], r["length"]) == ("step", 128))
         kernels = {(r["provider"], r["what"], r["length"]): r["ms"] for r in profile["rows"]}
         ratios = [
             theirs / kernels["m2_bert", what, length]
@@ -192,10 +194,6 @@ def times_faster(row: dict[str, Any], other: str) -> str:
     return theirs.get("error", NONE) if "median_s" in ours else NONE
 
 
-# Of `bench_model.py`: with its usual number of tokens, and with that of the recipes.
-MODEL_CUDA = "model_cuda", "model_cuda_65536"
-
-
 def model_cuda() -> str:
     if not (RESULTS / "model_cuda.json").exists():
         return NO_GPU
@@ -233,7 +231,7 @@ def model_cuda() -> str:
 def _speeds(report: dict[str, Any]) -> str:
     """Write a row for each length that was measured."""
     found = {(r["what"], r["length"]): r for r in report["rows"] if r["scale"] == "base"}
-    others = {"bert_sdpa": "× BERT", "modernbert_sdpa": "× ModernBERT"}
+    others = {"bert_sdpa": "× BERT", "bert_eager": "× eager", "modernbert_sdpa": "× ModernBERT"}
     others = {o: text for o, text in others.items() if any(o in row for row in found.values())}
     rows = []
     for length in sorted({length for _, length in found}):
@@ -558,8 +556,8 @@ def ops_cuda() -> str:
         f"Forward passes of the ops in bf16, D = 768, 65,536 tokens (`bench_ops.py`); "
         f"{report['device']}, torch {report['torch']}, {report['date']}; medians; the faster of "
         f"two algorithms where both were timed. {report.get('note', '')} The columns up to "
-        f"*op / byte* are arithmetic: the "
-        f"bytes that each token must move, and the operations of its matrix products in millions. "
+        f"*op / byte* are arithmetic: the bytes that each token must move, and the operations of "
+        f"its matrix products in millions. "
         f"Where an FFT takes over, memory alone sets the floor. The floor is the larger of the two "
         f"times that memory and products need at the rates measured on this device "
         f"({report['bytes_per_second'] / 1e9:,.0f} GB/s and "
