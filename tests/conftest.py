@@ -1,13 +1,13 @@
 import os
 import random
-import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from tests.cluster import cluster  # noqa: F401 (a fixture)
-from tests.shared_memory import close_segments, remove_stale_segments
+from tests.shared_memory import close_segments, own_segments, remove_stale_segments
 
 # Without a GPU, kernels run in Triton's interpreter. Triton reads this when it is imported.
 if not torch.cuda.is_available():
@@ -37,12 +37,8 @@ def pytest_configure(config):
         from tests.ops.emulation import emulate
 
         emulate(capability)
-
-
-# What a file of tests names if it reads streams, itself or in a run. Some leave that to a script.
-OF_STREAMS = re.compile(
-    r"\bmds\b|StreamingDataset|The retrieval YAML|test_own_texts|test_everything_works"
-)
+    if worker := getattr(config, "workerinput", None):
+        config.add_cleanup(own_segments(int(worker["workerid"].removeprefix("gw"))).cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -59,15 +55,12 @@ def pytest_collection_modifyitems(config, items):
 def _group(items):
     """With `pytest -n 2 --dist loadgroup`, a file's tests run in one process, in their order.
 
-    So do the files that read streams: if two processes open some at once, Streaming may give both
-    the same shared memory. They come first, since they take longest.
+    The files with the most slow tests come first: a long file at the end would run alone.
     """
-    paths = {item.path for item in items}
-    of_streams = {path for path in paths if OF_STREAMS.search(path.read_text())}
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
     for item in items:
-        group = "streams" if item.path in of_streams else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in of_streams)
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,40 @@
 A dataset opens all segments that it finds, besides its own, and keeps them open until its process
 ends. So with hundreds of tests in one process, or after many runs that were killed, there would be
 too many open files.
+
+Segments have numbers. A dataset takes the first number that has neither a segment nor a lock file
+in the folder for temporary files. Two datasets that look at the same moment may take the same one.
+So each process of `pytest -n` has a folder of its own, with lock files for the others' numbers.
 """
 
 import atexit
 import gc
+import os
 import re
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-SEGMENT = re.compile(r"\d{6}_[a-z_]+")
-MAPPED = re.compile(r"/dev/shm/\d{6}_[a-z_]+")
+SEGMENT = re.compile(r"(\d{6})_[a-z_]+")
+MAPPED = re.compile(r"/dev/shm/(\d{6})_[a-z_]+")
+NUMBERS = 1000
+own_numbers = range(10**6)
+
+
+def own_segments(worker: int) -> tempfile.TemporaryDirectory[str]:
+    """Give this process, and those that it starts, the numbers of one of pytest's workers.
+
+    Returns:
+        The folder for their temporary files.
+    """
+    global own_numbers
+    folder = tempfile.TemporaryDirectory(prefix="tests-")
+    for number in range(worker * NUMBERS):
+        Path(folder.name, f"{number:06}_barrier_filelock").touch()
+    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+    own_numbers = range(worker * NUMBERS, (worker + 1) * NUMBERS)
+    return folder
 
 
 def close_segments() -> None:
@@ -32,14 +55,21 @@ def close_segments() -> None:
 
 
 def remove_stale_segments() -> None:
-    """Remove the segments that no process has in its memory: killed runs have left them."""
-    segments = {path for path in Path("/dev/shm").glob("*") if SEGMENT.fullmatch(path.name)}
-    if not segments:
+    """Remove segments of our numbers that no process has in its memory, and their lock files.
+
+    Killed runs have left them.
+    """
+    folders = Path("/dev/shm"), Path(tempfile.gettempdir())
+    found = [path for folder in folders for path in folder.glob("[0-9]*_*")]
+    numbers = {path: int(name[1]) for path in found if (name := SEGMENT.fullmatch(path.name))}
+    stale = [path for path, number in numbers.items() if number in own_numbers]
+    if not stale:
         return
     used = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended, or belongs to another user
-            used |= set(MAPPED.findall(maps.read_text()))
-    for path in segments:
-        if str(path) not in used:
-            path.unlink(missing_ok=True)
+            used |= set(map(int, MAPPED.findall(maps.read_text())))
+    for path in stale:
+        if numbers[path] not in used:
+            with suppress(FileNotFoundError, PermissionError):
+                path.unlink()
