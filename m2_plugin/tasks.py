@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from m2_plugin.data.labels import answer_columns, answers, plain
 from m2_plugin.data.rows import Row, read_rows, text_bytes, text_of
-from m2_plugin.data.squad import DOC_STRIDE, answer_question, encode_question, question_rows
+from m2_plugin.data.squad import (
+    DOC_STRIDE,
+    AnswerRules,
+    answer_question,
+    encode_question,
+    question_rows,
+)
 from m2_plugin.data.token_labels import (
     Entity,
     are_entity_tags,
@@ -318,7 +324,7 @@ class QuestionAnswering(Task):
 
     `prediction_start` and `prediction_end` count characters of the context. `score` is the sum of
     the answer's two logits, `null_score` that of no answer: a model of SQuAD 2.0 means no answer if
-    `null_score` is larger.
+    `null_score` is larger by more than the `null_threshold` of its training.
     """
 
     output = ("start_logits", "end_logits")
@@ -335,6 +341,7 @@ class QuestionAnswering(Task):
     def __init__(self, *args: Any):
         super().__init__(*args)
         _refuse_pairs(self.settings.pair_column, "question answering")
+        self.max_answer_length = AnswerRules.of(self.config).max_answer_length
 
     def rows_of(self, file: str) -> Iterator[Row]:
         """Yield a row for each question, also of SQuAD's own JSON."""
@@ -363,7 +370,7 @@ class QuestionAnswering(Task):
         answers = []
         for (_, context), features in zip(inputs, encoded.detail, strict=True):
             starts, ends = zip(*(next(logits) for _ in features), strict=True)
-            best = answer_question(context, features, starts, ends)
+            best = answer_question(context, features, starts, ends, self.max_answer_length)
             # An empty context has no span, and JSON no infinity.
             scores = [s if np.isfinite(s) else None for s in (best.score, best.null_score)]
             values = (best.text, best.start, best.end, *scores)

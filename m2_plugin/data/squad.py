@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from m2_plugin.data.rows import Row, read_rows, text_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "DOC_STRIDE",
     "MAX_ANSWER_LENGTH",
     "Answer",
+    "AnswerRules",
     "Feature",
     "Question",
     "answer_question",
@@ -36,6 +37,9 @@ __all__ = [
 # BERT's values for SQuAD, in tokens.
 DOC_STRIDE = 128
 MAX_ANSWER_LENGTH = 30
+
+# Where a saved config has them, in transformers' field `task_specific_params`.
+TASK = "question_answering"
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -284,6 +288,32 @@ def best_spans(
         scores = np.where(better, sums[rows, at], scores)
         first, last = np.where(better, at, first), np.where(better, at + more, last)
     return scores, first, last
+
+
+class AnswerRules(NamedTuple):
+    """What decides between the spans that a model finds.
+
+    A model that was trained for questions has the rules of its evaluation in its config.
+
+    Attributes:
+        max_answer_length: The most tokens in an answer.
+        null_threshold: How much larger the score of no answer must be than that of the best answer,
+            if questions may have no answer.
+    """
+
+    max_answer_length: int = MAX_ANSWER_LENGTH
+    null_threshold: float = 0.0
+
+    @classmethod
+    def of(cls, config: "PretrainedConfig") -> "AnswerRules":
+        """Return the rules of a model; BERT's if its config has none."""
+        saved = (getattr(config, "task_specific_params", None) or {}).get(TASK, {})
+        return cls(**{name: saved[name] for name in cls._fields if name in saved})
+
+    def write(self, config: "PretrainedConfig") -> None:
+        """Write the rules to a model's config."""
+        others = getattr(config, "task_specific_params", None) or {}
+        config.task_specific_params = {**others, TASK: self._asdict()}
 
 
 class Answer(NamedTuple):

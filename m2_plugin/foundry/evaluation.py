@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from m2_plugin.data.formats import check_file, is_saved_dataset
 from m2_plugin.data.labels import names_of_config
 from m2_plugin.data.rows import read_rows, text_of
-from m2_plugin.data.squad import DOC_STRIDE, MAX_ANSWER_LENGTH
+from m2_plugin.data.squad import DOC_STRIDE, AnswerRules
 from m2_plugin.data.token_labels import is_conll
 from m2_plugin.data.tokenizer import shorten
 from m2_plugin.foundry.mds_index import INDEX
@@ -339,13 +339,14 @@ def _questions(
     loader = build_question_answering_dataloader(
         tokenizer, batch_size, dataset, num_workers=0, pin_memory=False
     ).dataloader
-    metrics = {name: metric(null_threshold=0.0) for name, metric in ANSWER_METRICS.items()}
+    rules = AnswerRules.of(model.config)
+    metrics = {name: metric(rules.null_threshold) for name, metric in ANSWER_METRICS.items()}
     entropy = LanguageCrossEntropy().to(model.device)
     for batch in loader:
         outputs = model(**_inputs(model, batch))
         logits = {which: outputs[f"{which}_logits"].float() for which in ("start", "end")}
         starts, ends = (values.cpu().numpy() for values in logits.values())
-        rows = feature_rows(batch, starts, ends, MAX_ANSWER_LENGTH)
+        rows = feature_rows(batch, starts, ends, rules.max_answer_length)
         for metric in metrics.values():
             metric.update(rows)
         for which, values in logits.items():

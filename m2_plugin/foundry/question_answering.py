@@ -32,6 +32,7 @@ from m2_plugin.data.formats import DataError
 from m2_plugin.data.squad import (
     DOC_STRIDE,
     MAX_ANSWER_LENGTH,
+    AnswerRules,
     best_spans,
     encode_question,
     find_answer,
@@ -350,6 +351,8 @@ def feature_rows(
 class _QuestionAnswering(BertComposerModel):
     """Answers to questions: the first and the last token of a part of the text.
 
+    The saved config has the first two arguments, for `m2-plugin evaluate` and `predict`.
+
     Args:
         max_answer_length: The most tokens in an answer of the evaluation.
         null_threshold: How much larger the score of no answer must be than that of the best answer,
@@ -371,9 +374,9 @@ class _QuestionAnswering(BertComposerModel):
             raise ValueError(
                 f"model.max_answer_length must be at least 1, got {max_answer_length}."
             )
-        self.max_answer_length = max_answer_length
-        self.null_threshold = null_threshold
+        self.rules = AnswerRules(max_answer_length, null_threshold)
         super().__init__(**kwargs)
+        self.rules.write(self.model.config)
 
     @staticmethod
     def default_metrics(config: PretrainedConfig) -> Sequence[str]:
@@ -388,7 +391,7 @@ class _QuestionAnswering(BertComposerModel):
             raise ValueError(
                 f"model.metrics: {name!r} is not one of {', '.join(ANSWER_METRICS)}, cross_entropy."
             )
-        return ANSWER_METRICS[name](self.null_threshold)
+        return ANSWER_METRICS[name](self.rules.null_threshold)
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> dict[str, Any]:
         """Answer questions.
@@ -402,7 +405,8 @@ class _QuestionAnswering(BertComposerModel):
         """
         outputs = self.forward(batch) if outputs is None else outputs
         starts, ends = (outputs[f"{which}_logits"].detach().float() for which in ("start", "end"))
-        rows = feature_rows(batch, starts.cpu().numpy(), ends.cpu().numpy(), self.max_answer_length)
+        logits = starts.cpu().numpy(), ends.cpu().numpy()
+        rows = feature_rows(batch, *logits, self.rules.max_answer_length)
         return {"start_logits": starts, "end_logits": ends, "rows": rows.to(starts.device)}
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> dict[str, Any]:

@@ -31,6 +31,7 @@ TRANSFORMERS_KEYS = {
     "num_labels",
     "quantization_config",
     "sep_token_id",
+    "task_specific_params",  # of transformers 4
     "tokenizer_class",
     "torch_dtype",
     "transformers_version",

@@ -249,11 +249,24 @@ def test_questions_as_in_training(version_2, tokenizer, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     keys = {"path": str(path), "doc_stride": MAX_SEQ_LEN // 2, "padding": "longest"}
     data = [loader("question_answering", **keys, shuffle=False) for _ in range(2)]
-    model = {"config_overrides": TINY | {"mask_padding": True}}
+    rules = {"max_answer_length": 1, "null_threshold": 100.0}  # the right answers are one word
+    model = {"config_overrides": TINY | {"mask_padding": True}} | rules
     ran = fit(tokenizer, tmp_path, "m2_bert_question_answering", model, *data)
     found = result(tmp_path, tmp_path / "final", path, "--batch-size", "5")
     assert found["rows"] == 40 and found["metrics"].keys() == ran["eval"].keys()
     assert found["metrics"] == pytest.approx(ran["eval"], abs=1e-4)
+
+    config = tmp_path / "final" / "config.json"
+    fields = json.loads(config.read_text())
+    assert fields.pop("task_specific_params") == {"question_answering": rules}
+    predicted = tmp_path / "out.jsonl"
+    predict = ["predict", str(path), "--model", str(tmp_path / "final"), "--out", str(predicted)]
+    assert main(predict) == 0
+    answers = [json.loads(line)["prediction"] for line in predicted.read_text().splitlines()]
+    assert len(answers) == 40 and all(len(answer.split()) == 1 for answer in answers)
+    config.write_text(json.dumps(fields))
+    longer = result(tmp_path, tmp_path / "final", path, "--batch-size", "5")
+    assert longer["metrics"]["f1"] != found["metrics"]["f1"]  # BERT's rules
 
 
 def test_predictions_and_evaluation_agree(classes, tokenizer, tmp_path):
