@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from m2_plugin.layers.monarch_mixer import MonarchMixer, ShortConv, taps_of_mixe
 from m2_plugin.layers.plain import is_plain
 from m2_plugin.models.configuration_m2_bert import M2BertConfig
 from m2_plugin.models.sentence_folder import read_modules, write_modules
+from m2_plugin.ops.fixed import declare_fixed
 from m2_plugin.ops.hyena_filters import TapsKeeper, may_keep
 from m2_plugin.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -447,7 +448,12 @@ class M2BertModel(M2BertPreTrainedModel):
         if not all(is_plain(layer, M2BertLayer) for layer in group):
             return alone
         taps = taps_of_mixers([layer.mixer for layer in group], x, keeper, first)
-        return alone[: len(group)] if taps is None else [*taps]
+        if taps is None:
+            return alone[: len(group)]
+        if not checkpointing and _keeps_spectra(count * size, x.device):
+            for t in chain.from_iterable(taps):
+                declare_fixed(t, reused=False)
+        return [*taps]
 
     def train(self, mode: bool = True) -> "M2BertModel":
         """Set the mode; in training no taps are kept."""
@@ -1037,6 +1043,22 @@ def _load_tensors(path: str) -> dict[str, Tensor]:
     if path.endswith(".safetensors"):
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _keeps_spectra(nbytes: int, device: torch.device) -> bool:
+    """Return whether the spectra of all filters stay from a forward pass to its backward pass.
+
+    To transform the filters once more takes longer than to read what is there, but no memory.
+
+    Args:
+        nbytes: What the spectra take, as much as the taps.
+        device: Where they are.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if device.type != "cuda":
+        return nbytes <= 1 << 30
+    return nbytes <= torch.cuda.get_device_properties(device).total_memory // 16
 
 
 def _classifier_dropout(config: M2BertConfig) -> nn.Dropout:

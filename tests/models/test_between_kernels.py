@@ -1,11 +1,15 @@
 """What runs between the kernels of the layers: no casts, copies and sums of activations."""
 
+import gc
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from m2_plugin.models import M2BertConfig, M2BertForMaskedLM, M2BertModel
+from m2_plugin.models import M2BertConfig, M2BertForMaskedLM, M2BertModel, modeling_m2_bert
+from m2_plugin.ops import fixed
+from m2_plugin.ops.fixed import is_fixed
 from m2_plugin.ops.kernels.launch import noted_launches
 from tests.utils import KERNEL_DEVICE, relative_error
 
@@ -174,3 +178,33 @@ def test_torch_compile_finds_one_graph():
         results.append([y, *grads])
     for compiled, eager in zip(*results, strict=True):
         assert relative_error(compiled, eager) < 1e-5
+
+
+def test_filters_spectra_stay_for_the_backward_pass_if_there_is_room(monkeypatch):
+    """And no longer than that."""
+    found, taps_of_mixers = [], modeling_m2_bert.taps_of_mixers
+    monkeypatch.setattr(
+        modeling_m2_bert,
+        "taps_of_mixers",
+        lambda *args: found.append(taps_of_mixers(*args)) or found[-1],
+    )
+    model = M2BertModel(config(backend="triton")).to(KERNEL_DEVICE).train()
+
+    def stay():
+        found.clear()
+        with noted_launches():
+            model(ids())
+        return {is_fixed(taps) for layer in found[0] for taps in layer}
+
+    before = len(fixed._fixed)
+    assert stay() == {True}
+    found.clear()
+    gc.collect()
+    assert len(fixed._fixed) == before
+    with torch.no_grad():
+        assert stay() == {False}
+    model.gradient_checkpointing_enable()
+    assert stay() == {False}
+    model.gradient_checkpointing_disable()
+    monkeypatch.setattr(modeling_m2_bert, "_keeps_spectra", lambda nbytes, device: nbytes < 1)
+    assert stay() == {False}

@@ -3,7 +3,7 @@ import gc
 import torch
 
 from m2_plugin.ops import fixed
-from m2_plugin.ops.fixed import declare_fixed, derived, is_fixed
+from m2_plugin.ops.fixed import declare_fixed, derived, is_fixed, is_reused
 
 
 def twice(*tensors):
@@ -27,14 +27,17 @@ def test_a_view_of_a_fixed_tensor_is_another():
     x = torch.randn(3)
     declare_fixed(x)
     assert is_fixed(x) and is_fixed(x.float()) and not is_fixed(x[:2]) and not is_fixed(x.view(3))
+    assert is_reused(x) and not is_reused(x[:2])
+    declare_fixed(x, reused=False)
+    assert is_fixed(x) and not is_reused(x)
 
 
 def test_results_die_with_their_tensors():
-    before = len(fixed._results)
+    before = len(fixed._fixed)
     x = torch.randn(3)
     declare_fixed(x)
     derived([x], "a", twice(x))
-    assert len(fixed._results) == before + 1
+    assert len(fixed._fixed) == before + 1
     del x
     gc.collect()
-    assert len(fixed._results) == before
+    assert len(fixed._fixed) == before

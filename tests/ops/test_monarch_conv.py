@@ -162,6 +162,28 @@ def test_spectra_of_fixed_taps_are_computed_once(small_fft, monkeypatch):
     assert len(transforms) == 7
 
 
+def test_a_backward_pass_takes_the_spectra_of_its_forward_pass(small_fft, monkeypatch):
+    monkeypatch.setenv("M2_PLUGIN_AUTOTUNE", "0")
+    transforms, rfft = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda *a, **k: transforms.append(1) or rfft(*a, **k))
+    dy = torch.randn(2, 300, 2, device=KERNEL_DEVICE)
+    tensors = [t.to(KERNEL_DEVICE).requires_grad_() for t in inputs(2, 300, 2)]
+    results = {}
+    for kept in (False, True):
+        transforms.clear()
+        p, weight, bias, taps, u, res_taps = tensors
+        own = 2 * taps, 2 * res_taps
+        if kept:
+            for t in own:
+                declare_fixed(t, reused=False)
+        y = gated_long_conv(p, weight, bias, own[0], u, own[1], backend="triton")
+        results[kept] = y, *torch.autograd.grad(y, tensors, dy)
+        # The filters' in either pass, and the gradients'.
+        assert len(transforms) == (1 if kept else 2) + 2
+    for kept, computed in zip(results[True], results[False], strict=True):
+        assert torch.equal(kept, computed)
+
+
 def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):
     from m2_plugin.ops.kernels import monarch_plan
 

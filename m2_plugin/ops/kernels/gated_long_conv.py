@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m2_plugin.ops import backend
-from m2_plugin.ops.fixed import is_fixed
+from m2_plugin.ops.fixed import is_reused
 from m2_plugin.ops.kernels import monarch_conv, toeplitz_conv, tuning
 from m2_plugin.ops.kernels.check import Case, WrongKernelError, draws, register
 from m2_plugin.ops.kernels.gates import Gradients, Inputs
@@ -50,7 +50,7 @@ def _candidates(x: Tensor) -> list[str]:
 
 
 def algorithm(
-    direction: str, inputs: Inputs, causal: bool, run: Callable[[Algorithm], object]
+    direction: str, inputs: Inputs, causal: bool, run: Callable[[Algorithm, Inputs], object]
 ) -> Algorithm:
     """Choose an algorithm by the sequences' length, or by measurement if several may be fastest.
 
@@ -58,7 +58,7 @@ def algorithm(
         direction: `forward` or `backward`.
         inputs: The op's tensors.
         causal: Whether the kernels may leave out half of the work.
-        run: A function that runs an algorithm; all compute the same.
+        run: A function that runs an algorithm on such inputs; all compute the same.
 
     Raises:
         WrongKernelError: If the kernels did not pass their comparison with PyTorch.
@@ -73,32 +73,43 @@ def algorithm(
     if len(names) == 1:
         return ALGORITHMS[names[0]]
     rows = tuning.row_class(batch_size * length)
-    # Of fixed taps the spectra are there.
-    given = inputs.u is not None, inputs.mask is not None, causal, is_fixed(inputs.taps)
+    reused = is_reused(inputs.taps)  # then the spectra are there
+
+    def timed(name: str) -> None:
+        run(ALGORITHMS[name], inputs if reused else _as_new(inputs))
+
+    given = inputs.u is not None, inputs.mask is not None, causal, reused
     key = (usual, rows, next_power_of_2(length), channels, x.dtype, *given)
     name = tuning.best(
         f"gated_long_conv {direction}",
         key,
         names,
-        lambda name: run(ALGORITHMS[name]),
+        timed,
         x.device,
         launches_only=False,  # spectra of fixed taps are kept
     )
     return ALGORITHMS[name]
 
 
+def _as_new(inputs: Inputs) -> Inputs:
+    """Return inputs whose taps nobody has declared fixed."""
+    res_taps = inputs.res_taps
+    res_taps = None if res_taps is None else res_taps.view_as(res_taps)
+    return inputs._replace(taps=inputs.taps.view_as(inputs.taps), res_taps=res_taps)
+
+
 def _forward(inputs: Inputs, causal: bool) -> Tensor:
-    def run(by: Algorithm) -> Tensor:
+    def run(by: Algorithm, inputs: Inputs) -> Tensor:
         return by.forward(inputs, causal)
 
-    return run(algorithm("forward", inputs, causal, run))
+    return run(algorithm("forward", inputs, causal, run), inputs)
 
 
 def _backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    def run(by: Algorithm) -> tuple[Tensor, ...]:
+    def run(by: Algorithm, inputs: Inputs) -> tuple[Tensor, ...]:
         return by.backward(grad, inputs)
 
-    return run(algorithm("backward", inputs, False, run))
+    return run(algorithm("backward", inputs, False, run), inputs)
 
 
 def _torch_forward(inputs: Inputs, causal: bool) -> Tensor:

@@ -962,7 +962,8 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     x and grad are (B, L, D), positions contiguous in memory.
     """
     batch_size, length, channels = grad.shape
-    points, grads = plan.config.points, []
+    points = plan.config.points
+    grad_taps = torch.empty(channels, 2 * length - 1, dtype=torch.float32, device=grad.device)
     each = 8 * plan.classes * points
     if plan.folded:
         each += 2 * _class_bytes(plan, batch_size)
@@ -992,8 +993,8 @@ def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
             ROWS=plan.rows,
             **plan.constants,
         )
-        grads.append(taps_of(grad_k, length, plan))
-    return grads[0] if len(grads) == 1 else torch.cat(grads)
+        taps_of(grad_k, grad_taps[chunk], plan)
+    return grad_taps
 
 
 def _convolve(x: Tensor, filters: tuple[Tensor, Tensor], plan: Plan, conjugate: bool) -> Tensor:

@@ -107,7 +107,7 @@ def order_spectrum_kernel(
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the spectrum of one channel by residue classes, scaled.
+    """Write the spectrum of one channel by residue classes, scaled, and divided by N.
 
     `half` has frequencies 0 … N / 2 of a real sequence, real and imaginary parts side by side. The
     same place in TOGETHER classes comes from as many neighbours in `half`, or beyond N / 2 from
@@ -125,7 +125,7 @@ def order_spectrum_kernel(
         x = tl.load(half_ptr + at, mask=at < points + 2, other=0.0)
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & ABSOLUTE_BITS)
     scale, inverse, poison = scale_of(tl.max(largest))
-    tl.store(scale_ptr + channel, scale / guard + poison)
+    tl.store(scale_ptr + channel, scale / guard / points + poison)
     scale_k = inverse * guard
     dtype = k_ptr.dtype.element_ty
     if TOGETHER == 1:
@@ -164,14 +164,15 @@ def order_spectrum_kernel(
 
 @triton.jit
 def order_frequencies_kernel(
-    k_ptr, half_ptr, residues, classes,
+    k_ptr, hartley_ptr, residues, classes,
     VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Undo `order_spectrum_kernel` for the gradient of a spectrum, whose real signal counts.
 
-    That of the Hermitian part: half of each number and of the conjugate of its mirror. Where only
-    one of the two was computed, the number is Hermitian already.
+    That of the Hermitian part H: half of each number and of the conjugate of its mirror. Where only
+    one of the two was computed, the number is Hermitian already. What is written is Re H − Im H at
+    all N frequencies; see `taps_of`.
     """
     M: tl.constexpr = N1 * N2
     TILE: tl.constexpr = 32 * VECTOR * WARPS
@@ -183,7 +184,8 @@ def order_frequencies_kernel(
     k1, k2 = _place(at, VECTOR, WARPS, N1, N2)
     q = k1 + N1 * k2
     r = first + tl.arange(0, TOGETHER)[None, :]
-    inside = (r < residues) & (2 * (residues * q[:, None] + r) <= points)
+    f = residues * q[:, None] + r
+    inside = (r < residues) & (2 * f <= points)
     k_ptr += channel * classes * 2 * M
     ok = inside & (r < classes)
     here = r * (2 * M) + at[:, None]
@@ -198,12 +200,29 @@ def order_frequencies_kernel(
     re += tl.load(k_ptr + there, mask=also, other=0.0)
     im -= tl.load(k_ptr + M + there, mask=also, other=0.0)
     share = tl.where(ok & also, 0.5, 1.0)
-    pairs = tl.reshape(tl.join(re * share, im * share), (TILE, 2 * TOGETHER))
-    i = tl.arange(0, 2 * TOGETHER)[None, :]
-    f = residues * q[:, None] + first + i // 2
-    inside = (first + i // 2 < residues) & (2 * f <= points)
-    half = half_ptr + channel * (points + 2) + 2 * (residues * q[:, None] + first) + i
-    tl.store(half, pairs, mask=inside)
+    re, im = re * share, im * share
+    hartley_ptr += channel * points
+    tl.store(hartley_ptr + f, re - im, mask=inside)
+    mirrored = inside & (f > 0) & (2 * f < points)
+    tl.store(hartley_ptr + points - f, re + im, mask=mirrored)
+
+
+@triton.jit
+def lags_kernel(half_ptr, taps_ptr, length, points, BLOCK: tl.constexpr):
+    """Write the taps of one channel by lag, from the transform G of `order_frequencies_kernel`.
+
+    The one at lag ±t is (Re G[t] ∓ Im G[t]) / N.
+    """
+    channel = tl.program_id(1).to(tl.int64)
+    lag = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lag < length
+    pairs = tl.arange(0, 2)[None, :] + 2 * lag[:, None]
+    half_ptr += channel * (points + 2)
+    re, im = tl.split(tl.load(half_ptr + pairs, mask=inside[:, None], other=0.0))
+    taps_ptr += channel * (2 * length - 1) + length - 1
+    share = 1.0 / points
+    tl.store(taps_ptr + lag, (re - im) * share, mask=inside)
+    tl.store(taps_ptr - lag, (re + im) * share, mask=inside & (lag > 0))
 
 
 def spectra(filters: Sequence[Tensor], plan: Plan) -> Sequence[tuple[Tensor, Tensor]]:
@@ -237,7 +256,7 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
                     BLOCK=TILE,
                     num_warps=4,
                 )
-        half = torch.view_as_real(torch.fft.rfft(circle, norm="forward"))
+        half = torch.view_as_real(torch.fft.rfft(circle))
         launch_kernel(
             order_spectrum_kernel,
             (half.shape[0],),
@@ -262,25 +281,38 @@ def _together(plan: Plan) -> int:
     return min(4, next_power_of_2(plan.residues))
 
 
-def taps_of(grad: Tensor, length: int, plan: Plan) -> Tensor:
-    """Transform the gradient (D, C, 2, M) of a spectrum back to taps (D, 2L − 1)."""
-    channels, points = grad.shape[0], plan.points
-    half = torch.empty(channels, points // 2 + 1, 2, dtype=torch.float32, device=grad.device)
+def taps_of(grad: Tensor, taps: Tensor, plan: Plan) -> None:
+    """Transform the gradient (D, C, 2, M) of a spectrum back, to that of taps (D, 2L − 1).
+
+    The inverse transform of a Hermitian spectrum H is Re G[t] − Im G[t], divided by N, where G is
+    the transform of the real sequence Re H − Im H: the terms of other parity vanish. PyTorch's own
+    inverse would first copy the spectrum, and pass over its result once more.
+    """
+    channels, points, length = grad.shape[0], plan.points, (taps.shape[1] + 1) // 2
+    hartley = torch.empty(channels, points, dtype=torch.float32, device=grad.device)
     together = _together(plan)
     tiles = plan.config.points // (32 * plan.vector * plan.config.row_warps)
     launch_kernel(
         order_frequencies_kernel,
         (tiles * cdiv(plan.residues, together), channels),
         grad,
-        half,
+        hartley,
         plan.residues,
         plan.classes,
         TOGETHER=together,
         num_warps=8,
         **plan.order_constants,
     )
-    circle = torch.fft.irfft(torch.view_as_complex(half), n=points)
-    return torch.cat([circle[:, points - (length - 1) :], circle[:, :length]], 1)
+    launch_kernel(
+        lags_kernel,
+        (cdiv(length, TILE), channels),
+        torch.view_as_real(torch.fft.rfft(hartley)),
+        taps,
+        length,
+        points,
+        BLOCK=TILE,
+        num_warps=4,
+    )
 
 
 def chunks(channels: int, bytes_each: int, total: int) -> list[slice]:
