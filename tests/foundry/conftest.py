@@ -1,4 +1,5 @@
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,27 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def sentences():
-    """Make sentences in which each word determines the next, so that a tiny model can learn."""
+def words():
     vocabulary = (TOKENIZER / "vocab.txt").read_text().split()
-    words = [word for word in vocabulary if word.isalpha() and len(word) > 2][:60]
+    return [word for word in vocabulary if word.isalpha() and len(word) > 2][:60]
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory, words):
+    """A tokenizer's folder with a vocabulary of these words only.
+
+    A sharded checkpoint has an object for each entry of the tokenizer's vocabulary.
+    """
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *words]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences(words):
+    """Make sentences in which each word determines the next, so that a tiny model can learn."""
     rng = random.Random(0)
     out = []
     for _ in range(256):

@@ -20,14 +20,14 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.utils import ROOT, TOKENIZER
+from tests.utils import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]  # four processes train on few cores
 
 PRETRAIN = ROOT / "yamls" / "pretrain"
 BATCHES, SAVED = 4, 2
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "hyena_filter_order": 8}
-SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32}
+SIZES |= {"max_position_embeddings": 32, "long_conv_l_max": 32, "vocab_size": 65}
 BERT = {f"model.config_overrides.{key}": value for key, value in SIZES.items()}
 GPT = {"model.d_model": 32, "model.n_layers": 2, "model.attn_config.filter_order": 8}
 FULL, SHARDED = {"state_dict_type": "full"}, {"state_dict_type": "sharded"}
@@ -99,13 +99,14 @@ METRICS: dict[str, tuple[int, dict[str, Any]]] = {"entities": (2, {})}
 def config(
     out: Path,
     mds: Path,
+    tokenizer: Path,
     fsdp: dict[str, Any] | None,
     keys: dict[str, Any],
     model: str = "m2-bert-quickstart",
 ) -> Any:
     cfg = OmegaConf.load(PRETRAIN / f"{model}.yaml")
     values = {
-        "variables": {"run_name": out.name, "out": str(out), "tokenizer": str(TOKENIZER)},
+        "variables": {"run_name": out.name, "out": str(out), "tokenizer": str(tokenizer)},
         "variables.max_seq_len": 32,
         "save_folder": str(out / "run"),
         "train_loader.dataset.local": str(mds),
@@ -137,14 +138,15 @@ def checkpoint(folder: Path, batch: int, sharded: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(mds, tmp_path_factory) -> dict[str, Path]:
+def runs(mds, small_tokenizer, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fsdp")
+    data = mds, small_tokenizer
     jobs = []
     loaded = {source for source, _, _ in LOADED.values()}
     for model, wanted in (("m2-gpt-small", GPT_RUNS), ("m2-bert-quickstart", RUNS)):
         for name, (size, fsdp, keys) in wanted.items():
             keys = keys | {"save_interval": f"{SAVED if name in loaded else BATCHES}ba"}
-            job = {"world_size": size, "config": config(root / name, mds, fsdp, keys, model)}
+            job = {"world_size": size, "config": config(root / name, *data, fsdp, keys, model)}
             jobs.append(job)
     functions = {"shard": SHARDINGS, "contrast": CONTRASTS, "entity_f1": METRICS}
     for function, wanted in functions.items():
@@ -159,7 +161,7 @@ def runs(mds, tmp_path_factory) -> dict[str, Path]:
             job["to_file"] = [str(path), str(path := path.with_suffix(".pt"))]
         curve = {"folder": str(root / name / "run")}
         keys = {"load_path": str(path), "save_folder": None, "callbacks.loss_curve": curve}
-        late.append(job | {"config": config(root / name, mds, fsdp, keys)})
+        late.append(job | {"config": config(root / name, *data, fsdp, keys)})
     # Successive jobs of one size share their processes.
     jobs = [job for part in (jobs, late) for job in sorted(part, key=lambda j: j["world_size"])]
     (root / "jobs.json").write_text(json.dumps(jobs))
@@ -187,7 +189,7 @@ def curve(out: Path) -> dict[tuple[int, str], float]:
 
 def test_the_same_losses_however_many_and_sharded_or_not(runs):
     one = curve(runs["one"])
-    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
+    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.01
     for name in RUNS:
         assert curve(runs[name]) == pytest.approx(one, rel=2e-6), name
 
