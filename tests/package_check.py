@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -37,14 +38,25 @@ m2-plugin embed quickstart/pairs/test.jsonl --text-column query
     --model quickstart/retrieval/run/huggingface/final --out queries.npy
 """
 
+COMPOSER = "from composer.cli.launcher import main\nmain()\n"
+
 
 def install(wheel: Path, folder: Path, python: str, by: str) -> Path:
     """Make an environment and install into it; return the folder of its programs."""
     environment = folder / "env"
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     if by == "uv":
-        uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
         run([uv, "venv", "--quiet", "--python", python, environment], folder)
         run([uv, "pip", "install", "--quiet", "--python", environment, wheel], folder)
+    elif by == "here":
+        run([uv, "venv", "--quiet", "--python", python, environment], folder)
+        install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", environment]
+        run([*install, wheel], folder)
+        (packages,) = environment.glob("lib/python*/site-packages")
+        packages.joinpath("here.pth").write_text(sysconfig.get_path("purelib"))
+        program = environment / "bin" / "composer"
+        program.write_text(f"#!{environment}/bin/python\n{COMPOSER}")
+        program.chmod(0o755)
     else:
         run([python, "-m", "venv", environment], folder)
         run([environment / "bin" / "pip", "install", "--quiet", wheel], folder)
@@ -66,11 +78,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--python", default=sys.executable, help="3.11 or 3.12 (this one)")
-    parser.add_argument("--by", choices=("uv", "pip"), default="uv", help="what installs (uv)")
+    parser.add_argument(
+        "--by",
+        choices=("uv", "pip", "here"),
+        default="uv",
+        help="what installs (uv); `here`: uv, without dependencies, which are those of this Python",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         programs = install(args.wheel.resolve(), folder, args.python, args.by)
+        used = "import m2_plugin, sys; sys.exit(not m2_plugin.__file__.startswith(sys.prefix))"
+        run(["python", "-c", used], folder, programs)
         for command in COMMANDS.replace("\n    ", " ").strip().splitlines():
             run(shlex.split(command), folder, programs)
         quickstart = folder / "quickstart"
