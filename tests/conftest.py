@@ -38,7 +38,7 @@ def pytest_configure(config):
 
         emulate(capability)
     if worker := getattr(config, "workerinput", None):
-        config.add_cleanup(own_segments(int(worker["workerid"].removeprefix("gw"))).cleanup)
+        own_segments(int(worker["workerid"].removeprefix("gw")))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

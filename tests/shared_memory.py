@@ -13,9 +13,11 @@ import atexit
 import gc
 import os
 import re
+import shutil
 import sys
 import tempfile
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 SEGMENT = re.compile(r"(\d{6})_[a-z_]+")
@@ -24,19 +26,16 @@ NUMBERS = 1000
 own_numbers = range(10**6)
 
 
-def own_segments(worker: int) -> tempfile.TemporaryDirectory[str]:
-    """Give this process, and those that it starts, the numbers of one of pytest's workers.
-
-    Returns:
-        The folder for their temporary files.
-    """
+def own_segments(worker: int) -> None:
+    """Give this process, and those that it starts, the numbers of one of pytest's workers."""
     global own_numbers
-    folder = tempfile.TemporaryDirectory(prefix="tests-")
+    folder = tempfile.mkdtemp(prefix="tests-")
+    # After multiprocessing has removed its own folder in it, at −100.
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
     for number in range(worker * NUMBERS):
-        Path(folder.name, f"{number:06}_barrier_filelock").touch()
-    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+        Path(folder, f"{number:06}_barrier_filelock").touch()
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
     own_numbers = range(worker * NUMBERS, (worker + 1) * NUMBERS)
-    return folder
 
 
 def close_segments() -> None:

@@ -33,7 +33,7 @@ ROOMS = {
     "ops.kernels": ["files", "ops.backend", "ops.fixed", "ops.gradients", "ops.reference"],
     "ops": ["ops.backend", "ops.fixed", "ops.gradients", "ops.kernels", "ops.reference"],
     "layers": ["ops", "ops.backend", "ops.reference"],
-    "models": ["constants", "layers", "ops", "ops.backend", "suggest"],
+    "models": ["constants", "layers", "ops", "ops.backend", "ops.fixed", "suggest"],
     "checkpoints": ["constants", "data", "files", "layers", "models", "suggest"],
     "data": ["files", "suggest"],
     "glue.tasks": ["suggest"],

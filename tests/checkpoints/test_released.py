@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     PreTrainedTokenizerFast,
+    dynamic_module_utils,
     pipeline,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -109,17 +110,18 @@ def test_a_text_alone_has_the_outputs_of_the_reference_s_padding(name, tmp_path)
 @pytest.fixture
 def own_remote_modules(tmp_path, monkeypatch):
     """Give a test a folder of its own for remote code, and forget the modules imported from it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr(sys, "path", sys.path[:])
+    others = dynamic_module_utils.HF_MODULES_CACHE  # where other tests import from
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != others])
 
     def forget() -> dict[str, ModuleType]:
         names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
         return {name: sys.modules.pop(name) for name in names}
 
-    others = forget()
+    forgotten = forget()
     yield
     forget()
-    sys.modules.update(others)
+    sys.modules.update(forgotten)
 
 
 @pytest.mark.usefixtures("own_remote_modules")

@@ -131,7 +131,7 @@ def test_inputs(tmp_path, jsonl, c4_texts, storage, suffix):
     elif suffix == "jsonl.gz":
         source.write_bytes(gzip.compress(jsonl.read_bytes()))
     storage.write(f"in/{source.name}", source.read_bytes())
-    flags = [*CONCAT, "--num_workers", 2]
+    flags = ["--num_workers", 2, *(CONCAT if suffix == "jsonl" else ())]
     converted("--out_root", tmp_path / "disk", "--local_files", source, *flags)
     converted("--out_root", tmp_path / "s3", "--local_files", f"s3://bucket/in/*.{suffix}", *flags)
     assert content(tmp_path / "s3") == content(tmp_path / "disk")

@@ -127,6 +127,7 @@ def cases(usual: bool) -> list[tuple[str, Callable[[], Any]]]:
     Args:
         usual: Whether to leave out what nobody launches in fp32 without `backend: triton`, all but
             the base size in fp32, lengths with the configuration of others, and FFTs without mask.
+            `launches` then leaves out what only tuning tries.
     """
     found: list[tuple[str, Callable[[], Any]]] = []
     for dtype in (torch.bfloat16, torch.float32):
