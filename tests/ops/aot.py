@@ -106,9 +106,8 @@ def launches(capability: int, usual: bool) -> list[dict[str, Any]]:
     def try_all(op: str, key: tuple, candidates: Sequence[Any], run: Callable, device: Any) -> Any:
         nonlocal alternative
         outer, alternative = alternative, True
-        for config in (
-            [] if usual and capability < 90 else candidates[1:]
-        ):  # the caller launches what is returned
+        others = [] if usual and capability < 90 else candidates[1:]
+        for config in others:  # the caller launches what is returned
             run(config)
         alternative = outer
         return candidates[0]
@@ -127,7 +126,7 @@ def cases(usual: bool) -> list[tuple[str, Callable[[], Any]]]:
     Args:
         usual: Whether to leave out what nobody launches in fp32 without `backend: triton`, all but
             the base size in fp32, lengths with the configuration of others, and FFTs without mask.
-            `launches` then leaves out what only tuning tries.
+            Before Hopper, `launches` then leaves out what only tuning tries.
     """
     found: list[tuple[str, Callable[[], Any]]] = []
     for dtype in (torch.bfloat16, torch.float32):
