@@ -15,6 +15,7 @@ from m2_plugin import chunks
 from m2_plugin.chunks import Parts, Work
 from m2_plugin.cli import main
 from m2_plugin.embed import load
+from m2_plugin.executor import Workers
 from m2_plugin.inference import Settings, digest
 from m2_plugin.tasks import TextEmbedding
 from tests import test_embed, test_predict
@@ -75,19 +76,21 @@ def test_the_same_bytes_on_a_cluster_of_which_a_worker_dies(command, work, tmp_p
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_worker_of_this_machine_dies(work, tmp_path, capfd):
+def test_a_worker_of_this_machine_dies(work, tmp_path, capfd, monkeypatch):
     """One line says what to do; the next run repeats nothing that was whole."""
     out = tmp_path / "vectors.npy"
+    run_tasks = Workers.run
 
-    def kill():
-        wait_for(lambda: finished(out))
+    def run_and_kill(self, *args):
+        """Kill a worker after the first task, before the main process gives out the last ones."""
+        results = run_tasks(self, *args)
+        yield next(results)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        yield from results
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(Workers, "run", run_and_kill)
     command = ["embed", *arguments(work, "embed", out)]
     assert main([*command, "--num-workers", "2"]) == 1
-    killer.join()
     said = capfd.readouterr().err.splitlines()
     assert "a worker process ended unexpectedly" in said[-1] and "Traceback" not in str(said)
     assert not out.exists() and not multiprocessing.active_children()

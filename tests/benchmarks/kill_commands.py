@@ -148,6 +148,8 @@ def check(work: Path, name: str, arguments: list[str], kills: int, rng: random.R
         tally["kills"] += 1
         killed = attempt([*arguments, str(out)], rng.uniform(0, seconds)) == -signal.SIGKILL
         tally["before the end"] += killed
+        if not killed:  # the machine was slower before: aim earlier
+            seconds /= 2
         tally["left something hidden"] += bool(list(out.parent.glob(".*")))
         grows = name == GROWS
         tally["half written"] += bool(half_written(content(out), unbroken, grows))
