@@ -120,6 +120,7 @@ def config(
         # Gloo sums where FSDP2 asks for the mean over ranks (NCCL does not). Gradients that are
         # always clipped have the same length in either case.
         "algorithms.gradient_clipping.clipping_threshold": 1e-3,
+        "optimizer.lr": 3e-3,  # few words and batches: the loss shall fall visibly
     }
     cfg.callbacks.loss_curve = {}
     cfg.callbacks.pop("hf_checkpointer", None)
@@ -189,7 +190,7 @@ def curve(out: Path) -> dict[tuple[int, str], float]:
 
 def test_the_same_losses_however_many_and_sharded_or_not(runs):
     one = curve(runs["one"])
-    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.01
+    assert len(one) == BATCHES + 1 and one[BATCHES, "train"] < one[1, "train"] - 0.02
     for name in RUNS:
         assert curve(runs[name]) == pytest.approx(one, rel=2e-6), name
 
