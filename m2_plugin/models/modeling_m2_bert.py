@@ -451,8 +451,7 @@ class M2BertModel(M2BertPreTrainedModel):
         if taps is None:
             return alone[: len(group)]
         if not checkpointing and _keeps_spectra(count * size, x.device):
-            for t in chain.from_iterable(taps):
-                declare_fixed(t, reused=False)
+            declare_fixed(*chain.from_iterable(taps), reused=False)
         return [*taps]
 
     def train(self, mode: bool = True) -> "M2BertModel":

@@ -1,6 +1,7 @@
 """Tensors that nobody writes to any more, and what is computed from them.
 
-Results live as long as the tensors do. A tensor is one Python object here: a view of it is another.
+Results live as long as one of the tensors does. A tensor is one Python object here: a view of it is
+another.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,23 +14,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass
 class _Fixed:
-    """What is known of a fixed tensor."""
+    """What is known of tensors that were declared fixed together."""
 
+    tensors: list[Tensor]  # other objects with their values: these here must be free to go
     reused: bool
-    results: dict[Hashable, Any] = field(default_factory=dict)  # one key, and the result for it
+    results: dict[Hashable, Sequence[Any]] = field(default_factory=dict)  # of one key
 
 
-_fixed = WeakTensorKeyDictionary()
+_fixed = WeakTensorKeyDictionary()  # of a tensor, its `_Fixed` and its number there
 
 
-def declare_fixed(x: Tensor, reused: bool = True) -> None:
-    """Declare that x has its final values: `derived` keeps what is computed from it.
+def declare_fixed(*tensors: Tensor, reused: bool = True) -> None:
+    """Declare that tensors have their final values: `derived` keeps what is computed from them.
 
     Args:
-        x: The tensor.
-        reused: Whether many passes read x; if not, only a forward pass and its backward pass do.
+        *tensors: The tensors. What is computed from one of them is then computed from all at once.
+        reused: Whether many passes read them; if not, only a forward pass and its backward pass do.
     """
-    _fixed[x] = _Fixed(reused)
+    together = _Fixed([x.detach() for x in tensors], reused)
+    for i, x in enumerate(tensors):
+        _fixed[x] = together, i
 
 
 def is_fixed(x: Tensor) -> bool:
@@ -40,25 +44,27 @@ def is_fixed(x: Tensor) -> bool:
 def is_reused(x: Tensor) -> bool:
     """Return whether x was declared fixed for many passes."""
     found = _fixed.get(x)
-    return found is not None and found.reused
+    return found is not None and found[0].reused
 
 
 def derived(
-    tensors: Sequence[Tensor], key: Hashable, compute: Callable[[], Sequence[Any]]
+    tensors: Sequence[Tensor],
+    key: Hashable,
+    compute: Callable[[Sequence[Tensor]], Sequence[Any]],
 ) -> Sequence[Any]:
     """Return what `compute` returns; if all tensors are fixed, what it returned before.
 
     Args:
         tensors: What the results are computed from.
-        key: All else that the results depend on. A fixed tensor keeps the result of one key.
+        key: All else that the results depend on. Fixed tensors keep the results of one key.
         compute: Returns one result for each tensor, of that tensor alone.
     """
     found = [_fixed.get(x) for x in tensors]
-    kept: list[dict[Hashable, Any]] = [x.results for x in found if x is not None]
-    if len(kept) < len(found):
-        return compute()
-    if not all(key in results for results in kept):
-        for results, new in zip(kept, compute(), strict=True):
-            results.clear()
-            results[key] = new
-    return [results[key] for results in kept]
+    known: list[tuple[_Fixed, int]] = [f for f in found if f is not None]
+    if len(known) < len(found):
+        return compute(tensors)
+    for together, _ in known:
+        if key not in together.results:
+            together.results.clear()
+            together.results[key] = compute(together.tensors)
+    return [together.results[key][number] for together, number in known]

@@ -154,8 +154,7 @@ class TapsKeeper:
             taps = together.unbind(0)
             size = _with_spectra(together.nbytes)
             if self._make_room(size, sizes.length, device):
-                for t in taps:
-                    declare_fixed(t)
+                declare_fixed(*taps)
                 self.kept[where] = KeptTaps(packed, taps, size)
             return taps
 

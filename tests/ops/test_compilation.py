@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,13 +107,22 @@ def test_every_launch_can_be_noted():
 
 
 class Compiled:
-    """What Triton compiled: it keeps what it is launched with."""
+    """What Triton compiled: it keeps what it is launched with, and by which way."""
+
+    launch_enter_hook = launch_exit_hook = None
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self):
         self.launched = []
+        self.watched = []
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (function, metadata) == ("function", "metadata")
+        assert (launch_metadata, enter, leave) == (None, None, None)
+        self.launched.append(((x, y, z), args, stream))
 
     def __getitem__(self, grid):
-        return lambda *args, stream: self.launched.append((grid, args, stream))
+        return lambda *args, stream: self.watched.append((grid, args, stream))
 
 
 class Compiling:
@@ -142,7 +152,7 @@ def test_a_launch_like_one_before_passes_triton_by(monkeypatch):
         launch_kernel(kernel, (5, 6), x, x, 3, **options)
     (compiled,) = kernel.compiled
     # The grid has three dimensions, and constants come in the kernel's order.
-    assert compiled.launched == 2 * [((5, 6, 1, 1), (x, x, 3, 1, 2), 7)]
+    assert compiled.launched == 2 * [((5, 6, 1), (x, x, 3, 1, 2), 7)]
     launch_kernel(kernel, (5, 6), x.clone(), x[4:], 3, **options)  # at a multiple of 16 bytes
     assert len(compiled.launched) == 3 and len(kernel.compiled) == 1
     unlike = (
@@ -159,6 +169,23 @@ def test_a_launch_like_one_before_passes_triton_by(monkeypatch):
         launch_kernel(which, grid, *args, **constants)
         assert len(kernel.compiled) + len(other.compiled) == number
     assert len(compiled.launched) == 3
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_each_launch(name, monkeypatch):
+    """It is a function for Triton 3.4 and older, and a list of functions from then on."""
+    hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    monkeypatch.setattr(launch, "_HOOKS", hooks)
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launch, "_launchers", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, x = Compiling(), torch.zeros(64)
+    launched = (5, 1, 1), (x, x, 3, 1, 2), 7
+    for hook in (None, print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[])):
+        setattr(hooks, name, hook)
+        launch_kernel(kernel, (5,), x, x, 3, FIRST=1, SECOND=2)
+    (compiled,) = kernel.compiled  # in the first launch
+    assert compiled.watched == [launched, launched] and compiled.launched == [launched]
 
 
 def test_not_too_many_launches_are_kept(monkeypatch):

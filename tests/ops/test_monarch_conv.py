@@ -88,16 +88,39 @@ def test_fft_kernel_takes_numbers_whose_reciprocal_is_infinite(small_fft):
         assert torch.isfinite(result).all()
 
 
-def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(small_fft, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(
+    number, small_fft, monkeypatch
+):
+    """Of two filters with three channels each, the second two channels are of both."""
     from m2_plugin.ops.kernels import monarch_conv, monarch_spectra
+
+    def chunks(channels, *_):
+        return [slice(i, min(i + number, channels)) for i in range(0, channels, number)]
 
     tensors, dy = inputs(2, 300, 3), torch.randn(2, 300, 3)
     together = run(tensors, dy, "triton", torch.float32)
-    monkeypatch.setattr(monarch_conv, "WORKSPACE_BYTES", 1)
+    _, _, _, taps, u, res_taps = (t.to(KERNEL_DEVICE) for t in tensors)
+    plan = monarch_conv.plan_for("convolve", u.half())
+    filters = monarch_conv.spectra([taps, res_taps], plan)
     for module in (monarch_conv, monarch_spectra):
-        monkeypatch.setattr(module, "SPECTRUM_BYTES", 1)
+        monkeypatch.setattr(module, "chunks", chunks)
     for actual, expected in zip(run(tensors, dy, "triton", torch.float32), together, strict=True):
         assert torch.allclose(actual, expected, atol=1e-6)
+    neighbours = torch.stack([taps, res_taps]).unbind()
+    for both in ((taps, res_taps), neighbours):
+        for actual, expected in zip(monarch_conv.spectra(both, plan), filters, strict=True):
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    kinds = [monarch_spectra._rows_of(both, slice(2, 4)) for both in ((taps, res_taps), neighbours)]
+    assert [list(map(len, rows)) for rows in kinds] == [[1, 1], [2]]
+    assert torch.equal(torch.cat(kinds[0]), kinds[1][0])
+
+
+def test_memory_limits_the_channels_that_are_transformed_together():
+    from m2_plugin.ops.kernels.monarch_spectra import chunks
+
+    assert chunks(5, 10, 25) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert chunks(2, 10, 1) == [slice(0, 1), slice(1, 2)] and chunks(3, 1, 9) == [slice(0, 3)]
 
 
 def core(tensors, dy, scales, dtype=torch.float16):
@@ -156,7 +179,7 @@ def test_spectra_of_fixed_taps_are_computed_once(small_fft, monkeypatch):
     declare_fixed(taps)
     core(2), core(2)
     assert len(transforms) == 4  # the other filter may change
-    declare_fixed(res_taps)
+    declare_fixed(taps, res_taps)
     for rows in (2, 2, 1, 1, 2):
         assert torch.equal(core(rows), expected[rows])
     assert len(transforms) == 7
@@ -174,12 +197,11 @@ def test_a_backward_pass_takes_the_spectra_of_its_forward_pass(small_fft, monkey
         p, weight, bias, taps, u, res_taps = tensors
         own = 2 * taps, 2 * res_taps
         if kept:
-            for t in own:
-                declare_fixed(t, reused=False)
+            declare_fixed(*own, reused=False)
         y = gated_long_conv(p, weight, bias, own[0], u, own[1], backend="triton")
         results[kept] = y, *torch.autograd.grad(y, tensors, dy)
-        # The filters' in either pass, and the gradients'.
-        assert len(transforms) == (1 if kept else 2) + 2
+        # The filters' in either pass, and that of both gradients.
+        assert len(transforms) == (1 if kept else 2) + 1
     for kept, computed in zip(results[True], results[False], strict=True):
         assert torch.equal(kept, computed)
 

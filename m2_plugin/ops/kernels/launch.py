@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,56 @@ LARGE_CAPABILITIES = (9, 10)
 _noting = threading.local()  # in a thread that notes its launches: `launches`
 
 _NUMBERS = frozenset((int, float, bool))
-_launchers: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+_launchers: dict[tuple[Any, ...], "_Launcher"] = {}
 MOST_LAUNCHERS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class _Launcher:
+    """What Triton compiled for a launch, and all that it is launched with but its arguments."""
+
+    kernel: Any  # the key has its `id`: Triton computes its hash
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    constants: tuple[Any, ...]
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        compiled: CompiledKernel,
+        grid: tuple[int, ...],
+        constants: tuple[Any, ...],
+    ) -> "_Launcher":
+        """Describe a launch of a kernel with a grid of up to three numbers."""
+        x, y, z = (*grid, 1, 1)[:3]
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        return cls(kernel, compiled, (x, y, z), constants, run, function, metadata)
+
+    def launch(self, args: tuple[Any, ...], stream: int) -> None:
+        """Launch it, by way of Triton's own launch if a profiler listens to that."""
+        if _is_watched():
+            self.compiled[self.grid](*args, *self.constants, stream=stream)
+        else:
+            no_hooks = None, None, None
+            self.run(
+                *self.grid, stream, self.function, self.metadata, *no_hooks, *args, *self.constants
+            )
+
+
+# Whom Triton calls in each launch: attributes of a class, since Triton 3.4 one of settings.
+_HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
+
+
+def _is_watched() -> bool:
+    """Return whether a profiler asked Triton to call it in each launch."""
+    for hook in (_HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook):
+        if getattr(hook, "calls", hook):  # since Triton 3.5 a hook is a list of functions
+            return True
+    return False
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -49,7 +98,7 @@ def _launch(
     """
     device = args[0].get_device()
     key = (
-        kernel,
+        id(kernel),
         grid,
         device,
         *options,
@@ -59,15 +108,14 @@ def _launch(
     )
     kept = _launchers.get(key)
     if kept is not None:
-        launch, constants = kept
-        launch(*args, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+        kept.launch(args, torch._C._cuda_getCurrentRawStream(device))
         return
     compiled = kernel[grid](*args, **options)
     if isinstance(compiled, CompiledKernel):
         if len(_launchers) >= MOST_LAUNCHERS:
             _launchers.clear()
         constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-        _launchers[key] = compiled[(*grid, 1, 1)], constants
+        _launchers[key] = _Launcher.of(kernel, compiled, grid, constants)
 
 
 @contextmanager

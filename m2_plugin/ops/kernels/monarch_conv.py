@@ -15,6 +15,7 @@ two near its largest number, and each spectrum of a filter likewise; `Plan.guard
 between. Rows have scales of their own, so that no row of a batch changes another's result.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -956,45 +957,59 @@ def _term(
     )
 
 
-def _taps_grad(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
-    """Return the gradient of the taps (D, 2L − 1) of k ∗ x, where `grad` is that of k ∗ x.
+def _taps_grads(pairs: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> list[Tensor]:
+    """Return the gradients of the taps (D, 2L − 1) of k ∗ x, for pairs of x and that of k ∗ x.
 
-    x and grad are (B, L, D), positions contiguous in memory.
+    All pairs are (B, L, D), positions contiguous in memory.
     """
-    batch_size, length, channels = grad.shape
-    points = plan.config.points
-    grad_taps = torch.empty(channels, 2 * length - 1, dtype=torch.float32, device=grad.device)
+    batch_size, length, channels = pairs[0][1].shape
+    points, device = plan.config.points, pairs[0][1].device
+    grad_taps = torch.empty(
+        len(pairs), channels, 2 * length - 1, dtype=torch.float32, device=device
+    )
     each = 8 * plan.classes * points
     if plan.folded:
         each += 2 * _class_bytes(plan, batch_size)
-    for chunk in chunks(channels, each, SPECTRUM_BYTES + WORKSPACE_BYTES):
-        shape = chunk.stop - chunk.start, plan.classes, 2, points
-        grad_k = torch.empty(shape, dtype=torch.float32, device=grad.device)
-        given, scale = (x, grad), grad_k
-        if plan.folded:
-            grad_z, grad_scale = _fold(grad, chunk, plan)
-            x_z, scale = _fold(x, chunk, plan, grad_scale)
-            given = x_z, grad_z
-        launch_kernel(
-            correlation_kernel,
-            (plan.classes, shape[0]),
-            *given,
-            grad_k,
-            scale,
-            plan.tables.f1,
-            plan.tables.f2,
-            plan.tables.twiddle,
-            chunk.start,
-            batch_size,
-            length,
-            *strides(x),
-            *strides(grad),
-            FOLDED=plan.folded,
-            ROWS=plan.rows,
-            **plan.constants,
-        )
-        taps_of(grad_k, grad_taps[chunk], plan)
-    return grad_taps
+    for rows in chunks(len(pairs) * channels, each, SPECTRUM_BYTES + WORKSPACE_BYTES):
+        shape = rows.stop - rows.start, plan.classes, 2, points
+        grad_k = torch.empty(shape, dtype=torch.float32, device=device)
+        for i, (x, grad) in enumerate(pairs):
+            first = i * channels
+            low, high = max(rows.start, first), min(rows.stop, first + channels)
+            if low < high:
+                part = grad_k[low - rows.start : high - rows.start]
+                _correlate(x, grad, part, low - first, plan)
+        taps_of(grad_k, grad_taps.flatten(0, 1)[rows], plan)
+    return [*grad_taps.unbind()]
+
+
+def _correlate(x: Tensor, grad: Tensor, grad_k: Tensor, first: int, plan: Plan) -> None:
+    """Launch `correlation_kernel`: write grad_k (channels, C, 2, M), from channel `first` on."""
+    batch_size, length, _ = grad.shape
+    given, scale = (x, grad), grad_k
+    if plan.folded:
+        chunk = slice(first, first + len(grad_k))
+        grad_z, grad_scale = _fold(grad, chunk, plan)
+        x_z, scale = _fold(x, chunk, plan, grad_scale)
+        given = x_z, grad_z
+    launch_kernel(
+        correlation_kernel,
+        (plan.classes, len(grad_k)),
+        *given,
+        grad_k,
+        scale,
+        plan.tables.f1,
+        plan.tables.f2,
+        plan.tables.twiddle,
+        first,
+        batch_size,
+        length,
+        *strides(x),
+        *strides(grad),
+        FOLDED=plan.folded,
+        ROWS=plan.rows,
+        **plan.constants,
+    )
 
 
 def _convolve(x: Tensor, filters: tuple[Tensor, Tensor], plan: Plan, conjugate: bool) -> Tensor:
@@ -1035,18 +1050,10 @@ def backward(grad: Tensor, inputs: Inputs, largest: bool = False) -> Gradients:
     grad, inputs = sequence_last(grad), inputs._replace(p=sequence_last(inputs.p))
     p, u, weight, _, taps, res_taps, mask, _ = inputs
     batch_size, length, channels = grad.shape
-    grad_u, grad_res_taps = p.new_empty(0), taps.new_empty(0)
+    grad_u = p.new_empty(0)
     plan, correlation = plan_for("convolve", p, largest), plan_for("correlate", p)
     whole = plan.residues == 1
     filters = spectra([taps] if res_taps is None else [taps, res_taps], plan)
-    if u is not None and res_taps is not None:
-        grad_res_taps = _taps_grad(_masked(u, mask), grad, correlation)
-        if whole:
-            grad_u = empty_sequence_last(u, channels)
-            _term("grad_u", inputs, grad, filters[1], grad_u, plan)
-        else:
-            grad_u = _convolve(grad, filters[1], plan, conjugate=True)
-            grad_u = grad_u if mask is None else grad_u * mask[..., None]
     grad_short = p.new_empty(3 * channels, batch_size, length)
     if whole:
         grads = grad_short.permute(1, 2, 0)
@@ -1058,7 +1065,18 @@ def backward(grad: Tensor, inputs: Inputs, largest: bool = False) -> Gradients:
         conv = _convolve(w, filters[0], plan, conjugate=False)
         grad_w = _convolve(gated_grad, filters[0], plan, conjugate=True)
         _gates_grad(inputs, grad, conv, grad_w, grad_short)
-    grad_taps = _taps_grad(w, gated_grad, correlation)
+        del conv, grad_w
+    pairs = [(w, gated_grad)]
+    if u is not None and res_taps is not None:
+        pairs.append((_masked(u, mask), grad))
+        if whole:
+            grad_u = empty_sequence_last(u, channels)
+            _term("grad_u", inputs, grad, filters[1], grad_u, plan)
+        else:
+            grad_u = _convolve(grad, filters[1], plan, conjugate=True)
+            grad_u = grad_u if mask is None else grad_u * mask[..., None]
+    grad_taps, *rest = _taps_grads(pairs, correlation)
+    grad_res_taps = rest[0] if rest else taps.new_empty(0)
     grad_p, grad_weight, grad_bias, grad_p_bias = short_conv_backward(
         grad_short.permute(1, 2, 0), p, weight, inputs.p_bias
     )

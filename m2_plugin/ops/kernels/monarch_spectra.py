@@ -231,7 +231,7 @@ def spectra(filters: Sequence[Tensor], plan: Plan) -> Sequence[tuple[Tensor, Ten
     Spectra of fixed taps are kept.
     """
     key = plan.config, plan.residues, plan.classes, plan.operand
-    return derived(filters, key, lambda: _transformed(filters, plan))
+    return derived(filters, key, lambda tensors: _transformed(tensors, plan))
 
 
 def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Tensor]]:
@@ -240,29 +240,30 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
     shape = count, channels, plan.classes, 2, plan.config.points
     k = torch.empty(shape, dtype=plan.operand, device=device)
     scale = torch.empty(count, channels, dtype=torch.float32, device=device)
+    k_rows, scale_rows = k.flatten(0, 1), scale.flatten()
     for rows in chunks(count * channels, 8 * points, SPECTRUM_BYTES):
         circle = torch.empty(rows.stop - rows.start, points, dtype=torch.float32, device=device)
-        for i, taps in enumerate(filters):
-            low, high = max(rows.start, i * channels), min(rows.stop, (i + 1) * channels)
-            if low < high:
-                launch_kernel(
-                    circle_kernel,
-                    (cdiv(points, TILE), high - low),
-                    taps[low - i * channels :],
-                    circle[low - rows.start :],
-                    length,
-                    points,
-                    *taps.stride(),
-                    BLOCK=TILE,
-                    num_warps=4,
-                )
+        done = 0
+        for taps in _rows_of(filters, rows):
+            launch_kernel(
+                circle_kernel,
+                (cdiv(points, TILE), len(taps)),
+                taps,
+                circle[done:] if done else circle,
+                length,
+                points,
+                *taps.stride(),
+                BLOCK=TILE,
+                num_warps=4,
+            )
+            done += len(taps)
         half = torch.view_as_real(torch.fft.rfft(circle))
         launch_kernel(
             order_spectrum_kernel,
             (half.shape[0],),
             half,
-            k.flatten(0, 1)[rows],
-            scale.flatten()[rows],
+            k_rows[rows],
+            scale_rows[rows],
             plan.residues,
             plan.classes,
             plan.guard,
@@ -271,7 +272,30 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
             num_warps=8,
             **plan.order_constants,
         )
-    return list(zip(k, scale, strict=True))
+    return list(zip(k.unbind(), scale.unbind(), strict=True))
+
+
+def _rows_of(filters: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """Return rows of filters (D, 2L − 1), counted through all: one tensor if they are neighbours.
+
+    Those of several layers are, since one kernel wrote them.
+    """
+    first, size = filters[0], filters[0].numel()
+    storage = first.untyped_storage()._cdata
+    if all(
+        taps.is_contiguous()
+        and taps.untyped_storage()._cdata == storage
+        and taps.storage_offset() == first.storage_offset() + i * size
+        for i, taps in enumerate(filters)
+    ):
+        count, width = first.shape
+        return [first.as_strided((len(filters) * count, width), (width, 1))[rows]]
+    parts = []
+    for i, taps in enumerate(filters):
+        low, high = max(rows.start - i * len(taps), 0), min(rows.stop - i * len(taps), len(taps))
+        if low < high:
+            parts.append(taps[low:high])
+    return parts
 
 
 def _together(plan: Plan) -> int:
