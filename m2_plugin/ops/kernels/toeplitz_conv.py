@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -453,6 +452,23 @@ def taps_grad_kernel(
         tl.store(out_ptr + POSITIONS + lag, high)
 
 
+@triton.jit
+def shared_lags_kernel(out_ptr, taps_ptr, length, tiles, POSITIONS: tl.constexpr):
+    """Add what two programs of `taps_grad_kernel` found for a lag: rows (2 · tiles − 1, 2, P).
+
+    The upper half of row j has the lags of the lower half of row j + 1.
+    """
+    d = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0)
+    column = tl.arange(0, POSITIONS)
+    lower = out_ptr + (d * (2 * tiles - 1) + row) * (2 * POSITIONS) + column
+    total = tl.load(lower, mask=(column >= 0) & (row < 2 * tiles - 1), other=0.0)
+    total += tl.load(lower - POSITIONS, mask=(column >= 0) & (row > 0), other=0.0)
+    lag = (row - tiles) * POSITIONS + column
+    taps = taps_ptr + d * (2 * length - 1) + length - 1 + lag
+    tl.store(taps, total, mask=(lag > -length) & (lag < length))
+
+
 @dataclass(frozen=True)
 class _Launch:
     """The tensors of `Inputs` as the kernels take them, and what their launches have in common."""
@@ -604,7 +620,7 @@ def _taps_grad(grad: Tensor, launch: _Launch, is_gated: bool) -> Tensor:
     """Return the gradient (D, 2L − 1) of one filter's taps, fp32, bitwise reproducible."""
     length, channels = launch.length, launch.channels
 
-    def run(config: Config, options: dict[str, Any]) -> tuple[Tensor, int]:
+    def run(config: Config, options: dict[str, Any]) -> Tensor:
         positions = config.positions
         tiles = cdiv(length, positions)
         each = (2 * length - 1,) if tiles == 1 else (2 * tiles - 1, 2, positions)
@@ -625,16 +641,24 @@ def _taps_grad(grad: Tensor, launch: _Launch, is_gated: bool) -> Tensor:
             GATED=is_gated,
             **options,
         )
-        return out, tiles * positions
+        return out
 
-    out, end = launch.run("taps" if is_gated else "taps_res", run)
+    out = launch.run("taps" if is_gated else "taps_res", run)
     if out.ndim == 2:
         return out
-    # The upper half of one program's lags is the lower half of the next program's.
-    lags = F.pad(out[:, :, 0], (0, 0, 0, 1))
-    lags[:, 1:] += out[:, :, 1]
-    first = end - (length - 1)  # the lags begin at −end
-    return lags.flatten(1)[:, first : first + 2 * length - 1].contiguous()
+    _, rows, _, positions = out.shape
+    taps = torch.empty(channels, 2 * length - 1, dtype=torch.float32, device=grad.device)
+    launch_kernel(
+        shared_lags_kernel,
+        (rows + 1, channels),
+        out,
+        taps,
+        length,
+        (rows + 1) // 2,
+        POSITIONS=positions,
+        num_warps=1,
+    )
+    return taps
 
 
 def backward(grad: Tensor, inputs: Inputs) -> Gradients:
