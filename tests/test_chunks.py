@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from multiprocessing import forkserver
 
 import pytest
 
@@ -18,7 +17,7 @@ from m2_plugin.embed import load
 from m2_plugin.executor import Workers
 from m2_plugin.inference import Settings, digest
 from m2_plugin.tasks import TextEmbedding
-from tests import test_embed, test_predict
+from tests import fork_server, test_embed, test_predict
 from tests.cluster import wait_for
 
 ROWS = 2000
@@ -28,8 +27,7 @@ OUTS = {"embed": "vectors.npy", "predict": "answers.csv"}
 @pytest.fixture(scope="module", autouse=True)
 def imported_once():
     """Import what takes long in the server that all processes of these tests are forked from."""
-    multiprocessing.set_forkserver_preload(["m2_plugin.embed", "m2_plugin.predict"])
-    forkserver.ensure_running()
+    fork_server.preload("m2_plugin.embed", "m2_plugin.predict")
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,10 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    return context
+    from tests import fork_server
+
+    fork_server.preload("tests.preloaded")
+    return multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:

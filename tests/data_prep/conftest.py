@@ -2,10 +2,8 @@
 
 import gzip
 import json
-import multiprocessing
 import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from m2_plugin.cli import run
 from m2_plugin.foundry.conversion import cli
+from tests import fork_server
 
 QUICKSTART = Path(__file__).parents[2] / "data_prep" / "quickstart"
 C4_SAMPLE = QUICKSTART / "c4-sample.json.gz"
@@ -23,18 +22,18 @@ COMMAND = """
 import sys
 from m2_plugin.cli import run
 from m2_plugin.foundry.conversion import cli
+from tests import fork_server
 cli.choose_block_bytes = lambda *_: 50_000
 sys.exit(run("convert-text"))
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def imported_once() -> None:
     """Import what takes long in the server that all processes of these tests are forked from."""
     names = ["streaming", "transformers.models.auto.tokenization_auto"]
     names += ["transformers.models.bert.tokenization_bert_fast"]
-    multiprocessing.set_forkserver_preload(names)
-    forkserver.ensure_running()
+    fork_server.preload(*names)
 
 
 class Said:
