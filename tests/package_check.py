@@ -45,22 +45,22 @@ def install(wheel: Path, folder: Path, python: str, by: str) -> Path:
     """Make an environment and install into it; return the folder of its programs."""
     environment = folder / "env"
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    if by == "uv":
-        run([uv, "venv", "--quiet", "--python", python, environment], folder)
-        run([uv, "pip", "install", "--quiet", "--python", environment, wheel], folder)
-    elif by == "here":
-        run([uv, "venv", "--quiet", "--python", python, environment], folder)
-        install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", environment]
-        run([*install, wheel], folder)
+    programs = environment / "bin"
+    if by == "pip":
+        run([python, "-m", "venv", environment], folder)
+        run([programs / "pip", "install", "--quiet", wheel], folder)
+        return programs
+    run([uv, "venv", "--quiet", "--python", python, environment], folder)
+    dependencies = ["--no-deps"] if by == "here" else []
+    pip = [uv, "pip", "install", "--quiet", "--python", environment]
+    run([*pip, *dependencies, wheel], folder)
+    if by == "here":
         (packages,) = environment.glob("lib/python*/site-packages")
         packages.joinpath("here.pth").write_text(sysconfig.get_path("purelib"))
-        program = environment / "bin" / "composer"
+        program = programs / "composer"
         program.write_text(f"#!{environment}/bin/python\n{COMPOSER}")
         program.chmod(0o755)
-    else:
-        run([python, "-m", "venv", environment], folder)
-        run([environment / "bin" / "pip", "install", "--quiet", wheel], folder)
-    return environment / "bin"
+    return programs
 
 
 def run(command: list, folder: Path, programs: Path | None = None) -> None:

@@ -120,6 +120,7 @@ def test_memory_limits_the_channels_that_are_transformed_together():
     from m2_plugin.ops.kernels.monarch_spectra import chunks
 
     assert chunks(5, 10, 25) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert chunks(4, 10, 35) == [slice(0, 2), slice(2, 4)]  # not three and one
     assert chunks(2, 10, 1) == [slice(0, 1), slice(1, 2)] and chunks(3, 1, 9) == [slice(0, 3)]
 
 

@@ -340,6 +340,10 @@ def taps_of(grad: Tensor, taps: Tensor, plan: Plan) -> None:
 
 
 def chunks(channels: int, bytes_each: int, total: int) -> list[slice]:
-    """Cut the channels into slices that take at most so many bytes together."""
-    together = min(max(1, total // bytes_each), channels)
+    """Cut the channels into equal slices, as few as may be, that take at most so many bytes each.
+
+    Equal ones of two filters seldom have channels of both.
+    """
+    number = cdiv(channels, max(1, total // bytes_each))
+    together = cdiv(channels, number)
     return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]
