@@ -351,8 +351,9 @@ def host() -> str:
 KINDS = {
     "MLP": ("mlp_", "activation_grad"),
     "convolutions": (
-        *("toeplitz", "taps_copies", "taps_grad", "monarch", "cyclic", "correlation", "unfold"),
-        *("fold", "gates", "short_conv", "order_", "circle", "void vector_fft", "void regular_fft"),
+        *("toeplitz", "taps_copies", "taps_grad", "shared_lags", "monarch", "cyclic"),
+        *("correlation", "unfold", "fold", "gates", "short_conv", "order_", "circle", "lags_"),
+        *("void vector_fft", "void regular_fft"),
     ),
     "filters": ("taps_kernel", "refresh", "layer_grad", "filter_weight"),
     "LayerNorm": ("add_layer_norm",),
