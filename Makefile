@@ -36,6 +36,8 @@ quickstart: install
 	    $(BIN)/composer train.py yamls/pretrain/m2-bert-quickstart.yaml variables.out=$(OUT)
 	@echo "Loss curve: $(OUT)/run/loss_curve.png   transformers folder: $(OUT)/run/huggingface/final"
 
+# The tests' tensors are small: threads would only wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25
 
