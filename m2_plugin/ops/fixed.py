@@ -59,12 +59,18 @@ def derived(
         key: All else that the results depend on. Fixed tensors keep the results of one key.
         compute: Returns one result for each tensor, of that tensor alone.
     """
-    found = [_fixed.get(x) for x in tensors]
-    known: list[tuple[_Fixed, int]] = [f for f in found if f is not None]
-    if len(known) < len(found):
-        return compute(tensors)
-    for together, _ in known:
-        if key not in together.results:
-            together.results.clear()
-            together.results[key] = compute(together.tensors)
-    return [together.results[key][number] for together, number in known]
+    known: list[tuple[_Fixed, int]] = []
+    for x in tensors:
+        found = _fixed.get(x)
+        if found is None:
+            return compute(tensors)
+        known.append(found)
+    results = []
+    for together, number in known:
+        kept = together.results.get(key)
+        if kept is None:
+            together.results = {}  # they give way before there are new ones
+            kept = compute(together.tensors)
+            together.results = {key: kept}
+        results.append(kept[number])
+    return results

@@ -22,7 +22,6 @@ COMMAND = """
 import sys
 from m2_plugin.cli import run
 from m2_plugin.foundry.conversion import cli
-from tests import fork_server
 cli.choose_block_bytes = lambda *_: 50_000
 sys.exit(run("convert-text"))
 """

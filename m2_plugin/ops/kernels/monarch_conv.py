@@ -958,9 +958,11 @@ def _term(
 
 
 def _taps_grads(pairs: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> list[Tensor]:
-    """Return the gradients of the taps (D, 2L − 1) of k ∗ x, for pairs of x and that of k ∗ x.
+    """Return the gradient of the taps (D, 2L − 1) of each k ∗ x.
 
-    All pairs are (B, L, D), positions contiguous in memory.
+    Args:
+        pairs: x and the gradient of k ∗ x, (B, L, D) with positions contiguous in memory.
+        plan: How they are correlated.
     """
     batch_size, length, channels = pairs[0][1].shape
     points, device = plan.config.points, pairs[0][1].device
