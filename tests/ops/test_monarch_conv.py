@@ -103,17 +103,32 @@ def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(
     _, _, _, taps, u, res_taps = (t.to(KERNEL_DEVICE) for t in tensors)
     plan = monarch_conv.plan_for("convolve", u.half())
     filters = monarch_conv.spectra([taps, res_taps], plan)
+    if number == 1:  # nothing fits with another
+        monkeypatch.setattr(monarch_conv, "WORKSPACE_BYTES", 1)
     for module in (monarch_conv, monarch_spectra):
-        monkeypatch.setattr(module, "chunks", chunks)
+        if number == 1:
+            monkeypatch.setattr(module, "SPECTRUM_BYTES", 1)
+        else:
+            monkeypatch.setattr(module, "chunks", chunks)
     for actual, expected in zip(run(tensors, dy, "triton", torch.float32), together, strict=True):
         assert torch.allclose(actual, expected, atol=1e-6)
     neighbours = torch.stack([taps, res_taps]).unbind()
     for both in ((taps, res_taps), neighbours):
         for actual, expected in zip(monarch_conv.spectra(both, plan), filters, strict=True):
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-    kinds = [monarch_spectra._rows_of(both, slice(2, 4)) for both in ((taps, res_taps), neighbours)]
-    assert [list(map(len, rows)) for rows in kinds] == [[1, 1], [2]]
-    assert torch.equal(torch.cat(kinds[0]), kinds[1][0])
+    (joined,) = monarch_spectra._joined(neighbours)
+    assert len(monarch_spectra._joined([taps, res_taps])) == 2
+    assert torch.equal(joined, torch.cat([taps, res_taps]))
+
+
+def test_rows_are_split_where_a_tensor_ends():
+    from m2_plugin.ops.kernels.monarch_spectra import split_rows
+
+    assert list(split_rows(slice(2, 4), 3)) == [
+        (0, slice(2, 3), slice(0, 1)),
+        (1, slice(0, 1), slice(1, 2)),
+    ]
+    assert list(split_rows(slice(3, 6), 3)) == [(1, slice(0, 3), slice(0, 3))]
 
 
 def test_memory_limits_the_channels_that_are_transformed_together():

@@ -47,6 +47,7 @@ from m2_plugin.ops.kernels.monarch_spectra import (
     scale_of,
     scaled,
     spectra,
+    split_rows,
     taps_of,
 )
 
@@ -975,22 +976,17 @@ def _taps_grads(pairs: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> list[Tens
     for rows in chunks(len(pairs) * channels, each, SPECTRUM_BYTES + WORKSPACE_BYTES):
         shape = rows.stop - rows.start, plan.classes, 2, points
         grad_k = torch.empty(shape, dtype=torch.float32, device=device)
-        for i, (x, grad) in enumerate(pairs):
-            first = i * channels
-            low, high = max(rows.start, first), min(rows.stop, first + channels)
-            if low < high:
-                part = grad_k[low - rows.start : high - rows.start]
-                _correlate(x, grad, part, low - first, plan)
+        for i, chunk, here in split_rows(rows, channels):
+            _correlate(*pairs[i], grad_k[here], chunk, plan)
         taps_of(grad_k, grad_taps.flatten(0, 1)[rows], plan)
     return [*grad_taps.unbind()]
 
 
-def _correlate(x: Tensor, grad: Tensor, grad_k: Tensor, first: int, plan: Plan) -> None:
-    """Launch `correlation_kernel`: write grad_k (channels, C, 2, M), from channel `first` on."""
+def _correlate(x: Tensor, grad: Tensor, grad_k: Tensor, chunk: slice, plan: Plan) -> None:
+    """Launch `correlation_kernel`: write grad_k (channels, C, 2, M) of some channels."""
     batch_size, length, _ = grad.shape
     given, scale = (x, grad), grad_k
     if plan.folded:
-        chunk = slice(first, first + len(grad_k))
         grad_z, grad_scale = _fold(grad, chunk, plan)
         x_z, scale = _fold(x, chunk, plan, grad_scale)
         given = x_z, grad_z
@@ -1003,7 +999,7 @@ def _correlate(x: Tensor, grad: Tensor, grad_k: Tensor, first: int, plan: Plan) 
         plan.tables.f1,
         plan.tables.f2,
         plan.tables.twiddle,
-        first,
+        chunk.start,
         batch_size,
         length,
         *strides(x),

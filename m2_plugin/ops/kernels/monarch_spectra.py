@@ -3,7 +3,7 @@
 Dimension key as in `monarch_conv`. The transforms themselves are `torch.fft`'s, in fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -241,22 +241,22 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
     k = torch.empty(shape, dtype=plan.operand, device=device)
     scale = torch.empty(count, channels, dtype=torch.float32, device=device)
     k_rows, scale_rows = k.flatten(0, 1), scale.flatten()
+    joined = _joined(filters)
     for rows in chunks(count * channels, 8 * points, SPECTRUM_BYTES):
         circle = torch.empty(rows.stop - rows.start, points, dtype=torch.float32, device=device)
-        done = 0
-        for taps in _rows_of(filters, rows):
+        for i, part, here in split_rows(rows, len(joined[0])):
+            taps = joined[i][part]
             launch_kernel(
                 circle_kernel,
                 (cdiv(points, TILE), len(taps)),
                 taps,
-                circle[done:] if done else circle,
+                circle[here],
                 length,
                 points,
                 *taps.stride(),
                 BLOCK=TILE,
                 num_warps=4,
             )
-            done += len(taps)
         half = torch.view_as_real(torch.fft.rfft(circle))
         launch_kernel(
             order_spectrum_kernel,
@@ -275,10 +275,10 @@ def _transformed(filters: Sequence[Tensor], plan: Plan) -> list[tuple[Tensor, Te
     return list(zip(k.unbind(), scale.unbind(), strict=True))
 
 
-def _rows_of(filters: Sequence[Tensor], rows: slice) -> list[Tensor]:
-    """Return rows of filters (D, 2L − 1), counted through all: one tensor if they are neighbours.
+def _joined(filters: Sequence[Tensor]) -> list[Tensor]:
+    """Return filters (D, 2L − 1), one below the other as one tensor if they lie so in memory.
 
-    Those of several layers are, since one kernel wrote them.
+    Those of several layers do, since one kernel wrote them.
     """
     first, size = filters[0], filters[0].numel()
     storage = first.untyped_storage()._cdata
@@ -288,14 +288,9 @@ def _rows_of(filters: Sequence[Tensor], rows: slice) -> list[Tensor]:
         and taps.storage_offset() == first.storage_offset() + i * size
         for i, taps in enumerate(filters)
     ):
-        count, width = first.shape
-        return [first.as_strided((len(filters) * count, width), (width, 1))[rows]]
-    parts = []
-    for i, taps in enumerate(filters):
-        low, high = max(rows.start - i * len(taps), 0), min(rows.stop - i * len(taps), len(taps))
-        if low < high:
-            parts.append(taps[low:high])
-    return parts
+        channels, width = first.shape
+        return [first.as_strided((len(filters) * channels, width), (width, 1))]
+    return list(filters)
 
 
 def _together(plan: Plan) -> int:
@@ -347,3 +342,14 @@ def chunks(channels: int, bytes_each: int, total: int) -> list[slice]:
     number = cdiv(channels, max(1, total // bytes_each))
     together = cdiv(channels, number)
     return [slice(first, min(first + together, channels)) for first in range(0, channels, together)]
+
+
+def split_rows(rows: slice, channels: int) -> Iterator[tuple[int, slice, slice]]:
+    """Split rows that are counted through tensors of so many channels each.
+
+    Yields the number of a tensor, its channels, and where these are among the rows.
+    """
+    for i in range(rows.start // channels, cdiv(rows.stop, channels)):
+        first = i * channels
+        low, high = max(rows.start, first), min(rows.stop, first + channels)
+        yield i, slice(low - first, high - first), slice(low - rows.start, high - rows.start)
