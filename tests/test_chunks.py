@@ -49,7 +49,8 @@ def arguments(work, command, out, *flags):
 
 
 def finished(out):
-    return sorted(out.parent.glob(f".{out.name}.partial/*/0*"))
+    """The files of results; hidden folders come and go while a command runs."""
+    return sorted(out.parent.glob(f".{out.name}.partial/[!.]*/0*"))
 
 
 @pytest.mark.parametrize("command", OUTS)

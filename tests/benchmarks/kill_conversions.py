@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def moment_of(way: str, local: Path, client: Any, folder: str, delay: float) -> 
 
     def aimed() -> bool:
         if way == "naming":
-            return any(local.glob(".train.partial/shards-*/conversion.manifest"))
+            # pathlib's own glob raises an error if a folder is renamed meanwhile.
+            return bool(glob(f"{local}/.train.partial/shards-*/conversion.manifest"))
         listed = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{folder}/")
         return int(listed.get("KeyCount", 0)) > 1  # more than its first manifest
 

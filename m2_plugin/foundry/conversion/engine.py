@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def _first_samples(
 
 def _out_of_space(job: Job, folder: PartialFolder) -> ConversionError:
     free = shutil.disk_usage(folder.path).free
-    written = sum(p.stat().st_size for p in folder.path.glob("shards-*/*"))
+    written = 0
+    for path in folder.path.glob("shards-*/*"):
+        with suppress(FileNotFoundError):  # other workers still write, and rename what is whole
+            written += path.stat().st_size
     need = "some space"
     if text := text_bytes_estimate(job.files):
         more = max(text - written, 0)
