@@ -227,7 +227,7 @@ def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):
 
     tables = monarch_plan._tables
     config = monarch_plan.Config(n1=16, n2=16, num_warps=4)
-    args = config, 3, 3, 2, 16, torch.float16
+    args = config, 3, 3, 2, 16, 4, torch.float16
     assert tables(*args, torch.device("cpu")) is tables(*args, torch.device("cpu"))
     assert tables.cache_info().maxsize is None  # a graph may read them as long as the process lives
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -250,7 +250,9 @@ def test_tables_of_a_gpu_are_made_outside_of_the_thread_whose_memory_may_be_a_gr
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
     config, device = monarch_plan.Config(n1=16, n2=16, num_warps=4), torch.device("cuda", 0)
-    make = functools.partial(monarch_plan._tables.__wrapped__, config, 3, 3, 2, 16, torch.float16)
+    make = functools.partial(
+        monarch_plan._tables.__wrapped__, config, 3, 3, 2, 16, 4, torch.float16
+    )
     assert make(device).device == device
     assert seen[0] is not threading.current_thread() and seen[1] == device
 

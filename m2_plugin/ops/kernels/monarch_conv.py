@@ -38,7 +38,7 @@ from m2_plugin.ops.kernels.launch import (
     strides,
     tile,
 )
-from m2_plugin.ops.kernels.monarch_plan import Plan, plan_for
+from m2_plugin.ops.kernels.monarch_plan import TURNS, Plan, plan_for
 from m2_plugin.ops.kernels.monarch_spectra import (
     ABSOLUTE_BITS,
     SPECTRUM_BYTES,
@@ -122,14 +122,47 @@ def _load_complex(
 
 
 @triton.jit
+def _doubled(re, im, turn_ptr, N1: tl.constexpr, N2: tl.constexpr):
+    """Double the columns of twiddles (N1, N2); the new ones are the old ones times a turn."""
+    k1 = tl.arange(0, N1)[:, None]
+    cos, sin = tl.load(turn_ptr + k1), tl.load(turn_ptr + N1 + k1)
+    re, im = tl.join(re, re * cos - im * sin), tl.join(im, re * sin + im * cos)
+    re, im = tl.permute(re, (0, 2, 1)), tl.permute(im, (0, 2, 1))
+    return tl.reshape(re, (N1, 2 * N2)), tl.reshape(im, (N1, 2 * N2))
+
+
+@triton.jit
+def _twiddles(
+    ptr, SPLIT: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr,
+):  # fmt: skip
+    """Load twiddles, (N1, N2) each part; of `SPLIT` slices of columns only the first is stored."""
+    first: tl.constexpr = N2 // SPLIT
+    re, im = _load_complex(ptr, VECTOR, WARPS, N1, first)
+    ptr += 2 * N1 * first
+    if SPLIT >= 2:
+        re, im = _doubled(re, im, ptr, N1, first)
+    if SPLIT >= 4:
+        re, im = _doubled(re, im, ptr + 2 * N1, N1, 2 * first)
+    if SPLIT >= 8:
+        re, im = _doubled(re, im, ptr + 4 * N1, N1, 4 * first)
+    return re, im
+
+
+@triton.jit
+def _class_twiddles(ptr, r, SPLIT: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Return where the twiddles of residue class r begin."""
+    return ptr + r * 2 * N1 * (N2 // SPLIT + TURNS)
+
+
+@triton.jit
 def _spectrum(
-    re, im, f1, f2, twiddle_ptr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr,
+    re, im, f1, f2, twiddle_ptr, HALF: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    TWIDDLES: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """Compute the DFT (N1, N2) of complex points, of which the first (ROWS, N2) are given."""
     re, im = _from_left(f1, _operand(re, HALF), _operand(im, HALF), PRECISION)
-    cos, sin = _load_complex(twiddle_ptr, 8 if HALF else 4, WARPS, N1, N2)
+    cos, sin = _twiddles(twiddle_ptr, SPLIT, TWIDDLES, WARPS, N1, N2)
     turned = _operand(re * cos - im * sin, HALF)
     im = _operand(re * sin + im * cos, HALF)
     return _from_right(turned, im, f2, PRECISION)
@@ -137,15 +170,15 @@ def _spectrum(
 
 @triton.jit
 def _signal(
-    re, im, f1, f2, twiddle_ptr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr,
+    re, im, f1, f2, twiddle_ptr, HALF: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    TWIDDLES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr,
 ):  # fmt: skip
     """Compute the adjoint of `_spectrum`, which is M times its inverse."""
     # Without this, the twiddles would stay in registers from the transform on.
     tl.debug_barrier()
     re, im = _from_right(_operand(re, HALF), _operand(im, HALF), _conjugate(f2), PRECISION)
-    cos, sin = _load_complex(twiddle_ptr, 8 if HALF else 4, WARPS, N1, N2)
+    cos, sin = _twiddles(twiddle_ptr, SPLIT, TWIDDLES, WARPS, N1, N2)
     turned = _operand(re * cos + im * sin, HALF)
     im = _operand(im * cos - re * sin, HALF)
     # The matrix unit wants 64 rows or more on the left.
@@ -227,6 +260,8 @@ def monarch_conv_kernel(
     HAS_P_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLES: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
     N1: tl.constexpr,
@@ -292,9 +327,13 @@ def monarch_conv_kernel(
     a, b = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
     f1, f2 = _load_matrix(f1_ptr, N1, ROWS), _load_matrix(f2_ptr, N2, N2)
     BACK: tl.constexpr = TERM == "grad_u" or TERM == "grad_w"
-    re, im = _spectrum(a, b, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+    re, im = _spectrum(
+        a, b, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, N1, N2
+    )  # fmt: skip
     re, im = _product(re, im, k_ptr + d * 2 * M, BACK, HALF, WARPS, N1, N2)
-    a, b = _signal(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, ROWS, N1, N2)
+    a, b = _signal(
+        re, im, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, ROWS, N1, N2
+    )  # fmt: skip
     k_scale = tl.load(k_scale_ptr + d)
     a, b = a * k_scale * (scale_a + poison_a), b * k_scale * (scale_b + poison_b)
     if HAS_MASK and BACK:
@@ -454,6 +493,8 @@ def cyclic_conv_kernel(
     FOLDED: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLES: tl.constexpr,
     WARPS: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -483,11 +524,15 @@ def cyclic_conv_kernel(
         re, im = scaled(a, inverse_a, poison_a), scaled(b, inverse_b, poison_b)
         scale_a, scale_b = scale_a + poison_a, scale_b + poison_b
     f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * N1, N1, N1), _load_matrix(f2_ptr, N2, N2)
-    twiddle_ptr += r * 2 * M
-    re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+    twiddle_ptr = _class_twiddles(twiddle_ptr, r, SPLIT, N1, N2)
+    re, im = _spectrum(
+        re, im, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, N1, N2
+    )  # fmt: skip
     k_ptr += (channel * classes + r) * 2 * M
     re, im = _product(re, im, k_ptr, CONJUGATE, HALF, WARPS, N1, N2)
-    re, im = _signal(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N1, N2)
+    re, im = _signal(
+        re, im, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, N1, N1, N2
+    )  # fmt: skip
     tl.store(z_ptr + at, re.to(z_ptr.dtype.element_ty))
     tl.store(z_ptr + M + at, im.to(z_ptr.dtype.element_ty))
     if r == 0:
@@ -586,6 +631,8 @@ def correlation_kernel(
     FOLDED: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLES: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
     N1: tl.constexpr,
@@ -607,7 +654,7 @@ def correlation_kernel(
         x_ptr += (first_channel + channel) * stride_xc
         grad_ptr += (first_channel + channel) * stride_gc
     f1, f2 = _load_matrix(f1_ptr + r * 3 * N1 * ROWS, N1, ROWS), _load_matrix(f2_ptr, N2, N2)
-    twiddle_ptr += r * 2 * M
+    twiddle_ptr = _class_twiddles(twiddle_ptr, r, SPLIT, N1, N2)
     sum_re = tl.zeros((N1, N2), tl.float32)
     sum_im = tl.zeros((N1, N2), tl.float32)
     for i in range(pairs):
@@ -622,7 +669,9 @@ def correlation_kernel(
             a, b = _load_rows(grad, stride_gb, at, length, second)
             grad_a, grad_b = scale_of(largest_bits(a)), scale_of(largest_bits(b))
             re, im = scaled(a, grad_a[1], grad_a[2]), scaled(b, grad_b[1], grad_b[2])
-        grad_re, grad_im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+        grad_re, grad_im = _spectrum(
+            re, im, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, N1, N2
+        )  # fmt: skip
         tl.debug_barrier()  # loading x earlier would take registers that there are not
         if FOLDED:
             re, im = _load_class(x_ptr + here, at, M)
@@ -637,7 +686,9 @@ def correlation_kernel(
             im = scaled(b, grad_b[0] / scale, x_b[2])
             scale += (x_a[2] + x_b[2]) + (grad_a[2] + grad_b[2])
         tl.debug_barrier()  # loads the twiddles again, instead of keeping them
-        re, im = _spectrum(re, im, f1, f2, twiddle_ptr, HALF, PRECISION, WARPS, N1, N2)
+        re, im = _spectrum(
+            re, im, f1, f2, twiddle_ptr, HALF, PRECISION, SPLIT, TWIDDLES, WARPS, N1, N2
+        )  # fmt: skip
         sum_re += scale * (re * grad_re + im * grad_im)
         sum_im += scale * (re * grad_im - im * grad_re)
     grad_k_ptr += (channel * classes + r) * 2 * M + tl.arange(0, M)

@@ -10,18 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from m2_plugin.ops.kernels.launch import cdiv, device_class, dot_precision, next_power_of_2
 
+# By how many turns the kernels can compute twiddles that are not stored; each doubles them.
+TURNS = tl.constexpr(3)
+
 
 @dataclass(frozen=True)
 class Config:
-    """The two factors of a transform, and the number of warps."""
+    """The two factors of a transform, the number of warps, and how many twiddles are stored.
+
+    Only the first N2 / `split` columns are, and a program computes the others from them: it takes a
+    few more instructions, and less of what limits large transforms, which is the L2 cache. Where
+    several small programs share a multiprocessor, its own cache holds the twiddles.
+    """
 
     n1: int
     n2: int
     num_warps: int
+    split: int = 1  # 1, 2, 4 or 8
 
     @property
     def points(self) -> int:
@@ -42,8 +52,8 @@ CONFIGS = {
         (512, Config(n1=64, n2=16, num_warps=4)),
         (1024, Config(n1=64, n2=32, num_warps=4)),
         (2048, Config(n1=64, n2=64, num_warps=4)),
-        (4096, Config(n1=128, n2=64, num_warps=8)),
-        (None, Config(n1=64, n2=64, num_warps=4)),
+        (4096, Config(n1=128, n2=64, num_warps=8, split=4)),
+        (None, Config(n1=64, n2=64, num_warps=4, split=4)),
     ),
     ("convolve", "small", 2): (
         (512, Config(n1=32, n2=32, num_warps=4)),
@@ -62,7 +72,7 @@ CONFIGS = {
 # The largest transform, by device class and bytes per element. It takes all registers of a
 # multiprocessor and spills up to 40 numbers of a thread, once in a launch. But sequences of these
 # lengths need no residue classes then, which would pass through memory.
-LARGEST = {("large", 2): Config(n1=128, n2=128, num_warps=8)}
+LARGEST = {("large", 2): Config(n1=128, n2=128, num_warps=8, split=8)}
 LARGEST_FOR = range(4097, 8193)
 
 
@@ -75,7 +85,7 @@ class Tables:
 
     f1: Tensor  # (R, 3, N1, ROWS): real, imaginary, negated imaginary part
     f2: Tensor  # (3, N2, N2)
-    twiddle: Tensor  # (R, 2, M), fp32, in the order of `order`
+    twiddle: Tensor  # (R, 2·N1·(N2 / split + TURNS)), fp32: twiddles as of `order`, then turns
     fold: Tensor  # (2C, 2S): what folds a pair of rows, padded with zeros for `tl.dot`
     unfold: Tensor  # (2S, 2C): its adjoint, twice for classes that stand for two
 
@@ -89,6 +99,7 @@ class Plan:
     classes: int
     segments: int
     rows: int
+    twiddle_vector: int
     dtype: torch.dtype
     tables: Tables
 
@@ -103,6 +114,8 @@ class Plan:
         return {
             "HALF": self.dtype != torch.float32,
             "PRECISION": dot_precision(self.dtype),
+            "SPLIT": self.config.split,
+            "TWIDDLES": self.twiddle_vector,
             "WARPS": self.config.row_warps,
             "N1": self.config.n1,
             "N2": self.config.n2,
@@ -177,8 +190,10 @@ def plan_for(what: str, x: Tensor, largest: bool = False) -> Plan:
     classes = residues // 2 + 1 if batch_size == 1 and not whole else residues
     rows = max(config.n1 // 2, 16) if whole else config.n1
     operand = torch.float32 if x.dtype == torch.float32 else torch.float16
-    tables = _tables(config, residues, classes, segments, rows, operand, x.device)
-    return Plan(config, residues, classes, segments, rows, x.dtype, tables)
+    # Triton lets a thread load 16 bytes, or as many numbers as of a spectrum of the same size.
+    vector = 16 // operand.itemsize if what == "convolve" and config.split == 1 else 4
+    tables = _tables(config, residues, classes, segments, rows, vector, operand, x.device)
+    return Plan(config, residues, classes, segments, rows, vector, x.dtype, tables)
 
 
 @functools.cache
@@ -217,6 +232,7 @@ def _new_tables(
     classes: int,
     segments: int,
     rows: int,
+    twiddle_vector: int,
     operand: torch.dtype,
     device: torch.device,
 ) -> Tables:
@@ -238,11 +254,16 @@ def _new_tables(
     r = torch.arange(classes)
     missing = (residues - r) % residues >= classes
     doubled = phases * (1 + missing.double())[:, None, None]
-    twiddle = torch.stack(turn(shifted[..., None] * ramp(n2) / config.points), 1)
+    first = n2 // config.split
+    twiddle = torch.stack(turn(shifted[..., None] * ramp(first) / config.points), 1)
+    doublings = first * 2.0 ** ramp(TURNS.value)[:, None]
+    turns = torch.stack(turn(shifted[:, None] * doublings / config.points), 2)
     return Tables(
         f1=matrix(shifted[..., None] * ramp(rows) / n1, 1),
         f2=matrix(ramp(n2)[:, None] * ramp(n2) / n2, 0),
-        twiddle=order(twiddle, config, 16 // operand.itemsize).to(device, torch.float32),
+        twiddle=torch.cat(
+            [order(twiddle, config, twiddle_vector).flatten(1), turns.flatten(1)], 1
+        ).to(device, torch.float32),
         fold=_pairs_matrix(phases).to(device, operand),
         unfold=_pairs_matrix(doubled).T.to(device, operand).contiguous(),
     )
