@@ -84,6 +84,7 @@ OLD_MATRIX_UNIT = 0.6  # what `mma` reaches of the rate of `wgmma`, from sm_90 o
 ISSUE = 0.25  # instructions a cycle and scheduler, times the root of its warps
 MOST_ISSUE = 0.75
 WAVE_BYTES = 128  # that a multiprocessor's loads and stores move in a cycle
+CACHE_BYTES = 27  # that it gets in a cycle from the L2 cache, with what its own cache has
 
 
 @dataclass
@@ -303,6 +304,7 @@ def kernel_cost(x: Launch, device: Device) -> tuple[Cost, dict[str, Any]]:
         "matrix units": tensor / busy,
         "instructions": cycles / per_cycle / device.clock / busy,
         "loads and stores": waves * warps * programs / device.processors / device.clock / busy,
+        "L2 cache": requested * threads / (CACHE_BYTES * device.processors * device.clock) / busy,
     }
     cost = Cost(1, moved, work["operations"] * threads, max(SHORTEST_S, *parts.values()), parts)
     about = {

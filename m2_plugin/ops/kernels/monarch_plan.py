@@ -61,7 +61,8 @@ CONFIGS = {
     ),
     ("correlate", "large", 2): (
         (512, Config(n1=64, n2=16, num_warps=4)),
-        (None, Config(n1=64, n2=32, num_warps=4)),
+        (2048, Config(n1=64, n2=32, num_warps=4)),
+        (None, Config(n1=64, n2=32, num_warps=4, split=2)),
     ),
     ("correlate", "small", 2): ((None, Config(n1=32, n2=32, num_warps=4)),),
     ("convolve", "large", 4): ((None, Config(n1=32, n2=16, num_warps=4)),),
