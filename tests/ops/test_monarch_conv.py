@@ -55,7 +55,8 @@ def test_fft_kernels(shape, residual, masked, causal, dtype, small_fft):
 
 
 @pytest.mark.parametrize(
-    ("length", "algorithm"), [(2100, "fft"), (8192, "fft"), (8192, "largest fft")]
+    ("length", "algorithm"),
+    [(1500, "fft"), (2100, "fft"), (8192, "fft"), (8192, "largest fft")],
 )
 def test_fft_kernel_with_its_own_configurations(length, algorithm, monkeypatch):
     from m2_plugin.ops.kernels import gated_long_conv as kernels

@@ -122,13 +122,27 @@ def _load_complex(
 
 
 @triton.jit
-def _doubled(re, im, turn_ptr, N1: tl.constexpr, N2: tl.constexpr):
-    """Double the columns of twiddles (N1, N2); the new ones are the old ones times a turn."""
+def _turned(re, im, turn_ptr, N1: tl.constexpr):
+    """Return twiddles (N1, …) and others, which are these times a turn for each row, in a pair."""
     k1 = tl.arange(0, N1)[:, None]
     cos, sin = tl.load(turn_ptr + k1), tl.load(turn_ptr + N1 + k1)
-    re, im = tl.join(re, re * cos - im * sin), tl.join(im, re * sin + im * cos)
+    return tl.join(re, re * cos - im * sin), tl.join(im, re * sin + im * cos)
+
+
+@triton.jit
+def _more_columns(re, im, turn_ptr, N1: tl.constexpr, N2: tl.constexpr):
+    """Double the columns of twiddles (N1, N2); the new ones come after the old ones."""
+    re, im = _turned(re, im, turn_ptr, N1)
     re, im = tl.permute(re, (0, 2, 1)), tl.permute(im, (0, 2, 1))
     return tl.reshape(re, (N1, 2 * N2)), tl.reshape(im, (N1, 2 * N2))
+
+
+@triton.jit
+def _load_even(ptr, WARPS: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Load N2 even columns (N1, N2), which lie in the order of `order_even`."""
+    x = tl.load(ptr + tl.arange(0, N1 * N2))
+    x = tl.reshape(x, (N1 // (16 * WARPS), N2 // 8, WARPS, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(x, (0, 2, 6, 3, 1, 5, 4)), (N1, N2))
 
 
 @triton.jit
@@ -136,16 +150,21 @@ def _twiddles(
     ptr, SPLIT: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr, N1: tl.constexpr,
     N2: tl.constexpr,
 ):  # fmt: skip
-    """Load twiddles, (N1, N2) each part; of `SPLIT` slices of columns only the first is stored."""
-    first: tl.constexpr = N2 // SPLIT
-    re, im = _load_complex(ptr, VECTOR, WARPS, N1, first)
-    ptr += 2 * N1 * first
-    if SPLIT >= 2:
-        re, im = _doubled(re, im, ptr, N1, first)
-    if SPLIT >= 4:
-        re, im = _doubled(re, im, ptr + 2 * N1, N1, 2 * first)
-    if SPLIT >= 8:
-        re, im = _doubled(re, im, ptr + 4 * N1, N1, 4 * first)
+    """Load the twiddles' real and imaginary part, (N1, N2) each; see `Config.split`."""
+    if SPLIT == 1:
+        re, im = _load_complex(ptr, VECTOR, WARPS, N1, N2)
+    else:
+        stored: tl.constexpr = N2 // SPLIT
+        re = _load_even(ptr, WARPS, N1, stored)
+        im = _load_even(ptr + N1 * stored, WARPS, N1, stored)
+        turns = ptr + 2 * N1 * stored
+        if SPLIT >= 4:
+            re, im = _more_columns(re, im, turns + 2 * N1, N1, stored)
+        if SPLIT >= 8:
+            re, im = _more_columns(re, im, turns + 4 * N1, N1, 2 * stored)
+        # Last, so that a thread has both of two neighbouring columns, as of a product.
+        re, im = _turned(re, im, turns, N1)
+        re, im = tl.reshape(re, (N1, N2)), tl.reshape(im, (N1, N2))
     return re, im
 
 

@@ -15,23 +15,24 @@ from torch import Tensor
 
 from m2_plugin.ops.kernels.launch import cdiv, device_class, dot_precision, next_power_of_2
 
-# By how many turns the kernels can compute twiddles that are not stored; each doubles them.
-TURNS = tl.constexpr(3)
+TURNS = tl.constexpr(3)  # see `Config`
 
 
 @dataclass(frozen=True)
 class Config:
     """The two factors of a transform, the number of warps, and how many twiddles are stored.
 
-    Only the first N2 / `split` columns are, and a program computes the others from them: it takes a
-    few more instructions, and less of what limits large transforms, which is the L2 cache. Where
-    several small programs share a multiprocessor, its own cache holds the twiddles.
+    If `split` is not 1, these are the even ones of the first 2 · N2 / `split` columns. A program
+    computes the others from them: each is a stored one times one or more of three turns, which
+    depend on its row alone. It takes a few more instructions, and asks the L2 cache for less, which
+    limits the transforms of 4,096 points and more. `registers` is the most that a thread gets.
     """
 
     n1: int
     n2: int
     num_warps: int
     split: int = 1  # 1, 2, 4 or 8
+    registers: int | None = None
 
     @property
     def points(self) -> int:
@@ -51,7 +52,7 @@ CONFIGS = {
     ("convolve", "large", 2): (
         (512, Config(n1=64, n2=16, num_warps=4)),
         (1024, Config(n1=64, n2=32, num_warps=4)),
-        (2048, Config(n1=64, n2=64, num_warps=4)),
+        (2048, Config(n1=64, n2=64, num_warps=4, split=2, registers=168)),  # for three programs
         (4096, Config(n1=128, n2=64, num_warps=8, split=4)),
         (None, Config(n1=64, n2=64, num_warps=4, split=4)),
     ),
@@ -86,7 +87,7 @@ class Tables:
 
     f1: Tensor  # (R, 3, N1, ROWS): real, imaginary, negated imaginary part
     f2: Tensor  # (3, N2, N2)
-    twiddle: Tensor  # (R, 2·N1·(N2 / split + TURNS)), fp32: twiddles as of `order`, then turns
+    twiddle: Tensor  # (R, 2·N1·(N2 / split + TURNS)), fp32: twiddles, then turns
     fold: Tensor  # (2C, 2S): what folds a pair of rows, padded with zeros for `tl.dot`
     unfold: Tensor  # (2S, 2C): its adjoint, twice for classes that stand for two
 
@@ -101,6 +102,7 @@ class Plan:
     segments: int
     rows: int
     twiddle_vector: int
+    registers: int | None
     dtype: torch.dtype
     tables: Tables
 
@@ -122,6 +124,7 @@ class Plan:
             "N2": self.config.n2,
             "num_warps": self.config.num_warps,
             "num_stages": 1,
+            "maxnreg": self.registers,
         }
 
     @property
@@ -193,8 +196,10 @@ def plan_for(what: str, x: Tensor, largest: bool = False) -> Plan:
     operand = torch.float32 if x.dtype == torch.float32 else torch.float16
     # Triton lets a thread load 16 bytes, or as many numbers as of a spectrum of the same size.
     vector = 16 // operand.itemsize if what == "convolve" and config.split == 1 else 4
+    # Loads of other lengths are narrower, and take more registers.
+    registers = config.registers if length % 16 == 0 else None
     tables = _tables(config, residues, classes, segments, rows, vector, operand, x.device)
-    return Plan(config, residues, classes, segments, rows, vector, x.dtype, tables)
+    return Plan(config, residues, classes, segments, rows, vector, registers, x.dtype, tables)
 
 
 @functools.cache
@@ -255,16 +260,20 @@ def _new_tables(
     r = torch.arange(classes)
     missing = (residues - r) % residues >= classes
     doubled = phases * (1 + missing.double())[:, None, None]
-    first = n2 // config.split
-    twiddle = torch.stack(turn(shifted[..., None] * ramp(first) / config.points), 1)
-    doublings = first * 2.0 ** ramp(TURNS.value)[:, None]
-    turns = torch.stack(turn(shifted[:, None] * doublings / config.points), 2)
+    stored = n2 // config.split
+    columns = ramp(stored) * (1 if config.split == 1 else 2)
+    twiddle = torch.stack(turn(shifted[..., None] * columns / config.points), 1)
+    if config.split == 1:
+        twiddle = order(twiddle, config, twiddle_vector)
+    else:
+        twiddle = order_even(twiddle, config)
+    # From an even column to the next, and to columns after those that are stored.
+    steps = torch.tensor([1.0, 2 * stored, 4 * stored], dtype=torch.float64)[:, None]
+    turns = torch.stack(turn(shifted[:, None] * steps / config.points), 2)
     return Tables(
         f1=matrix(shifted[..., None] * ramp(rows) / n1, 1),
         f2=matrix(ramp(n2)[:, None] * ramp(n2) / n2, 0),
-        twiddle=torch.cat(
-            [order(twiddle, config, twiddle_vector).flatten(1), turns.flatten(1)], 1
-        ).to(device, torch.float32),
+        twiddle=torch.cat([twiddle.flatten(1), turns.flatten(1)], 1).to(device, torch.float32),
         fold=_pairs_matrix(phases).to(device, operand),
         unfold=_pairs_matrix(doubled).T.to(device, operand).contiguous(),
     )
@@ -295,3 +304,15 @@ def order(table: Tensor, config: Config, vector: int) -> Tensor:
     # From repetition, warp, half, row, octets, octet, pair, odd.
     x = x.movedim((-4, -7, -5, -2, -3, -6), (-7, -6, -5, -4, -3, -2))
     return x.flatten(-8).contiguous()
+
+
+def order_even(table: Tensor, config: Config) -> Tensor:
+    """Order the even columns (…, N1, columns) of a table, as `order` does for all columns.
+
+    A thread has one of each 4 even columns in two rows. The numbers of both rows in two such
+    columns stand side by side.
+    """
+    x = table.unflatten(-1, (-1, 2, 4)).unflatten(-4, (-1, config.row_warps, 2, 8))
+    # From repetition, warp, half, row, pair of octets, octet, lane.
+    x = x.movedim((-3, -6, -4, -1, -2, -5), (-6, -5, -4, -3, -2, -1))
+    return x.flatten(-7).contiguous()
