@@ -10,9 +10,10 @@ some of its threads execute (`ptx.py`), and what the compiler made of it. So not
 kernels by name.
 
 A kernel's time is that of its slowest part: memory (each tensor once a launch), matrix units,
-instructions (as many as the warps that a multiprocessor can hold keep going), loads and stores; and
-the last wave of programs may leave multiprocessors idle. Launches follow one another after a gap.
-Where a GPU would time several configurations, the one of the shortest predicted time runs.
+instructions (as many as the warps that a multiprocessor can hold keep going), loads and stores, or
+what its threads ask the caches for; and the last wave of programs may leave multiprocessors idle.
+Launches follow one another after a gap. Where a GPU would time several configurations, the one of
+the shortest predicted time runs.
 
 Everything printed is predicted, and may be wrong by 40%. The host is taken to be ahead of the GPU;
 where it is not, a step takes longer. Writes results/step_model.json, in which rows stay that are

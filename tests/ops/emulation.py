@@ -25,6 +25,8 @@ from tests import utils
 from tests.ops.machine import GlobalMemory, Machine, Program, PtxError
 from tests.utils import ROOT
 
+OPTIONS = "num_warps", "num_stages", "maxnreg"  # of the compiler
+
 
 class Compiled(NamedTuple):
     ptx: str
@@ -59,7 +61,7 @@ def launched(
     compiler: "Compiler", kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any
 ) -> None:
     """Compile a launch and execute it."""
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
     bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
     bound.apply_defaults()
     constants = {

@@ -441,7 +441,12 @@ class Machine:
                 write(found.view(dtype), mask)
 
             return run_halves
-        reads = [self._reader(x, kind) for x in operands[1:]]
+        pair = kind.endswith("16x2")  # of integers
+        part = dtype_of(kind.removesuffix("x2"))
+        reads = [self._reader(x, "b32" if pair else kind) for x in operands[1:]]
+        if pair:
+            both = lambda x: np.ascontiguousarray(x).view(part)  # noqa: E731
+            return lambda mask: write(function(*(both(x()) for x in reads)).view(np.uint32), mask)
         return lambda mask: write(function(*(read() for read in reads)), mask)
 
     def _extreme(self, modifiers: list[str], operands: list[str], of: str) -> Run:

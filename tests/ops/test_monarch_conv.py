@@ -3,10 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from m2_plugin.ops import backend
 from m2_plugin.ops.fixed import declare_fixed
 from m2_plugin.ops.gated_long_conv import gated_long_conv
+from m2_plugin.ops.kernels import monarch_conv, monarch_plan
 from tests.ops.test_gated_long_conv import check_kernels, inputs, run
 from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, relative_error
 
@@ -14,8 +17,6 @@ from tests.utils import KERNEL_DEVICE, KERNEL_DTYPES, relative_error
 @pytest.fixture
 def small_fft(monkeypatch):
     """FFTs of 256 points for every length, so that short sequences take several of them."""
-    from m2_plugin.ops.kernels import monarch_plan
-
     config = monarch_plan.Config(n1=16, n2=16, num_warps=4)
     monkeypatch.setattr(backend, "MAX_TOEPLITZ_LENGTH", 0)
     monkeypatch.setattr(
@@ -94,7 +95,7 @@ def test_fft_kernels_work_in_turn_on_channels_that_do_not_fit_together(
     number, small_fft, monkeypatch
 ):
     """Of two filters with three channels each, the second two channels are of both."""
-    from m2_plugin.ops.kernels import monarch_conv, monarch_spectra
+    from m2_plugin.ops.kernels import monarch_spectra
 
     def chunks(channels, *_):
         return [slice(i, min(i + number, channels)) for i in range(0, channels, number)]
@@ -142,7 +143,6 @@ def test_memory_limits_the_channels_that_are_transformed_together():
 
 def core(tensors, dy, scales, dtype=torch.float16):
     """The kernels' output and the gradients of p and u, each row's input scaled by its factor."""
-    from m2_plugin.ops.kernels import monarch_conv
     from m2_plugin.ops.kernels.gates import Inputs
 
     p, weight, bias, taps, u, res_taps = (t.to(KERNEL_DEVICE) for t in tensors)
@@ -224,8 +224,6 @@ def test_a_backward_pass_takes_the_spectra_of_its_forward_pass(small_fft, monkey
 
 
 def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):
-    from m2_plugin.ops.kernels import monarch_plan
-
     tables = monarch_plan._tables
     config = monarch_plan.Config(n1=16, n2=16, num_warps=4)
     args = config, 3, 3, 2, 16, 4, torch.float16
@@ -238,8 +236,6 @@ def test_tables_are_made_once_and_never_while_a_graph_is_captured(monkeypatch):
 
 def test_tables_of_a_gpu_are_made_outside_of_the_thread_whose_memory_may_be_a_graphs(monkeypatch):
     import threading
-
-    from m2_plugin.ops.kernels import monarch_plan
 
     seen = []
 
@@ -261,7 +257,7 @@ def test_tables_of_a_gpu_are_made_outside_of_the_thread_whose_memory_may_be_a_gr
 @pytest.mark.parametrize(("n1", "n2", "warps"), [(64, 32, 4), (128, 16, 8), (16, 16, 4)])
 @pytest.mark.parametrize("vector", [4, 8])
 def test_order_of_tables_is_that_of_the_kernels(n1, n2, warps, vector):
-    from m2_plugin.ops.kernels import monarch_plan, monarch_spectra
+    from m2_plugin.ops.kernels import monarch_spectra
 
     config = monarch_plan.Config(n1=n1, n2=n2, num_warps=warps)
     table = torch.arange(n1 * n2).view(1, n1, n2)
@@ -272,8 +268,36 @@ def test_order_of_tables_is_that_of_the_kernels(n1, n2, warps, vector):
     assert torch.equal(monarch_spectra._offset.fn(k1, k2, **size), at)
 
 
+@triton.jit
+def twiddles_kernel(
+    ptr, out_ptr, r, SPLIT: tl.constexpr, TWIDDLES: tl.constexpr, WARPS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    ptr = monarch_conv._class_twiddles(ptr, r, SPLIT, N1, N2)
+    re, im = monarch_conv._twiddles(ptr, SPLIT, TWIDDLES, WARPS, N1, N2)
+    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tl.store(out_ptr + at, re)
+    tl.store(out_ptr + N1 * N2 + at, im)
+
+
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+def test_twiddles_that_are_not_stored(split):
+    config = monarch_plan.Config(n1=32, n2=64, num_warps=4, split=split)
+    residues, r, vector = 5, 3, 8 if split == 1 else 4
+    device = torch.device(KERNEL_DEVICE)
+    tables = monarch_plan._new_tables(config, residues, 5, 2, 32, vector, torch.float16, device)
+    assert tables.twiddle[0].numel() == 2 * 32 * (64 // split + 3)
+    out = torch.empty(2, 32, 64, device=device)
+    twiddles_kernel[(1,)](
+        tables.twiddle, out, r, SPLIT=split, TWIDDLES=vector, WARPS=config.row_warps, N1=32, N2=64
+    )
+    rows, columns = torch.arange(32.0, dtype=torch.float64), torch.arange(64.0, dtype=torch.float64)
+    angles = 2 * torch.pi * (rows[:, None] + r / residues) * columns / config.points
+    exact = torch.stack([angles.cos(), -angles.sin()])
+    assert (out.cpu() - exact).abs().max() < 4e-7
+
+
 def test_one_row_takes_half_of_the_residue_classes():
-    from m2_plugin.ops.kernels import monarch_plan
     from m2_plugin.ops.kernels.launch import device_class
 
     x = torch.empty(1, 5000, 3, dtype=torch.float16)
