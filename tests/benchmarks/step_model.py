@@ -66,7 +66,7 @@ DEVICES = (
     Device("A100", 80, 108, 1.41e9, 312e12, 2.0e12, 163 << 10),
     Device("B200", 100, 148, 1.85e9, 2250e12, 7.7e12, 227 << 10),
 )
-# All below was measured on an H200, or fitted to what a profile of it showed, at L = 128 to 8,192
+# All below was measured on an H200, or fitted to what a profile of it showed, at L = 128 to 32,768
 # and 32,768 tokens. Rates are shares of the data sheet's, so that they carry over to other devices.
 GAP_S = 2.4e-6  # from the end of a kernel to the start of the next
 SHORTEST_S = 2.0e-6

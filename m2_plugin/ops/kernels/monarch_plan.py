@@ -72,7 +72,7 @@ CONFIGS = {
     ("correlate", "small", 4): ((None, Config(n1=16, n2=16, num_warps=4)),),
 }
 # The largest transform, by device class and bytes per element. It takes all registers of a
-# multiprocessor and spills up to 40 numbers of a thread, once in a launch. But sequences of these
+# multiprocessor and spills up to 24 numbers of a thread, once in a launch. But sequences of these
 # lengths need no residue classes then, which would pass through memory.
 LARGEST = {("large", 2): Config(n1=128, n2=128, num_warps=8, split=8)}
 LARGEST_FOR = range(4097, 8193)
