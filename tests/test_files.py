@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +16,7 @@ from m2_plugin.files import (
     write_atomically,
     write_json,
 )
+from tests.cluster import wait_for
 
 
 @contextmanager
@@ -190,16 +192,24 @@ def test_one_process_at_a_time(tmp_path):
 def test_waiting_for_a_lock(tmp_path, caplog):
     """The first process removes the file with the lock that the second waits for."""
     code = f"""
-import time
 from m2_plugin.files import locked
 with locked(Path({str(tmp_path / "out")!r})):
     print("ready", flush=True)
-    time.sleep(0.5)
+    input()
 """
-    with another(code) as process, locked(tmp_path / "out", wait=60):
-        assert process.wait() == 0
-        with pytest.raises(InUseError), locked(tmp_path / "out"):
-            pass
+
+    def end():
+        wait_for(lambda: "waiting for it to end" in caplog.text)
+        process.communicate("\n")
+
+    with another(code) as process:
+        thread = threading.Thread(target=end)
+        thread.start()
+        with locked(tmp_path / "out", wait=60):
+            thread.join()
+            assert process.returncode == 0
+            with pytest.raises(InUseError), locked(tmp_path / "out"):
+                pass
     assert f"process {process.pid}" in caplog.text and "waiting for it to end" in caplog.text
 
 

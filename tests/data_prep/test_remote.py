@@ -169,7 +169,7 @@ def test_finds_input_files(storage):
 @pytest.mark.parametrize("flags", [[], CONCAT], ids=["text", "tokens"])
 def test_killed_while_it_sends(tmp_path, jsonl, storage, flags):
     arguments = ["--out_root", URL, "--local", tmp_path / "local", "--local_files", jsonl, *flags]
-    storage.delay = 0.1
+    storage.delay = 0.3
     process = start("--splits", "train", *arguments, "--num_workers", 1)
     wait_for(lambda: len(storage.names()) >= 4)
     process.kill()
