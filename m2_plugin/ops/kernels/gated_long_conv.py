@@ -234,9 +234,11 @@ def _cases(
 
 
 # Each kind of launch: whole tiles, a length that 8 does not divide, and several tiles with a rest;
-# by FFT one transform of either size, and residue classes. The second of each is causal.
+# by FFT one transform of each size, and residue classes. The second and fourth of each are causal.
 register(f"{OP} by toeplitz")(
     partial(_cases, ALGORITHMS["toeplitz"], ((16, 128), (5, 113), (5, 272)))
 )
-register(f"{OP} by fft")(partial(_cases, ALGORITHMS["fft"], ((5, 1536), (5, 700), (5, 9000))))
+register(f"{OP} by fft")(
+    partial(_cases, ALGORITHMS["fft"], ((5, 1536), (5, 700), (5, 9000), (5, 300), (5, 3072)))
+)
 register(f"{OP} by largest fft")(partial(_cases, ALGORITHMS["largest fft"], ((3, 8000), (3, 5000))))
