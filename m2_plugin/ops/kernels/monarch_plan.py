@@ -25,7 +25,7 @@ class Config:
     If `split` is not 1, these are the even ones of the first 2 · N2 / `split` columns. A program
     computes the others from them: each is a stored one times one or more of three turns, which
     depend on its row alone. It takes a few more instructions, and asks the L2 cache for less, which
-    limits the transforms of 4,096 points and more. `registers` is the most that a thread gets.
+    limits large transforms. `registers` is the most that a thread gets.
     """
 
     n1: int
