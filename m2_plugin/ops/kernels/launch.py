@@ -139,15 +139,20 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def major_capability(device: torch.device) -> int | None:
+    """Return a device's compute capability, its first part; None in Triton's interpreter."""
+    if device.type == "cuda":
+        return capability(device)[0]
+    if interpreted():
+        return None
+    # Compiling ahead of time.
+    return int(triton.runtime.driver.active.get_current_target().arch) // 10
+
+
 def device_class(device: torch.device) -> str:
     """Return which configurations fit a device: `large` or `small`."""
-    if device.type == "cuda":
-        major = capability(device)[0]
-    elif interpreted():
-        return "large"
-    else:  # compiling ahead of time
-        major = triton.runtime.driver.active.get_current_target().arch // 10
-    return "large" if major in LARGE_CAPABILITIES else "small"
+    major = major_capability(device)
+    return "large" if major is None or major in LARGE_CAPABILITIES else "small"
 
 
 def allows_tf32() -> bool:

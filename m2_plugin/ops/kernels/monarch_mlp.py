@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2_plugin.ops.backend import capability, interpreted
+from m2_plugin.ops.backend import interpreted
 from m2_plugin.ops.kernels import tuning
 from m2_plugin.ops.kernels.block_diagonal_linear import (
     batched_product,
@@ -35,6 +35,7 @@ from m2_plugin.ops.kernels.launch import (
     dot_precision,
     fitting_warps,
     launch_kernel,
+    major_capability,
     rows_contiguous,
     tile,
     torch_gradients,
@@ -132,13 +133,7 @@ def works_ahead(device: torch.device) -> bool:
     They need Hopper's asynchronous products, and a `ptxas` of CUDA 12.8: that of Triton 3.3 lets
     each product wait for the one before.
     """
-    if interpreted():
-        return True
-    if device.type == "cuda":
-        major = capability(device)[0]
-    else:  # compiling ahead of time
-        major = triton.runtime.driver.active.get_current_target().arch // 10
-    return major == 9 and TRITON_VERSION >= (3, 4)
+    return interpreted() or (major_capability(device) == 9 and TRITON_VERSION >= (3, 4))
 
 
 def choices(backward: bool, x: Tensor, width: int, glu: bool) -> list[Config]:

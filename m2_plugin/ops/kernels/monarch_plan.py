@@ -13,7 +13,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from m2_plugin.ops.kernels.launch import cdiv, device_class, dot_precision, next_power_of_2
+from m2_plugin.ops.kernels.launch import (
+    cdiv,
+    device_class,
+    dot_precision,
+    major_capability,
+    next_power_of_2,
+)
 
 TURNS = tl.constexpr(3)  # see `Config`
 
@@ -196,8 +202,9 @@ def plan_for(what: str, x: Tensor, largest: bool = False) -> Plan:
     operand = torch.float32 if x.dtype == torch.float32 else torch.float16
     # Triton lets a thread load 16 bytes, or as many numbers as of a spectrum of the same size.
     vector = 16 // operand.itemsize if what == "convolve" and config.split == 1 else 4
-    # Loads of other lengths are narrower, and take more registers.
-    registers = config.registers if length % 16 == 0 else None
+    # Loads of other lengths are narrower, and take more registers; so does Triton on a B200.
+    limited = config.registers and length % 16 == 0 and major_capability(x.device) == 9
+    registers = config.registers if limited else None
     tables = _tables(config, residues, classes, segments, rows, vector, operand, x.device)
     return Plan(config, residues, classes, segments, rows, vector, registers, x.dtype, tables)
 
