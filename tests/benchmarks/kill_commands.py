@@ -5,7 +5,7 @@
 
 The commands are `import`, `export`, `extend`, `average`, `embed`, `predict` and `train-report`, all
 with small inputs; `embed` and `predict` run in several processes. Each attempt is a fork of a
-process that has imported their code, and the kill ends all its processes. After a kill what they
+server that has imported their code, and the kill ends all its processes. After a kill what they
 write must be absent or complete; after the next run it must be what an unbroken run writes, byte
 for byte, with no hidden file beside it. The converters (kill_conversions.py) and the GLUE sweep
 (kill_sweep.py) are processes of their own.
@@ -14,6 +14,7 @@ for byte, with no hidden file beside it. The converters (kill_conversions.py) an
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -81,29 +83,38 @@ def inputs(work: Path, workers: int = 2) -> dict[str, list[str]]:
 
 
 def attempt(arguments: list[str], seconds: float | None = None) -> int:
-    """Run a command in a fork, and kill it after some time; return its exit code."""
-    process = os.fork()
-    if process == 0:
-        os.setpgid(0, 0)
-        from multiprocessing import forkserver
+    """Run a command in a process of its own, and kill it after some time; return its exit code.
 
-        from m2_plugin.cli import main
+    A server forks it. A fork of this process would share tqdm's lock, which is a semaphore, and
+    one that is killed while it holds the lock would stop all later ones.
+    """
+    from tests import fork_server
 
-        forkserver._forkserver.__init__()  # this process has no server yet, as if it were new
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            code = main(arguments)
-        finally:
-            os._exit(code)
+    names = ["checkpoints.convert", "checkpoints.average", "checkpoints.extend", "models", "embed"]
+    fork_server.preload(*(f"m2_plugin.{name}" for name in [*names, "predict", "train_report.draw"]))
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(arguments,))
+    process.start()
+    assert process.pid is not None
     if seconds is not None:
         time.sleep(seconds)
         with suppress(ProcessLookupError):  # it did not even begin
-            os.killpg(process, signal.SIGKILL)
-        os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def run(arguments: list[str]) -> None:
+    """Be a command: a group of processes whose workers have a server of their own."""
+    from m2_plugin import cli
+
+    os.setpgid(0, 0)
+    forkserver._forkserver.__init__()  # type: ignore[attr-defined]
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.exit(cli.main(arguments))
 
 
 def content(path: Path) -> dict[str, bytes]:
