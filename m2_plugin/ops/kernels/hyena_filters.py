@@ -56,16 +56,15 @@ FORWARD = {
     "small": (Config(32, 16, 16, 4),),
 }
 HIDDEN = Config(32, 16, 16, 8)
-# With four warps, two programs share a multiprocessor; each spills registers, but not in its loop.
-BACKWARD = {
-    "large": (Config(64, 32, 0, 8), Config(64, 32, 0, 4)),
-    "small": (Config(32, 16, 0, 4),),
-}
+# Positions and rows of weights at a time of the kernel for gradients of layers, warps and stages.
+# Two of the large programs share a multiprocessor.
+LAYER_GRAD = {"large": (64, 32, 4, 2), "small": (32, 16, 4, 3)}
 # Rows and positions at a time of the kernel for the weights' gradients, and its warps; likewise.
 WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
 # Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have as many
 # parts on every GPU.
 BUSY = 256
+PAIRS_ROWS = 32
 POSITIONS_PER_SPLIT = 256  # at least
 # Weights are multiplied by this before they become pairs of float16 numbers: it puts the smallest
 # difference that matters, 5e-10, above float16's smallest number, and weights of 1,000 below its
@@ -196,8 +195,9 @@ def taps_kernel(
 ):
     """The taps of some positions and channels of one MLP, (G, D, before + L).
 
-    With `HIDDEN` no taps, but what the backward pass needs: `hidden` (5, N, L, O), the outputs of
-    the hidden layers, and what the sines of the second and third get, without its factor freq.
+    With `HIDDEN` no taps, but what the backward pass needs: the outputs of the hidden layers, three
+    of (N, O, L), and what the sines of the second and third get, without its factor freq, two of
+    (N, L, O). So the tensor cores can read the outputs as they are: see `pairs_kernel`.
     """
     tiles = tl.cdiv(length, POSITIONS)
     n = tl.program_id(1).to(tl.int64)
@@ -211,7 +211,7 @@ def taps_kernel(
     w3_ptr += n * ORDER * ORDER
     layer = tl.cast(mlps, tl.int64) * length * ORDER  # an argument of 1 has no .to
     hidden_ptr += n * length * ORDER
-    at = t[:, None] * ORDER + o[None, :]
+    at = o[None, :] * length + t[:, None]
     inside = (t < length)[:, None] & (o < ORDER)[None, :]
 
     z_ptr += g * length * EMB_DIM
@@ -231,10 +231,11 @@ def taps_kernel(
         x2 = add_product(x2, high, low, w, WEIGHT_SCALE) * (1.0 / WEIGHT_SCALE) + bias[None, :]
         h2 = sin(f[None, :] * x2)
         if HIDDEN:
-            to = hidden_ptr + t[:, None] * ORDER + c[None, :]
             chunk = (t < length)[:, None] & (c < ORDER)[None, :]
-            tl.store(to + layer, h2, mask=chunk)
-            tl.store(to + 3 * layer, x2, mask=chunk)
+            to = hidden_ptr + layer + c[None, :] * length + t[:, None]
+            tl.store(to, h2, mask=chunk)
+            to = hidden_ptr + 3 * layer + t[:, None] * ORDER + c[None, :]
+            tl.store(to, x2, mask=chunk)
         w = matrix(w3_ptr, o[None, :], c[:, None], ORDER, ORDER)
         h2_high, h2_low = split(h2)
         x = add_product(x, h2_high, h2_low, w, WEIGHT_SCALE)
@@ -243,7 +244,8 @@ def taps_kernel(
     h = sin(freq * x)
     if HIDDEN:
         tl.store(hidden_ptr + 2 * layer + at, h, mask=inside)
-        tl.store(hidden_ptr + 4 * layer + at, x, mask=inside)
+        to = hidden_ptr + 4 * layer + t[:, None] * ORDER + o[None, :]
+        tl.store(to, x, mask=inside)
     else:
         high, low = split(h)
         scale = tl.load(scale_ptr + t, mask=t < length, other=0.0)
@@ -268,12 +270,103 @@ def taps_kernel(
 
 
 @triton.jit
+def tf32_pair(x):
+    """Write x as the sum of two numbers of which TF32 keeps all, or all but the last bit."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def pairs_kernel(
+    weight_ptr, pairs_ptr, num_rows, ORDER: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Split (N, M, O) into pairs of TF32 numbers, (2, N, O, M).
+
+    The tensor cores read TF32 matrices only if the dimension of the sum is contiguous. To transpose
+    them in each program would take longer than the products: 16 threads would write to one bank.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o = tl.arange(0, WIDTH)
+    inside = (m < num_rows)[:, None] & (o < ORDER)[None, :]
+    size = ORDER * num_rows
+    w = matrix(weight_ptr + n * size, m[:, None], o[None, :], num_rows, ORDER)
+    high, low = tf32_pair(w)
+    pairs_ptr += n * size + m[:, None] + o[None, :] * num_rows
+    tl.store(pairs_ptr, high, mask=inside)
+    tl.store(pairs_ptr + tl.num_programs(1).to(tl.int64) * size, low, mask=inside)
+
+
+@triton.jit
+def add_tf32_product(
+    acc,
+    high,
+    low,
+    pairs_ptr,
+    low_part,
+    m,
+    o,
+    num_rows,
+    ORDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return acc + (high + low) · w, but for the product of the two low parts."""
+    at = m[:, None] + o[None, :] * num_rows
+    inside = (m < num_rows)[:, None] & (o < ORDER)[None, :]
+    w_high = tl.load(pairs_ptr + at, mask=inside, other=0.0)
+    w_low = tl.load(pairs_ptr + low_part + at, mask=inside, other=0.0)
+    acc = tl.dot(low, w_high, acc, input_precision=PRECISION)
+    acc = tl.dot(high, w_low, acc, input_precision=PRECISION)
+    return tl.dot(high, w_high, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def input_grad(
+    acc,
+    z_ptr,
+    freq_ptr,
+    w1_ptr,
+    b1_ptr,
+    x_ptr,
+    partial_ptr,
+    w_mod,
+    length,
+    t,
+    o,
+    LAYER: tl.constexpr,
+    EMB_DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """The gradient of a layer's input, where acc is that of its output; and its sums over t."""
+    inside = (t < length)[:, None] & (o < ORDER)[None, :]
+    at = t[:, None] * ORDER + o[None, :]
+    freq = w_mod * tl.load(freq_ptr + o, mask=o < ORDER, other=0.0)[None, :]
+    if LAYER == 1:
+        x = first_layer(z_ptr, w1_ptr, b1_ptr, t, o, length, ORDER, EMB_DIM)
+    else:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    acc *= cos(freq * x)
+    partial_ptr += o
+    tl.store(partial_ptr + ORDER, w_mod * tl.sum(acc * x, axis=0), mask=o < ORDER)
+    acc *= freq
+    tl.store(partial_ptr, tl.sum(acc, axis=0), mask=o < ORDER)
+    if LAYER == 1:
+        for e in tl.static_range(EMB_DIM):
+            z = tl.load(z_ptr + t * EMB_DIM + e, mask=t < length, other=0.0)
+            sums = tl.sum(acc * z[:, None], axis=0)
+            tl.store(partial_ptr + (2 + e) * ORDER, sums, mask=o < ORDER)
+    else:
+        tl.store(x_ptr + at, acc, mask=inside)
+    return acc
+
+
+@triton.jit
 def layer_grad_kernel(
     z_ptr,
     freq_ptr,
     w1_ptr,
     b1_ptr,
-    weight_ptr,
+    pairs_ptr,
     scale_ptr,
     rates_ptr,
     grad_ptr,
@@ -291,22 +384,22 @@ def layer_grad_kernel(
     WIDTH: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient x of the input of hidden layer `LAYER`'s sine, for some positions of one MLP.
 
     `grad` is the gradient of the next layer's output: of the taps (G, D, before + L) after layer 3,
-    else (N, L, O); `weight` (N, M, O) is the next layer's. The gradient replaces `x`, (N, L, O); of
-    layer 1, whose input is z, those of z (N, L, E) and of W1 are formed at once. `partial`
-    (N, tiles, rows, O) gets sums over the tile's positions: the gradients of the bias and of freq,
-    and, of layer 1, of the columns of W1.
+    else (N, L, O); `pairs` (2, N, O, M) are the next layer's weights. The gradient replaces `x`,
+    (N, L, O); of layer 1, whose input is z, those of z (N, L, E) and of W1 are formed at once.
+    `partial` (N, tiles, rows, O) gets sums over the tile's positions: the gradients of the bias and
+    of freq, and, of layer 1, of the columns of W1. With two `PARTS`, each half of the columns is
+    finished by itself, so that registers hold no more than half of x.
     """
     pid = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64)
     g = n // DIRECTIONS
     t = pid * POSITIONS + tl.arange(0, POSITIONS)
-    o = tl.arange(0, WIDTH)
-    inside = (t < length)[:, None] & (o < ORDER)[None, :]
     col = before + t
     kept = t < length
     if LAYER == 3:
@@ -317,8 +410,11 @@ def layer_grad_kernel(
             kept = t < before
     else:
         grad_ptr += n * length * num_rows
-    weight_ptr += n * num_rows * ORDER
-    acc = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    pairs_ptr += n * ORDER * num_rows
+    low_part = tl.num_programs(1).to(tl.int64) * ORDER * num_rows
+    part = tl.arange(0, WIDTH // PARTS)
+    acc = tl.zeros((POSITIONS, WIDTH // PARTS), tl.float32)
+    rest = tl.zeros((POSITIONS, WIDTH // PARTS), tl.float32)
     for start in range(0, num_rows, CHUNK):
         m = start + tl.arange(0, CHUNK)
         valid = kept[:, None] & (m < num_rows)[None, :]
@@ -329,35 +425,75 @@ def layer_grad_kernel(
             grad *= tl.exp(-scale[:, None] * rates[None, :])
         else:
             grad = tl.load(grad_ptr + t[:, None] * num_rows + m[None, :], mask=valid, other=0.0)
-        w = matrix(weight_ptr, m[:, None], o[None, :], num_rows, ORDER)
-        acc = tl.dot(grad, w, acc, input_precision=PRECISION)
-    freq = w_mod * tl.load(freq_ptr + g * ORDER + o, mask=o < ORDER, other=0.0)[None, :]
+        high, low = tf32_pair(grad)
+        acc = add_tf32_product(
+            acc, high, low, pairs_ptr, low_part, m, part, num_rows, ORDER, PRECISION
+        )
+        if PARTS == 2:
+            rest = add_tf32_product(
+                rest,
+                high,
+                low,
+                pairs_ptr,
+                low_part,
+                m,
+                WIDTH // 2 + part,
+                num_rows,
+                ORDER,
+                PRECISION,
+            )
     x_ptr += n * length * ORDER
-    at = t[:, None] * ORDER + o[None, :]
+    freq_ptr += g * ORDER
     if LAYER == 1:
         z_ptr += g * length * EMB_DIM
         w1_ptr += n * ORDER * EMB_DIM
-        x = first_layer(z_ptr, w1_ptr, b1_ptr + n * ORDER, t, o, length, ORDER, EMB_DIM)
-    else:
-        x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    acc *= cos(freq * x)
+        b1_ptr += n * ORDER
     rows = 2
     if LAYER == 1:
         rows = 2 + EMB_DIM
-    partial_ptr += (n * tl.num_programs(0) + pid) * rows * ORDER + o
-    tl.store(partial_ptr + ORDER, w_mod * tl.sum(acc * x, axis=0), mask=o < ORDER)
-    acc *= freq
-    tl.store(partial_ptr, tl.sum(acc, axis=0), mask=o < ORDER)
+    partial_ptr += (n * tl.num_programs(0) + pid) * rows * ORDER
+    acc = input_grad(
+        acc,
+        z_ptr,
+        freq_ptr,
+        w1_ptr,
+        b1_ptr,
+        x_ptr,
+        partial_ptr,
+        w_mod,
+        length,
+        t,
+        part,
+        LAYER,
+        EMB_DIM,
+        ORDER,
+    )
+    if PARTS == 2:
+        rest = input_grad(
+            rest,
+            z_ptr,
+            freq_ptr,
+            w1_ptr,
+            b1_ptr,
+            x_ptr,
+            partial_ptr,
+            w_mod,
+            length,
+            t,
+            WIDTH // 2 + part,
+            LAYER,
+            EMB_DIM,
+            ORDER,
+        )
     if LAYER == 1:
         for e in tl.static_range(EMB_DIM):
-            z = tl.load(z_ptr + t * EMB_DIM + e, mask=t < length, other=0.0)
-            w = tl.load(w1_ptr + o * EMB_DIM + e, mask=o < ORDER, other=0.0)
-            sums = tl.sum(acc * z[:, None], axis=0)
-            tl.store(partial_ptr + (2 + e) * ORDER, sums, mask=o < ORDER)
+            w = tl.load(w1_ptr + part * EMB_DIM + e, mask=part < ORDER, other=0.0)
             grad_z = tl.sum(acc * w[None, :], axis=1)
+            if PARTS == 2:
+                o = WIDTH // 2 + part
+                w = tl.load(w1_ptr + o * EMB_DIM + e, mask=o < ORDER, other=0.0)
+                grad_z += tl.sum(rest * w[None, :], axis=1)
             tl.store(grad_z_ptr + (n * length + t) * EMB_DIM + e, grad_z, mask=t < length)
-    else:
-        tl.store(x_ptr + at, acc, mask=inside)
 
 
 @triton.jit
@@ -379,7 +515,7 @@ def filter_weight_grad_kernel(
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split, n, m, o] = Σ_{t in split} left[n, t, m] · right[n, t, o].
+    """out[split, n, m, o] = Σ_{t in split} left[n, t, m] · right[n, o, t].
 
     With `OF_TAPS`, left is the gradient of the taps (G, D, before + L), times the window.
     """
@@ -401,7 +537,7 @@ def filter_weight_grad_kernel(
             last = tl.minimum(end, before)
     else:
         left_ptr += n * length * num_rows + m[:, None]
-    right_ptr += n * length * ORDER
+    right_ptr += n * ORDER * length
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(first, end, POSITIONS):
         t = start + tl.arange(0, POSITIONS)
@@ -420,7 +556,7 @@ def filter_weight_grad_kernel(
                 other=0.0,
             )
         right = tl.load(
-            right_ptr + t[:, None] * ORDER + o[None, :],
+            right_ptr + o[None, :] * length + t[:, None],
             mask=(t < end)[:, None] & (o < ORDER)[None, :],
             other=0.0,
         )
@@ -582,6 +718,25 @@ def _weight_grad(
         torch.sum(partial, 0, out=grad_weight)
 
 
+def _pairs(weight: Tensor) -> Tensor:
+    """Transpose weights (N, M, O) and split them into pairs of TF32 numbers, (2, N, O, M)."""
+    number, num_rows, order = weight.shape
+    pairs = weight.new_empty(2, number, order, num_rows)
+    rows = tile(num_rows, PAIRS_ROWS)
+    launch_kernel(
+        pairs_kernel,
+        (cdiv(num_rows, rows), number),
+        weight,
+        pairs,
+        num_rows,
+        ORDER=order,
+        WIDTH=tile(order, MAX_ORDER),
+        ROWS=rows,
+        num_warps=4,
+    )
+    return pairs
+
+
 def _layer_grad(
     layer: int,
     w: Packed,
@@ -595,47 +750,43 @@ def _layer_grad(
     grad_z: Tensor,
 ) -> Tensor:
     """Launch `layer_grad_kernel`; return its partial sums, added up, (N, rows, O)."""
-    configs = BACKWARD[device_class(x.device)]
-    positions, width = tile(sizes.length, configs[0].positions), tile(sizes.order, MAX_ORDER)
+    positions, chunk, num_warps, num_stages = LAYER_GRAD[device_class(x.device)]
+    positions, width = tile(sizes.length, positions), tile(sizes.order, MAX_ORDER)
     tiles = cdiv(sizes.length, positions)
     rows = 2 + (sizes.emb_dim if layer == 1 else 0)
+    pairs = _pairs(weight)
     partial = x.new_empty(sizes.mlps, tiles, rows, sizes.order)
 
-    def run(config: Config, x: Tensor) -> None:
-        launch_kernel(
-            layer_grad_kernel,
-            (tiles, sizes.mlps),
-            w.z,
-            w.freq,
-            w.w1,
-            w.b1,
-            weight,
-            scale,
-            rates,
-            grad,
-            x,
-            partial,
-            grad_z,
-            w_mod,
-            sizes.length,
-            weight.shape[1],
-            sizes.before,
-            DIRECTIONS=sizes.directions,
-            LAYER=layer,
-            EMB_DIM=sizes.emb_dim,
-            ORDER=sizes.order,
-            WIDTH=width,
-            POSITIONS=positions,
-            CHUNK=tile(weight.shape[1], config.chunk),
-            PRECISION=precision(),
-            num_warps=fitting_warps(config.num_warps, positions, width),
-        )
-
-    def trial(config: Config) -> None:
-        run(config, x.clone())
-
-    key = layer, weight.shape[1], *shape_class(sizes)
-    run(tuning.best(f"{OP} gradient of a layer", key, configs, trial, x.device), x)
+    launch_kernel(
+        layer_grad_kernel,
+        (tiles, sizes.mlps),
+        w.z,
+        w.freq,
+        w.w1,
+        w.b1,
+        pairs,
+        scale,
+        rates,
+        grad,
+        x,
+        partial,
+        grad_z,
+        w_mod,
+        sizes.length,
+        weight.shape[1],
+        sizes.before,
+        DIRECTIONS=sizes.directions,
+        LAYER=layer,
+        EMB_DIM=sizes.emb_dim,
+        ORDER=sizes.order,
+        WIDTH=width,
+        POSITIONS=positions,
+        CHUNK=tile(weight.shape[1], chunk),
+        PARTS=2 if width > MAX_ORDER // 2 else 1,
+        PRECISION="ieee" if interpreted() else "tf32",
+        num_warps=fitting_warps(num_warps, positions, width),
+        num_stages=num_stages,
+    )
     return partial[:, 0] if tiles == 1 else partial.sum(1)
 
 
@@ -646,7 +797,7 @@ def _backward(
     w = unpack(packed, sizes)
     result = torch.empty_like(packed)
     grads = unpack(result, sizes)
-    hidden = packed.new_empty(5, sizes.mlps, sizes.length, sizes.order)
+    hidden = packed.new_empty(5, sizes.mlps, sizes.order, sizes.length)
     grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
     h1, h2, h3, x2, x3 = hidden
     _launch_taps(packed, scale, rates, sizes, w_mod, None, hidden, HIDDEN)
