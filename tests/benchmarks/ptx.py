@@ -4,7 +4,8 @@
 are masked out, depends on whole numbers only: on arguments, the thread, the program of the grid,
 and loop counters. So these are computed, and nothing else is: floating point, loaded values and
 data in shared memory play no part (where a decision does depend on loaded data, it counts as zero).
-What is executed follows from how often each block of instructions is entered.
+What is executed follows from how often each block of instructions is entered. The threads of a warp
+together say how long their accesses to shared memory take, for that depends on their banks.
 
 `machine_code` says what the compiler made of the same kernel: registers, spilled bytes, and the
 number of instructions inside and outside of loops, by NVIDIA's disassembler, which Triton carries.
@@ -12,10 +13,11 @@ Counts of PTX times the ratio of the two are an estimate of the instructions tha
 """
 
 import functools
+import itertools
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +143,16 @@ def products(instruction: Instruction) -> tuple[str, float]:
     return "", 0.0
 
 
+def read_by_products(instruction: Instruction) -> float:
+    """Bytes of shared memory that a matrix instruction reads, for each thread that executes it."""
+    m = re.search(r"m(\d+)n(\d+)k(\d+)", instruction.op)
+    if instruction.parts[0] != "wgmma" or not m:
+        return 0.0
+    in_registers = instruction.operands[1].startswith("{")
+    rows = int(m[2]) + (0 if in_registers else int(m[1]))
+    return rows * int(m[3]) * (4 if "tf32" in instruction.op else 2) / 128
+
+
 def classify(instruction: Instruction) -> str:
     """What kind of work an instruction is."""
     parts, op = instruction.parts, instruction.op
@@ -172,7 +184,7 @@ class Program:
         self.static = [Counter(classify(x) for x in b.body) for b in self.blocks]
         loops = self._loops()
         self.looped = [any(a <= i <= b for a, b in loops) for i in range(len(self.blocks))]
-        self._follow = self._translate()
+        self._follow = self._translate(False)
 
     def _loops(self) -> list[tuple[int, int]]:
         found = []
@@ -192,7 +204,7 @@ class Program:
         places = zip(self.static, self.looped, strict=True)
         return sum(n["matrix"] + n["global"] for n, inside in places if inside)
 
-    def _needed(self) -> set[str]:
+    def _needed(self, shared: bool) -> set[str]:
         """The registers that decide what is executed, and which memory is accessed."""
         writers: dict[str, list[Instruction]] = {}
         wanted: set[str] = set()
@@ -205,6 +217,8 @@ class Program:
                 if is_access(x):
                     texts = [*addresses(x), *(x.operands[3:] if x.parts[0] == "cp" else [])]
                     wanted.update(re.findall(r"%\w+", ",".join(texts)))
+                if shared and (address := shared_address(x)):
+                    wanted.update(re.findall(r"%\w+", address))
                 if x.parts[0] == "tcgen05":
                     wanted.update(re.findall(r"%\w+", ",".join(x.operands)))
         todo = list(wanted)
@@ -216,9 +230,12 @@ class Program:
                         todo.append(register)
         return wanted
 
-    def _translate(self):
-        """Write a Python function that goes through the blocks as a thread does."""
-        needed = self._needed()
+    def _translate(self, shared: bool):
+        """Write a Python function that goes through the blocks as a thread does.
+
+        If `shared`, `extra` becomes a list for each access to shared memory, of its addresses.
+        """
+        needed = self._needed(shared)
         names = {r: "r_" + r[1:] for r in needed}
         lines = ["def follow(P, tid, cta, grid, threads, entered, read, written, extra):"]
         lines += [f"    {' = '.join(sorted(names.values()))} = 0"] if names else []
@@ -228,8 +245,14 @@ class Program:
             lines.append(f"        {'if' if i == 0 else 'elif'} b == {i}:")
             lines.append(f"            entered[{i}] += 1")
             done = False
-            for x in block.body:
-                for text in self._line(x, names):
+            for j, x in enumerate(block.body):
+                made = [] if shared and is_access(x) else self._line(x, names)
+                if shared and (address := shared_address(x)):
+                    made = self._line(x, names) if not is_access(x) else []
+                    guard = f"if {'not ' * x.negated}{names[x.guard]}: " if x.guard else ""
+                    text = _value(address, names, self.params_by_name)
+                    made.append(f"{guard}extra[{i}, {j}].append({text})")
+                for text in made:
                     lines.append("            " + text)
                 done = x.parts[0] in ("ret", "exit") and not x.guard
                 if x.parts[0] == "bra" and not x.guard:
@@ -323,12 +346,69 @@ class Program:
                     # TF32 takes twice the time of a product of half precision.
                     work["operations"] += times * operations
                     work["tensor " + name] += times * operations * (2 if "tf32" in x.op else 1)
+                    work["read by products"] += times * read_by_products(x)
         if extra["tcgen05"]:  # one thread asks for the products of all
             for name in ("operations", "tensor tcgen05"):
                 work[name] += extra["tcgen05"] / self.threads
         work["requests"] = extra["requests"]
         by_index = [{k - 1: v for k, v in found.items()} for found in (read, written)]
         return {"read": Counter(by_index[0]), "written": Counter(by_index[1]), "work": work}
+
+    def wavefronts(
+        self, params: Sequence[int], cta: Sequence[int], grid: Sequence[int]
+    ) -> tuple[int, int]:
+        """Follow a warp; return what its accesses to shared memory take, and the least they could.
+
+        In wavefronts, of which a multiprocessor does one in a cycle: one reaches each of 32 banks
+        of 4 bytes once. Accesses of 8 bytes are halves of a warp, those of 16 bytes quarters.
+        """
+        follow = self._translate(True)
+        padded = [*params, *([0] * (len(self.params) - len(params)))]
+        first = self.threads // 64 * 32  # of a warp in the middle
+        lanes: list[dict[tuple[int, int], list[int]]] = []
+        for lane in range(32):
+            found: dict[tuple[int, int], list[int]] = defaultdict(list)
+            follow(
+                padded, (first + lane, 0, 0), tuple(cta), tuple(grid), (self.threads, 1, 1),
+                [0] * len(self.blocks), Counter(), Counter(), found,
+            )  # fmt: skip
+            lanes.append(found)
+        total = least = 0
+        for place in {place for found in lanes for place in found}:
+            x = self.blocks[place[0]].body[place[1]]
+            size, used = shared_bytes(x)
+            together = max(1, min(32, 128 // size))
+            columns = itertools.zip_longest(*(found.get(place, []) for found in lanes[:used]))
+            for column in columns:
+                for i in range(0, used, together):
+                    words = {
+                        (address + byte) // 4
+                        for address in column[i : i + together]
+                        if address is not None
+                        for byte in range(0, size, 4)
+                    }
+                    banks = Counter(word % 32 for word in words)
+                    total += max(banks.values(), default=0)
+                    least += -(-len(words) // 32)
+        return total, least
+
+
+def shared_address(x: Instruction) -> str:
+    """The text of the address in shared memory, if it accesses that itself."""
+    op = x.op
+    if x.parts[0] in ("ld", "st") and "shared" in op or x.parts[0] in ("ldmatrix", "stmatrix"):
+        return next(o for o in x.operands if o.startswith("["))
+    if op.startswith("cp.async.c") and "shared" in op and len(x.operands) > 2:
+        return x.operands[0]
+    return ""
+
+
+def shared_bytes(x: Instruction) -> tuple[int, int]:
+    """Bytes of an access to shared memory for each thread, and how many threads give addresses."""
+    if x.parts[0] in ("ldmatrix", "stmatrix"):
+        count = next(int(p[1:]) for p in x.parts if re.fullmatch(r"x\d", p))
+        return 16, 8 * count
+    return (int(x.operands[2], 0) if x.parts[0] == "cp" else size_of(x.parts)), 32
 
 
 def is_access(x: Instruction) -> bool:

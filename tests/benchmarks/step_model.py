@@ -44,6 +44,7 @@ LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 TOKENS = 1 << 15
 MODELS = ("m2_bert", "bert_sdpa")
 SAMPLES = 8  # threads that are followed in a launch
+STEPS = 0.618, 0.755, 0.570  # by which their programs lie apart, as parts of the grid
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ TENSOR = {"wgmma": 0.75, "tcgen05": 0.7, "mma": 0.8}
 OLD_MATRIX_UNIT = 0.6  # what `mma` reaches of the rate of `wgmma`, from sm_90 on
 ISSUE = 0.25  # instructions a cycle and scheduler, times the root of its warps
 MOST_ISSUE = 0.75
-WAVE_BYTES = 128  # that a multiprocessor's loads and stores move in a cycle
+# That a multiprocessor's loads and stores, and products' reads of shared memory, move in a cycle.
+WAVE_BYTES = 128
 CACHE_BYTES = 27  # that it gets in a cycle from the L2 cache, with what its own cache has
 
 
@@ -207,6 +209,7 @@ class Compiled:
 
 
 _compiled: dict[str, Compiled] = {}
+_conflicts: dict[str, float] = {}  # wavefronts for each access to shared memory, by kernel
 
 
 def compiled(kernel: Any) -> Compiled:
@@ -237,7 +240,7 @@ def _followed(
     found = _compiled[key]
     read, written, work = Counter(), Counter(), Counter()
     for i in range(SAMPLES):
-        place = [sampled(n, i, s) for n, s in zip(grid, (0.618, 0.755, 0.570), strict=True)]
+        place = [sampled(n, i, s) for n, s in zip(grid, STEPS, strict=True)]
         thread = sampled(found.program.threads, i, 0.382)
         counts = found.program.follow(values, thread, place, grid)
         read.update(counts["read"])
@@ -299,7 +302,13 @@ def kernel_cost(x: Launch, device: Device) -> tuple[Cost, dict[str, Any]]:
             share *= OLD_MATRIX_UNIT
         tensor += work["tensor " + name] * threads / (share * device.operations)
     requested = sum(read.values()) + sum(written.values())
-    waves = max(32 * requested / WAVE_BYTES, work["requests"]) + work["shared"]
+    if x.kernel.hash not in _conflicts:
+        place = [sampled(n, 1, s) for n, s in zip(x.grid, STEPS, strict=True)]
+        taken, _ = k.program.wavefronts(values, place, x.grid)
+        _conflicts[x.kernel.hash] = taken / max(1, work["shared"])
+    waves = max(32 * requested / WAVE_BYTES, work["requests"])
+    waves += work["shared"] * _conflicts[x.kernel.hash]
+    waves += 32 * work["read by products"] / WAVE_BYTES
     parts = {
         "memory": moved / (COPY * device.bandwidth),
         "matrix units": tensor / busy,
