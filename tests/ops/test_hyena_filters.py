@@ -106,9 +106,9 @@ def test_all_configurations_give_the_same(monkeypatch):
 
         monkeypatch.setattr(kernels.tuning, "best", take)
         results.append(run(filters, grad, "triton", torch.float32, 300, 299, KERNEL_DEVICE))
-    assert len(tried) == (6 if device_class(torch.device(KERNEL_DEVICE)) == "large" else 3)
+    assert len(tried) == (8 if device_class(torch.device(KERNEL_DEVICE)) == "large" else 4)
     for one, other in zip(*results, strict=True):
-        assert max_error(one, other) < 1e-5 * max(1.0, one.abs().max().item())
+        assert max_error(one, other) < 3e-5 * max(1.0, one.abs().max().item())
 
 
 @triton.jit

@@ -55,7 +55,11 @@ FORWARD = {
     "large": (Config(128, 16, 32, 8), Config(64, 16, 64, 4)),
     "small": (Config(32, 16, 16, 4),),
 }
-HIDDEN = Config(32, 16, 16, 8)
+# The second one spills registers, but not in its loop.
+HIDDEN = {
+    "large": (Config(32, 16, 16, 4), Config(64, 16, 16, 4)),
+    "small": (Config(32, 16, 16, 8),),
+}
 # Positions and rows of weights at a time of the kernel for gradients of layers, warps and stages.
 # Two of the large programs share a multiprocessor.
 LAYER_GRAD = {"large": (64, 32, 4, 2), "small": (32, 16, 4, 3)}
@@ -65,6 +69,7 @@ WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
 # parts on every GPU.
 BUSY = 256
 PAIRS_ROWS = 32
+HALVES_BLOCK = 1024
 POSITIONS_PER_SPLIT = 256  # at least
 # Weights are multiplied by this before they become pairs of float16 numbers: it puts the smallest
 # difference that matters, 5e-10, above float16's smallest number, and weights of 1,000 below its
@@ -153,9 +158,23 @@ def split(x):
 
 
 @triton.jit
-def add_product(acc, high, low, w, WEIGHT_SCALE: tl.constexpr):
-    """Return acc + WEIGHT_SCALE · (high + low) · w, but for the product of the two low parts."""
-    w_high, w_low = split(w * WEIGHT_SCALE)
+def halves_kernel(weights_ptr, halves_ptr, size, WEIGHT_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write all weights, times WEIGHT_SCALE, as pairs of float16 numbers, (2, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(weights_ptr + at, mask=at < size, other=0.0)
+    high, low = split(w * WEIGHT_SCALE)
+    tl.store(halves_ptr + at, high, mask=at < size)
+    tl.store(halves_ptr + size + at, low, mask=at < size)
+
+
+@triton.jit
+def add_product(acc, high, low, w_ptr, low_part, rows, cols, num_rows, num_cols):
+    """Return acc + (high + low) · w, but for the product of the two low parts.
+
+    w is a tile of a matrix (num_rows, num_cols) that `halves_kernel` wrote.
+    """
+    w_high = matrix(w_ptr, rows, cols, num_rows, num_cols)
+    w_low = matrix(w_ptr + low_part, rows, cols, num_rows, num_cols)
     acc = tl.dot(low, w_high, acc)
     acc = tl.dot(high, w_low, acc)
     return tl.dot(high, w_high, acc)
@@ -183,6 +202,7 @@ def taps_kernel(
     before,
     mlps,
     channels_per_program,
+    low_part,
     DIRECTIONS: tl.constexpr,
     EMB_DIM: tl.constexpr,
     ORDER: tl.constexpr,
@@ -195,9 +215,11 @@ def taps_kernel(
 ):
     """The taps of some positions and channels of one MLP, (G, D, before + L).
 
-    With `HIDDEN` no taps, but what the backward pass needs: the outputs of the hidden layers, three
-    of (N, O, L), and what the sines of the second and third get, without its factor freq, two of
-    (N, L, O). So the tensor cores can read the outputs as they are: see `pairs_kernel`.
+    w2, w3 and out are the first numbers of the pairs of `halves_kernel`; the second ones come
+    `low_part` numbers later. With `HIDDEN` no taps, but what the backward pass needs: the outputs
+    of the hidden layers, three of (N, O, L), and what the sines of the second and third get,
+    without its factor freq, two of (N, L, O). So the tensor cores can read the outputs as they are:
+    see `pairs_kernel`.
     """
     tiles = tl.cdiv(length, POSITIONS)
     n = tl.program_id(1).to(tl.int64)
@@ -209,6 +231,7 @@ def taps_kernel(
     w1_ptr += n * ORDER * EMB_DIM
     w2_ptr += n * ORDER * ORDER
     w3_ptr += n * ORDER * ORDER
+    out_ptr += n * channels * ORDER
     layer = tl.cast(mlps, tl.int64) * length * ORDER  # an argument of 1 has no .to
     hidden_ptr += n * length * ORDER
     at = o[None, :] * length + t[:, None]
@@ -224,11 +247,11 @@ def taps_kernel(
     x = tl.zeros((POSITIONS, WIDTH), tl.float32)
     for start in range(0, WIDTH, CHUNK):
         c = start + tl.arange(0, CHUNK)
-        w = matrix(w2_ptr, c[None, :], o[:, None], ORDER, ORDER)
         bias = tl.load(b2_ptr + n * ORDER + c, mask=c < ORDER, other=0.0)
         f = w_mod * tl.load(freq_ptr + g * ORDER + c, mask=c < ORDER, other=0.0)
         x2 = tl.zeros((POSITIONS, CHUNK), tl.float32)
-        x2 = add_product(x2, high, low, w, WEIGHT_SCALE) * (1.0 / WEIGHT_SCALE) + bias[None, :]
+        x2 = add_product(x2, high, low, w2_ptr, low_part, c[None, :], o[:, None], ORDER, ORDER)
+        x2 = x2 * (1.0 / WEIGHT_SCALE) + bias[None, :]
         h2 = sin(f[None, :] * x2)
         if HIDDEN:
             chunk = (t < length)[:, None] & (c < ORDER)[None, :]
@@ -236,9 +259,8 @@ def taps_kernel(
             tl.store(to, h2, mask=chunk)
             to = hidden_ptr + 3 * layer + t[:, None] * ORDER + c[None, :]
             tl.store(to, x2, mask=chunk)
-        w = matrix(w3_ptr, o[None, :], c[:, None], ORDER, ORDER)
         h2_high, h2_low = split(h2)
-        x = add_product(x, h2_high, h2_low, w, WEIGHT_SCALE)
+        x = add_product(x, h2_high, h2_low, w3_ptr, low_part, o[None, :], c[:, None], ORDER, ORDER)
     bias = tl.load(b3_ptr + n * ORDER + o, mask=o < ORDER, other=0.0)
     x = x * (1.0 / WEIGHT_SCALE) + bias[None, :]
     h = sin(freq * x)
@@ -257,10 +279,12 @@ def taps_kernel(
         first = (tl.program_id(0) // tiles) * channels_per_program
         for start in range(first, tl.minimum(first + channels_per_program, channels), CHANNELS):
             d = start + tl.arange(0, CHANNELS)
-            w = matrix(out_ptr + n * channels * ORDER, d[None, :], o[:, None], channels, ORDER)
             rates = tl.load(rates_ptr + d, mask=d < channels, other=0.0)
             k = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-            k = add_product(k, high, low, w, WEIGHT_SCALE) * (1.0 / WEIGHT_SCALE)
+            k = add_product(
+                k, high, low, out_ptr, low_part, d[None, :], o[:, None], channels, ORDER
+            )
+            k *= 1.0 / WEIGHT_SCALE
             k *= tl.exp(-scale[:, None] * rates[None, :])
             if direction == 0:
                 skip = tl.load(skip_ptr + g * channels + d, mask=d < channels, other=0.0)
@@ -584,10 +608,10 @@ def compute_taps(
         sizes: What `pack` gives beside them.
         w_mod: Constant factor on the frequencies.
     """
-    taps, device = new_taps(packed, sizes), packed.device
+    taps, device, pairs = new_taps(packed, sizes), packed.device, _halves(packed)
 
     def run(config: Config) -> None:
-        _launch_taps(packed, scale, rates, sizes, w_mod, taps, None, config)
+        _launch_taps(packed, pairs, scale, rates, sizes, w_mod, taps, None, config)
 
     configs: Sequence[Config] = FORWARD[device_class(device)]
     configs = by_programs(configs, cdiv(sizes.length, configs[0].positions) * sizes.mlps)
@@ -601,8 +625,25 @@ def shape_class(sizes: Sizes) -> tuple[int, ...]:
     return sizes.mlps, sizes.directions, length, sizes.channels, sizes.emb_dim, sizes.order
 
 
+def _halves(packed: Tensor) -> Tensor:
+    """Return weights as pairs of float16 numbers, (2, numel)."""
+    pairs = packed.new_empty(2, packed.numel(), dtype=torch.float16)
+    launch_kernel(
+        halves_kernel,
+        (cdiv(packed.numel(), HALVES_BLOCK),),
+        packed,
+        pairs,
+        packed.numel(),
+        WEIGHT_SCALE=WEIGHT_SCALE,
+        BLOCK=HALVES_BLOCK,
+        num_warps=4,
+    )
+    return pairs
+
+
 def _launch_taps(
     packed: Tensor,
+    pairs: Tensor,
     scale: Tensor,
     rates: Tensor,
     sizes: Sizes,
@@ -612,7 +653,7 @@ def _launch_taps(
     config: Config,
 ) -> None:
     """Write taps, or the hidden layers."""
-    w = unpack(packed, sizes)
+    w, halves = unpack(packed, sizes), unpack(pairs[0], sizes)
     positions = tile(sizes.length, config.positions)
     channels = tile(sizes.channels, config.channels)
     order = tile(sizes.order, MAX_ORDER)
@@ -630,11 +671,11 @@ def _launch_taps(
         w.skip,
         w.w1,
         w.b1,
-        w.w2,
+        halves.w2,
         w.b2,
-        w.w3,
+        halves.w3,
         w.b3,
-        w.out,
+        halves.out,
         scale,
         rates,
         packed if taps is None else taps,
@@ -645,6 +686,7 @@ def _launch_taps(
         sizes.before,
         sizes.mlps,
         per_program,
+        packed.numel(),
         DIRECTIONS=sizes.directions,
         EMB_DIM=sizes.emb_dim,
         ORDER=sizes.order,
@@ -800,7 +842,13 @@ def _backward(
     hidden = packed.new_empty(5, sizes.mlps, sizes.order, sizes.length)
     grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
     h1, h2, h3, x2, x3 = hidden
-    _launch_taps(packed, scale, rates, sizes, w_mod, None, hidden, HIDDEN)
+    halves = _halves(packed)
+
+    def run(config: Config) -> None:
+        _launch_taps(packed, halves, scale, rates, sizes, w_mod, None, hidden, config)
+
+    configs = HIDDEN[device_class(packed.device)]
+    run(tuning.best(f"{OP} hidden layers", shape_class(sizes), configs, run, packed.device))
     rest = w, scale, rates, sizes, w_mod
     sums3 = _layer_grad(3, *rest, grad, w.out, x3, grad_z)
     sums2 = _layer_grad(2, *rest, x3, w.w3, x2, grad_z)  # x3 is now a gradient; now x2, too
