@@ -97,6 +97,29 @@ def test_whole_numbers_are_those_of_the_machine(line, expected):
     assert found == {(expected & 0xFFFFF) - 1: 1}  # an address has 64 bits: 20 are left
 
 
+@pytest.mark.parametrize(
+    ("line", "step", "taken", "least"),
+    [
+        ("st.shared.b32 [%r4], %r2;", 4, 1, 1),
+        ("st.shared.b32 [%r4], %r2;", 8, 2, 1),
+        ("st.shared.b32 [%r4], %r2;", 128, 32, 1),
+        ("st.shared.b32 [%r4], %r2;", 0, 1, 1),  # all threads reach one word
+        ("@%p1 st.shared.b32 [%r4], %r2;", 128, 16, 1),  # half of the warp's threads
+        ("st.shared.v4.b32 [%r4], { %r2, %r2, %r2, %r2 };", 16, 4, 4),
+        ("st.shared.v4.b32 [%r4], { %r2, %r2, %r2, %r2 };", 128, 32, 4),
+        ("cp.async.ca.shared.global [%r4], [%rd1], 0x4, 0x4;", 128, 32, 1),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 { %r5, %r6, %r7, %r8 }, [%r4];", 16, 4, 4),
+        ("ldmatrix.sync.aligned.m8n8.x2.shared.b16 { %r5, %r6 }, [%r4];", 128, 16, 2),
+        ("ld.global.b32 %r5, [%rd1];", 128, 0, 0),
+    ],
+)
+def test_bank_conflicts_are_counted(line, step, taken, least):
+    start = KERNEL.index("\tsetp.lt.s32 \t%p1"), KERNEL.index("\tret;")
+    body = f"\tmul.lo.s32 \t%r4, %r2, {step};\n\tsetp.lt.s32 \t%p1, %r2, 48;\n\t{line}\n"
+    program = ptx.Program(KERNEL[: start[0]] + body + KERNEL[start[1] :])
+    assert program.wavefronts([1 << ptx.REGION] * 3, (0, 0, 0), (1, 1, 1)) == (taken, least)
+
+
 needs_cuda_and_cc = pytest.mark.skipif(
     torch.version.cuda is None
     or shutil.which("cc") is None
@@ -125,6 +148,11 @@ def test_a_step_is_predicted(tmp_path):
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0 and 0 < kernel["registers"] <= 255, kernel
         assert kernel["limit"] in kernel["parts_ms"]
+    # What the filters' gradients multiply needs no transposition, which would be all conflicts.
+    names = "layer_grad_kernel", "filter_weight_grad_kernel"
+    filters = [r for r in step["m2_bert"]["rows"] if r["name"] in names]
+    assert {r["name"] for r in filters} == set(names)
+    assert all(r["bank_conflicts"] < 0.4 for r in filters), filters
     # An MLP of a layer multiplies twice 32,768 rows by 3·4·768²/4 weights, at the least.
     products = sum(k["operations"] for k in kernels)
     assert products > 2 * 32768 * 3 * 768 * 768

@@ -423,8 +423,16 @@ def step_model() -> str:
     header += ["predicted M2-BERT, kernels, ms", "BERT, kernels, ms", "BERT / M2-BERT"]
     header += ["M2-BERT, pass, ms", "BERT, pass, ms"]
     text += table(header, rows)
-    text += "\n\nOur kernels in it: those of at least 1% of a step. *Held* are programs × warps "
-    text += "that a multiprocessor holds; the limit is the part that takes longest.\n\n"
+    asked = [
+        f"{found[device, 'forward', n]['m2_bert']['requested_bytes'] / 1e9:.1f} at {n:,} positions"
+        for n in (128, 512, 2048, 8192, 32768)
+        if (device, "forward", n) in found
+    ]
+    text += "\n\nOur kernels in it: those of at least 1% of a step. *Asked for* are the bytes that "
+    text += "threads ask the caches for in a launch, *conflicts* the share of accesses to shared "
+    text += "memory that wait for other threads of their warp, *held* the programs × warps that a "
+    text += "multiprocessor holds; the limit is the part that takes longest. In a forward pass all "
+    text += f"threads ask for these GB: {', '.join(asked)}.\n\n"
     rows = []
     for what in WHAT:
         for length in (128, 2048, 8192):
@@ -433,12 +441,14 @@ def step_model() -> str:
                 if "registers" in kernel:
                     line = [WHAT[what], str(length), f"`{kernel['name']}`"]
                     line += [str(kernel["launches"]), f"{kernel['ms'] / kernel['launches']:.3f}"]
+                    line.append(f"{kernel['requested_bytes'] / kernel['launches'] / 1e6:,.0f}")
+                    line.append(f"{kernel['bank_conflicts']:.0%}")
                     line += [str(kernel["registers"]), str(kernel["spilled_bytes"])]
                     line.append(f"{kernel['programs_per_processor']} × {kernel['warps']}")
                     line += [kernel["matrix_unit"] or NONE, kernel["limit"]]
                     rows.append(line)
-    header = ["what", "L", "kernel", "launches", "predicted ms each", "registers", "spilled bytes"]
-    header += ["held", "matrix unit", "predicted limit"]
+    header = ["what", "L", "kernel", "launches", "predicted ms each", "asked for, MB", "conflicts"]
+    header += ["registers", "spilled bytes", "held", "matrix unit", "predicted limit"]
     text += table(header, rows, 3)
     if others := [d for d in devices if d != device]:
         text += "\n\nPredicted BERT / M2-BERT on other GPUs, by their data sheets:\n\n"

@@ -96,6 +96,7 @@ class Cost:
 
     launches: int = 0
     bytes: float = 0
+    requested: float = 0  # bytes that its threads ask the caches for; of our kernels alone
     operations: float = 0
     seconds: float = 0
     parts: dict[str, float] = field(default_factory=dict)  # seconds that each would need alone
@@ -209,7 +210,8 @@ class Compiled:
 
 
 _compiled: dict[str, Compiled] = {}
-_conflicts: dict[str, float] = {}  # wavefronts for each access to shared memory, by kernel
+# By kernel: wavefronts for each access to shared memory, and the share that are bank conflicts.
+_shared: dict[str, tuple[float, float]] = {}
 
 
 def compiled(kernel: Any) -> Compiled:
@@ -302,13 +304,13 @@ def kernel_cost(x: Launch, device: Device) -> tuple[Cost, dict[str, Any]]:
             share *= OLD_MATRIX_UNIT
         tensor += work["tensor " + name] * threads / (share * device.operations)
     requested = sum(read.values()) + sum(written.values())
-    if x.kernel.hash not in _conflicts:
+    if x.kernel.hash not in _shared:
         place = [sampled(n, 1, s) for n, s in zip(x.grid, STEPS, strict=True)]
-        taken, _ = k.program.wavefronts(values, place, x.grid)
-        _conflicts[x.kernel.hash] = taken / max(1, work["shared"])
+        taken, least = k.program.wavefronts(values, place, x.grid)
+        _shared[x.kernel.hash] = taken / max(1, work["shared"]), 1 - least / max(1, taken)
+    each, conflicts = _shared[x.kernel.hash]
     waves = max(32 * requested / WAVE_BYTES, work["requests"])
-    waves += work["shared"] * _conflicts[x.kernel.hash]
-    waves += 32 * work["read by products"] / WAVE_BYTES
+    waves += work["shared"] * each + 32 * work["read by products"] / WAVE_BYTES
     parts = {
         "memory": moved / (COPY * device.bandwidth),
         "matrix units": tensor / busy,
@@ -316,11 +318,13 @@ def kernel_cost(x: Launch, device: Device) -> tuple[Cost, dict[str, Any]]:
         "loads and stores": waves * warps * programs / device.processors / device.clock / busy,
         "L2 cache": requested * threads / (CACHE_BYTES * device.processors * device.clock) / busy,
     }
-    cost = Cost(1, moved, work["operations"] * threads, max(SHORTEST_S, *parts.values()), parts)
+    seconds = max(SHORTEST_S, *parts.values())
+    cost = Cost(1, moved, requested * threads, work["operations"] * threads, seconds, parts)
     about = {
         "registers": k.code.registers,
         "spilled_bytes": k.code.spilled,
         "shared_bytes": k.shared,
+        "bank_conflicts": conflicts if work["shared"] else 0.0,
         "programs_per_processor": held,
         "warps": int(warps),
         "grid": list(x.grid),
@@ -409,6 +413,7 @@ def predict(launches: Iterable[Launch], device: Device) -> dict[str, Any]:
         for into in (total, by_name[key]):
             into.launches += cost.launches
             into.bytes += cost.bytes
+            into.requested += cost.requested
             into.operations += cost.operations
             into.seconds += cost.seconds
             for part, seconds in cost.parts.items():
@@ -421,6 +426,7 @@ def predict(launches: Iterable[Launch], device: Device) -> dict[str, Any]:
             "launches": cost.launches,
             "ms": 1e3 * cost.seconds,
             "bytes": cost.bytes,
+            "requested_bytes": cost.requested,
             "operations": cost.operations,
             "limit": cost.limit,
             "parts_ms": {k: 1e3 * v for k, v in cost.parts.items()},
@@ -433,6 +439,7 @@ def predict(launches: Iterable[Launch], device: Device) -> dict[str, Any]:
         "kernels_ms": 1e3 * total.seconds,
         "launches": total.launches,
         "bytes_per_token": total.bytes / TOKENS,
+        "requested_bytes": total.requested,
         "operations_per_token": total.operations / TOKENS,
         "rows": rows,
     }

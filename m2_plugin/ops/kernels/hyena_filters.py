@@ -68,8 +68,8 @@ WEIGHT_GRAD = {"large": ((128, 32, 8), (64, 32, 4)), "small": ((64, 16, 4),)}
 # Programs that keep all multiprocessors of a large GPU busy. A constant, so that sums have as many
 # parts on every GPU.
 BUSY = 256
-PAIRS_ROWS = 32
-HALVES_BLOCK = 1024
+PAIRS_ROWS = 32  # that a program of `pairs_kernel` splits, of all columns
+HALVES_BLOCK = 1024  # numbers of a program of `halves_kernel`
 POSITIONS_PER_SPLIT = 256  # at least
 # Weights are multiplied by this before they become pairs of float16 numbers: it puts the smallest
 # difference that matters, 5e-10, above float16's smallest number, and weights of 1,000 below its
@@ -158,13 +158,15 @@ def split(x):
 
 
 @triton.jit
-def halves_kernel(weights_ptr, halves_ptr, size, WEIGHT_SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write all weights, times WEIGHT_SCALE, as pairs of float16 numbers, (2, size)."""
+def halves_kernel(
+    weights_ptr, halves_ptr, size, low_part, WEIGHT_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write all weights, times WEIGHT_SCALE, as pairs of float16 numbers, (2, low_part)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(weights_ptr + at, mask=at < size, other=0.0)
     high, low = split(w * WEIGHT_SCALE)
     tl.store(halves_ptr + at, high, mask=at < size)
-    tl.store(halves_ptr + size + at, low, mask=at < size)
+    tl.store(halves_ptr + low_part + at, low, mask=at < size)
 
 
 @triton.jit
@@ -203,6 +205,7 @@ def taps_kernel(
     mlps,
     channels_per_program,
     low_part,
+    padded,
     DIRECTIONS: tl.constexpr,
     EMB_DIM: tl.constexpr,
     ORDER: tl.constexpr,
@@ -217,9 +220,9 @@ def taps_kernel(
 
     w2, w3 and out are the first numbers of the pairs of `halves_kernel`; the second ones come
     `low_part` numbers later. With `HIDDEN` no taps, but what the backward pass needs: the outputs
-    of the hidden layers, three of (N, O, L), and what the sines of the second and third get,
-    without its factor freq, two of (N, L, O). So the tensor cores can read the outputs as they are:
-    see `pairs_kernel`.
+    of the hidden layers, three of (N, O, P), and what the sines of the second and third get,
+    without its factor freq, two of (N, P, O). So the tensor cores can read the outputs as they are:
+    see `pairs_kernel`. P is the length, padded to a multiple of 16.
     """
     tiles = tl.cdiv(length, POSITIONS)
     n = tl.program_id(1).to(tl.int64)
@@ -232,10 +235,10 @@ def taps_kernel(
     w2_ptr += n * ORDER * ORDER
     w3_ptr += n * ORDER * ORDER
     out_ptr += n * channels * ORDER
-    layer = tl.cast(mlps, tl.int64) * length * ORDER  # an argument of 1 has no .to
-    hidden_ptr += n * length * ORDER
-    at = o[None, :] * length + t[:, None]
-    inside = (t < length)[:, None] & (o < ORDER)[None, :]
+    layer = tl.cast(mlps, tl.int64) * padded * ORDER  # an argument of 1 has no .to
+    hidden_ptr += n * padded * ORDER
+    at = o[None, :] * padded + t[:, None]
+    inside = (t < padded)[:, None] & (o < ORDER)[None, :]
 
     z_ptr += g * length * EMB_DIM
     x = first_layer(z_ptr, w1_ptr, b1_ptr + n * ORDER, t, o, length, ORDER, EMB_DIM)
@@ -254,8 +257,8 @@ def taps_kernel(
         x2 = x2 * (1.0 / WEIGHT_SCALE) + bias[None, :]
         h2 = sin(f[None, :] * x2)
         if HIDDEN:
-            chunk = (t < length)[:, None] & (c < ORDER)[None, :]
-            to = hidden_ptr + layer + c[None, :] * length + t[:, None]
+            chunk = (t < padded)[:, None] & (c < ORDER)[None, :]
+            to = hidden_ptr + layer + c[None, :] * padded + t[:, None]
             tl.store(to, h2, mask=chunk)
             to = hidden_ptr + 3 * layer + t[:, None] * ORDER + c[None, :]
             tl.store(to, x2, mask=chunk)
@@ -323,17 +326,9 @@ def pairs_kernel(
 
 @triton.jit
 def add_tf32_product(
-    acc,
-    high,
-    low,
-    pairs_ptr,
-    low_part,
-    m,
-    o,
-    num_rows,
-    ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, high, low, pairs_ptr, low_part, m, o, num_rows,
+    ORDER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Return acc + (high + low) · w, but for the product of the two low parts."""
     at = m[:, None] + o[None, :] * num_rows
     inside = (m < num_rows)[:, None] & (o < ORDER)[None, :]
@@ -346,22 +341,10 @@ def add_tf32_product(
 
 @triton.jit
 def input_grad(
-    acc,
-    z_ptr,
-    freq_ptr,
-    w1_ptr,
-    b1_ptr,
-    x_ptr,
-    partial_ptr,
-    w_mod,
-    length,
-    t,
-    o,
-    LAYER: tl.constexpr,
-    EMB_DIM: tl.constexpr,
-    ORDER: tl.constexpr,
-):
-    """The gradient of a layer's input, where acc is that of its output; and its sums over t."""
+    acc, z_ptr, freq_ptr, w1_ptr, b1_ptr, x_ptr, partial_ptr, w_mod, length, t, o,
+    LAYER: tl.constexpr, EMB_DIM: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a sine's input at columns o, where acc is that of its output; and sums."""
     inside = (t < length)[:, None] & (o < ORDER)[None, :]
     at = t[:, None] * ORDER + o[None, :]
     freq = w_mod * tl.load(freq_ptr + o, mask=o < ORDER, other=0.0)[None, :]
@@ -401,6 +384,7 @@ def layer_grad_kernel(
     length,
     num_rows,
     before,
+    padded,
     DIRECTIONS: tl.constexpr,
     LAYER: tl.constexpr,
     EMB_DIM: tl.constexpr,
@@ -414,8 +398,8 @@ def layer_grad_kernel(
     """The gradient x of the input of hidden layer `LAYER`'s sine, for some positions of one MLP.
 
     `grad` is the gradient of the next layer's output: of the taps (G, D, before + L) after layer 3,
-    else (N, L, O); `pairs` (2, N, O, M) are the next layer's weights. The gradient replaces `x`,
-    (N, L, O); of layer 1, whose input is z, those of z (N, L, E) and of W1 are formed at once.
+    else (N, P, O); `pairs` (2, N, O, M) are the next layer's weights. The gradient replaces `x`,
+    (N, P, O); of layer 1, whose input is z, those of z (N, L, E) and of W1 are formed at once.
     `partial` (N, tiles, rows, O) gets sums over the tile's positions: the gradients of the bias and
     of freq, and, of layer 1, of the columns of W1. With two `PARTS`, each half of the columns is
     finished by itself, so that registers hold no more than half of x.
@@ -433,7 +417,7 @@ def layer_grad_kernel(
             col = before - 1 - t
             kept = t < before
     else:
-        grad_ptr += n * length * num_rows
+        grad_ptr += n * padded * num_rows
     pairs_ptr += n * ORDER * num_rows
     low_part = tl.num_programs(1).to(tl.int64) * ORDER * num_rows
     part = tl.arange(0, WIDTH // PARTS)
@@ -455,18 +439,10 @@ def layer_grad_kernel(
         )
         if PARTS == 2:
             rest = add_tf32_product(
-                rest,
-                high,
-                low,
-                pairs_ptr,
-                low_part,
-                m,
-                WIDTH // 2 + part,
-                num_rows,
-                ORDER,
+                rest, high, low, pairs_ptr, low_part, m, WIDTH // 2 + part, num_rows, ORDER,
                 PRECISION,
-            )
-    x_ptr += n * length * ORDER
+            )  # fmt: skip
+    x_ptr += n * padded * ORDER
     freq_ptr += g * ORDER
     if LAYER == 1:
         z_ptr += g * length * EMB_DIM
@@ -477,38 +453,14 @@ def layer_grad_kernel(
         rows = 2 + EMB_DIM
     partial_ptr += (n * tl.num_programs(0) + pid) * rows * ORDER
     acc = input_grad(
-        acc,
-        z_ptr,
-        freq_ptr,
-        w1_ptr,
-        b1_ptr,
-        x_ptr,
-        partial_ptr,
-        w_mod,
-        length,
-        t,
-        part,
-        LAYER,
-        EMB_DIM,
-        ORDER,
-    )
+        acc, z_ptr, freq_ptr, w1_ptr, b1_ptr, x_ptr, partial_ptr, w_mod, length, t,
+        part, LAYER, EMB_DIM, ORDER,
+    )  # fmt: skip
     if PARTS == 2:
         rest = input_grad(
-            rest,
-            z_ptr,
-            freq_ptr,
-            w1_ptr,
-            b1_ptr,
-            x_ptr,
-            partial_ptr,
-            w_mod,
-            length,
-            t,
-            WIDTH // 2 + part,
-            LAYER,
-            EMB_DIM,
-            ORDER,
-        )
+            rest, z_ptr, freq_ptr, w1_ptr, b1_ptr, x_ptr, partial_ptr, w_mod, length, t,
+            WIDTH // 2 + part, LAYER, EMB_DIM, ORDER,
+        )  # fmt: skip
     if LAYER == 1:
         for e in tl.static_range(EMB_DIM):
             w = tl.load(w1_ptr + part * EMB_DIM + e, mask=part < ORDER, other=0.0)
@@ -530,6 +482,7 @@ def filter_weight_grad_kernel(
     length,
     num_rows,
     before,
+    padded,
     positions_per_split,
     DIRECTIONS: tl.constexpr,
     OF_TAPS: tl.constexpr,
@@ -541,7 +494,8 @@ def filter_weight_grad_kernel(
 ):
     """out[split, n, m, o] = Σ_{t in split} left[n, t, m] · right[n, o, t].
 
-    With `OF_TAPS`, left is the gradient of the taps (G, D, before + L), times the window.
+    With `OF_TAPS`, left is the gradient of the taps (G, D, before + L), times the window. What is
+    right of the length is a finite number, times 0.
     """
     n = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -560,8 +514,8 @@ def filter_weight_grad_kernel(
             zero = before - 1
             last = tl.minimum(end, before)
     else:
-        left_ptr += n * length * num_rows + m[:, None]
-    right_ptr += n * ORDER * length
+        left_ptr += n * padded * num_rows + m[:, None]
+    right_ptr += n * ORDER * padded
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(first, end, POSITIONS):
         t = start + tl.arange(0, POSITIONS)
@@ -580,8 +534,8 @@ def filter_weight_grad_kernel(
                 other=0.0,
             )
         right = tl.load(
-            right_ptr + o[None, :] * length + t[:, None],
-            mask=(t < end)[:, None] & (o < ORDER)[None, :],
+            right_ptr + o[None, :] * padded + t[:, None],
+            mask=(t < padded)[:, None] & (o < ORDER)[None, :],
             other=0.0,
         )
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
@@ -608,10 +562,10 @@ def compute_taps(
         sizes: What `pack` gives beside them.
         w_mod: Constant factor on the frequencies.
     """
-    taps, device, pairs = new_taps(packed, sizes), packed.device, _halves(packed)
+    taps, device, halves = new_taps(packed, sizes), packed.device, _halves(packed)
 
     def run(config: Config) -> None:
-        _launch_taps(packed, pairs, scale, rates, sizes, w_mod, taps, None, config)
+        _launch_taps(packed, halves, scale, rates, sizes, w_mod, taps, None, config)
 
     configs: Sequence[Config] = FORWARD[device_class(device)]
     configs = by_programs(configs, cdiv(sizes.length, configs[0].positions) * sizes.mlps)
@@ -625,25 +579,32 @@ def shape_class(sizes: Sizes) -> tuple[int, ...]:
     return sizes.mlps, sizes.directions, length, sizes.channels, sizes.emb_dim, sizes.order
 
 
+def _padded(size: int) -> int:
+    """Return a size of rows that all begin where 16 bytes can be read at once."""
+    return cdiv(size, 16) * 16
+
+
 def _halves(packed: Tensor) -> Tensor:
-    """Return weights as pairs of float16 numbers, (2, numel)."""
-    pairs = packed.new_empty(2, packed.numel(), dtype=torch.float16)
+    """Return weights as pairs of float16 numbers, in two rows of the same alignment."""
+    size = packed.numel()
+    halves = packed.new_empty(2, _padded(size), dtype=torch.float16)
     launch_kernel(
         halves_kernel,
-        (cdiv(packed.numel(), HALVES_BLOCK),),
+        (cdiv(size, HALVES_BLOCK),),
         packed,
-        pairs,
-        packed.numel(),
+        halves,
+        size,
+        halves.shape[1],
         WEIGHT_SCALE=WEIGHT_SCALE,
         BLOCK=HALVES_BLOCK,
         num_warps=4,
     )
-    return pairs
+    return halves
 
 
 def _launch_taps(
     packed: Tensor,
-    pairs: Tensor,
+    halves: Tensor,
     scale: Tensor,
     rates: Tensor,
     sizes: Sizes,
@@ -653,7 +614,7 @@ def _launch_taps(
     config: Config,
 ) -> None:
     """Write taps, or the hidden layers."""
-    w, halves = unpack(packed, sizes), unpack(pairs[0], sizes)
+    w, high = unpack(packed, sizes), unpack(halves[0, : packed.numel()], sizes)
     positions = tile(sizes.length, config.positions)
     channels = tile(sizes.channels, config.channels)
     order = tile(sizes.order, MAX_ORDER)
@@ -671,11 +632,11 @@ def _launch_taps(
         w.skip,
         w.w1,
         w.b1,
-        halves.w2,
+        high.w2,
         w.b2,
-        halves.w3,
+        high.w3,
         w.b3,
-        halves.out,
+        high.out,
         scale,
         rates,
         packed if taps is None else taps,
@@ -686,7 +647,8 @@ def _launch_taps(
         sizes.before,
         sizes.mlps,
         per_program,
-        packed.numel(),
+        halves.shape[1],
+        _padded(sizes.length),
         DIRECTIONS=sizes.directions,
         EMB_DIM=sizes.emb_dim,
         ORDER=sizes.order,
@@ -742,6 +704,7 @@ def _weight_grad(
             sizes.length,
             num_rows,
             sizes.before,
+            _padded(sizes.length),
             per_split,
             DIRECTIONS=sizes.directions,
             OF_TAPS=of_taps,
@@ -817,6 +780,7 @@ def _layer_grad(
         sizes.length,
         weight.shape[1],
         sizes.before,
+        _padded(sizes.length),
         DIRECTIONS=sizes.directions,
         LAYER=layer,
         EMB_DIM=sizes.emb_dim,
@@ -839,7 +803,7 @@ def _backward(
     w = unpack(packed, sizes)
     result = torch.empty_like(packed)
     grads = unpack(result, sizes)
-    hidden = packed.new_empty(5, sizes.mlps, sizes.order, sizes.length)
+    hidden = packed.new_empty(5, sizes.mlps, sizes.order, _padded(sizes.length))
     grad_z = packed.new_empty(sizes.mlps, sizes.length, sizes.emb_dim)
     h1, h2, h3, x2, x3 = hidden
     halves = _halves(packed)
