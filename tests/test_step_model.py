@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,8 @@ needs_cuda_and_cc = pytest.mark.skipif(
 def test_a_step_is_predicted(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "step_model.py")]
-    command += ["--lengths", "128", "--layers", "1", "--devices", "H200", "--out", str(tmp_path)]
+    command += ["--lengths", "128", "--layers", "1", "--devices", "H200", "--kernels", "99"]
+    command += ["--out", str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -149,10 +151,9 @@ def test_a_step_is_predicted(tmp_path):
         assert kernel["spilled_bytes"] == 0 and 0 < kernel["registers"] <= 255, kernel
         assert kernel["limit"] in kernel["parts_ms"]
     # What the filters' gradients multiply needs no transposition, which would be all conflicts.
-    names = "layer_grad_kernel", "filter_weight_grad_kernel"
-    filters = [r for r in step["m2_bert"]["rows"] if r["name"] in names]
-    assert {r["name"] for r in filters} == set(names)
-    assert all(r["bank_conflicts"] < 0.4 for r in filters), filters
+    for name in ("layer_grad_kernel", "filter_weight_grad_kernel"):
+        found = re.findall(rf"^  {name} .* (\d+)% conflicts$", done.stdout, re.MULTILINE)
+        assert found and all(int(share) < 40 for share in found), (name, done.stdout)
     # An MLP of a layer multiplies twice 32,768 rows by 3·4·768²/4 weights, at the least.
     products = sum(k["operations"] for k in kernels)
     assert products > 2 * 32768 * 3 * 768 * 768

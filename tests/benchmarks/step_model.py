@@ -471,6 +471,7 @@ def show(rows: list[dict[str, Any]], most: int) -> None:
             held = f"{row['programs_per_processor']}×{row['warps']} warps"
             text += f", {row['registers']} registers, {held}, {row['matrix_unit'] or 'no products'}"
             text += f", spills {row['spilled_bytes']} B" if row["spilled_bytes"] else ""
+            text += f", {row['bank_conflicts']:.0%} conflicts"
         print(text)
 
 
