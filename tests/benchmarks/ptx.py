@@ -248,7 +248,6 @@ class Program:
             for j, x in enumerate(block.body):
                 made = [] if shared and is_access(x) else self._line(x, names)
                 if shared and (address := shared_address(x)):
-                    made = self._line(x, names) if not is_access(x) else []
                     guard = f"if {'not ' * x.negated}{names[x.guard]}: " if x.guard else ""
                     text = _value(address, names, self.params_by_name)
                     made.append(f"{guard}extra[{i}, {j}].append({text})")

@@ -170,16 +170,18 @@ def halves_kernel(
 
 
 @triton.jit
-def add_product(acc, high, low, w_ptr, low_part, rows, cols, num_rows, num_cols):
+def add_product(
+    acc, high, low, w_ptr, low_part, rows, cols, num_rows, num_cols, PRECISION: tl.constexpr = None
+):
     """Return acc + (high + low) · w, but for the product of the two low parts.
 
-    w is a tile of a matrix (num_rows, num_cols) that `halves_kernel` wrote.
+    w is a tile of a matrix (num_rows, num_cols) that `halves_kernel` or `pairs_kernel` wrote.
     """
     w_high = matrix(w_ptr, rows, cols, num_rows, num_cols)
     w_low = matrix(w_ptr + low_part, rows, cols, num_rows, num_cols)
-    acc = tl.dot(low, w_high, acc)
-    acc = tl.dot(high, w_low, acc)
-    return tl.dot(high, w_high, acc)
+    acc = tl.dot(low, w_high, acc, input_precision=PRECISION)
+    acc = tl.dot(high, w_low, acc, input_precision=PRECISION)
+    return tl.dot(high, w_high, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -325,21 +327,6 @@ def pairs_kernel(
 
 
 @triton.jit
-def add_tf32_product(
-    acc, high, low, pairs_ptr, low_part, m, o, num_rows,
-    ORDER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return acc + (high + low) · w, but for the product of the two low parts."""
-    at = m[:, None] + o[None, :] * num_rows
-    inside = (m < num_rows)[:, None] & (o < ORDER)[None, :]
-    w_high = tl.load(pairs_ptr + at, mask=inside, other=0.0)
-    w_low = tl.load(pairs_ptr + low_part + at, mask=inside, other=0.0)
-    acc = tl.dot(low, w_high, acc, input_precision=PRECISION)
-    acc = tl.dot(high, w_low, acc, input_precision=PRECISION)
-    return tl.dot(high, w_high, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def input_grad(
     acc, z_ptr, freq_ptr, w1_ptr, b1_ptr, x_ptr, partial_ptr, w_mod, length, t, o,
     LAYER: tl.constexpr, EMB_DIM: tl.constexpr, ORDER: tl.constexpr,
@@ -434,13 +421,14 @@ def layer_grad_kernel(
         else:
             grad = tl.load(grad_ptr + t[:, None] * num_rows + m[None, :], mask=valid, other=0.0)
         high, low = tf32_pair(grad)
-        acc = add_tf32_product(
-            acc, high, low, pairs_ptr, low_part, m, part, num_rows, ORDER, PRECISION
-        )
+        acc = add_product(
+            acc, high, low, pairs_ptr, low_part, part[None, :], m[:, None], ORDER, num_rows,
+            PRECISION,
+        )  # fmt: skip
         if PARTS == 2:
-            rest = add_tf32_product(
-                rest, high, low, pairs_ptr, low_part, m, WIDTH // 2 + part, num_rows, ORDER,
-                PRECISION,
+            rest = add_product(
+                rest, high, low, pairs_ptr, low_part, WIDTH // 2 + part[None, :], m[:, None],
+                ORDER, num_rows, PRECISION,
             )  # fmt: skip
     x_ptr += n * padded * ORDER
     freq_ptr += g * ORDER
